@@ -1,0 +1,91 @@
+"""What a caller may choose about a sparse feed-forward call, and what the call reports back."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
+Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNOptions:
+    """Choices that change how a result is computed, never what it is.
+
+    Attributes:
+      format: how the gate activations are stored between the projections. ``"auto"`` takes the fastest
+        path that supports the call; naming a format that cannot run raises the reason.
+      backend: what runs the call. ``"auto"`` means GPU kernels on a supported GPU and XLA elsewhere;
+        ``"interpret"`` runs the GPU kernels' own code slowly on any device, for tests.
+      tile: T, columns in a TwELL tile (paper section 3.1: 256).
+      compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
+        more than S - 1 non-zeros sends its row to the dense backup.
+      backup_rows: B, rows of the dense backup for rows that overflow. More than B such rows send the whole
+        call down the dense path. ``None`` picks a bound from the number of tokens.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    format: Format = "auto"
+    backend: Backend = "auto"
+    tile: int = 256
+    compression: int = 8
+    backup_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("format", get_args(Format)), ("backend", get_args(Backend))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"FFNOptions.{name} must be one of {', '.join(choices)}; got {value!r}")
+        if self.tile < 32 or self.tile & (self.tile - 1):
+            raise ValueError(f"FFNOptions.tile must be a power of two of at least 32; got {self.tile}")
+        if self.compression < 1 or self.tile % self.compression or self.slots < 2:
+            raise ValueError(
+                f"FFNOptions.compression must divide tile={self.tile} and leave at least 2 slots a tile; "
+                f"got {self.compression}"
+            )
+        if self.backup_rows is not None and self.backup_rows < 0:
+            raise ValueError(f"FFNOptions.backup_rows must be at least 0; got {self.backup_rows}")
+
+    @property
+    def slots(self) -> int:
+        """S, the packed words of a TwELL tile: one count and S - 1 non-zeros."""
+        return self.tile // self.compression
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FFNStats:
+    """What every path reports of a call, at no second pass over dense data.
+
+    Attributes:
+      l1: () f32, mean over tokens of ``sum_j |h_j|``; differentiable, so that a training loss may add it.
+      l0: () f32, mean over tokens of the number of active gates.
+      neuron_hits: (F,) int32, for how many tokens each neuron was active.
+      max_nnz: () int32, the most active neurons of any token.
+      overflow_rows: () int32, tokens that did not fit the compact format and were computed densely.
+    """
+
+    l1: jax.Array
+    l0: jax.Array
+    neuron_hits: jax.Array
+    max_nnz: jax.Array
+    overflow_rows: jax.Array
+
+    def all_reduce(self, axis_name: str | tuple[str, ...]) -> "FFNStats":
+        """The statistics of the whole batch, inside ``shard_map`` or ``pmap``, from equal local batches."""
+        return FFNStats(
+            l1=jax.lax.pmean(self.l1, axis_name),
+            l0=jax.lax.pmean(self.l0, axis_name),
+            neuron_hits=jax.lax.psum(self.neuron_hits, axis_name),
+            max_nnz=jax.lax.pmax(jax.lax.stop_gradient(self.max_nnz), axis_name),
+            overflow_rows=jax.lax.psum(self.overflow_rows, axis_name),
+        )
+
+    @property
+    def dead_fraction(self) -> jax.Array:
+        """() f32, share of neurons that no token of the call activated."""
+        return jnp.mean(self.neuron_hits == 0, dtype=jnp.float32)

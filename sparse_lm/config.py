@@ -1,0 +1,114 @@
+"""What a model is: sizes, numerics and sparsity. Frozen, validated, and the same in code, presets and CLI."""
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels import FFNOptions
+
+RematPolicy = Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityConfig:
+    """The L1 term that makes the feed-forward activations sparse (paper section 4).
+
+    The training loss is ``CE + coefficient(step) * mean over layers of l1``.
+
+    Attributes:
+      l1: final coefficient λ; 0 trains the same model without sparsity pressure.
+      schedule: ``"constant"`` holds λ from the first step; ``"linear"`` keeps it at 0 for ``off_steps``, then
+        ramps it linearly to λ over ``ramp_steps`` (the paper's warm-up: 5,000 and 5,000).
+      off_steps: steps at 0 before the ramp.
+      ramp_steps: steps of the ramp.
+    """
+
+    l1: float = 2e-5
+    schedule: Literal["constant", "linear"] = "constant"
+    off_steps: int = 0
+    ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.l1 >= 0 and self.l1 < float("inf")):
+            raise ValueError(f"sparsity.l1 must be a finite number of at least 0; got {self.l1}")
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"sparsity.schedule must be constant or linear; got {self.schedule!r}")
+        if self.off_steps < 0 or self.ramp_steps < 0:
+            raise ValueError(
+                "sparsity.off_steps and sparsity.ramp_steps must be at least 0; "
+                f"got {self.off_steps} and {self.ramp_steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder (Qwen2 with ``qkv_bias=True``) whose feed-forward layers are sparse.
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      d_model: D, model width.
+      d_ff: F, hidden neurons of each feed-forward layer.
+      num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
+      gated: ``relu(x Wg) * (x Wu)`` if true, ``relu(x Wu)`` if false.
+      tied_embeddings: the output head is the embedding's transpose.
+      qkv_bias: biases on the query, key and value projections (Qwen2).
+      context_length: longest sequence in tokens.
+      rope_theta: base of the rotary embedding.
+      norm_eps: RMSNorm epsilon.
+      init_std: standard deviation of the initial weights.
+      dtype: compute type, ``"bfloat16"``, ``"float16"`` or ``"float32"``; master weights are always f32.
+      remat: what the backward recomputes in each layer: ``"none"``, ``"dots"`` (keeps matrix products),
+        ``"full"`` (keeps only each layer's input).
+      sparsity: the L1 term.
+      ffn: how the feed-forward kernels run.
+    """
+
+    vocab_size: int = 49_152
+    d_model: int = 2048
+    d_ff: int = 5632
+    num_layers: int = 28
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    gated: bool = True
+    tied_embeddings: bool = True
+    qkv_bias: bool = False
+    context_length: int = 2048
+    rope_theta: float = 100_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    remat: RematPolicy = "none"
+    sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
+    ffn: FFNOptions = dataclasses.field(default_factory=FFNOptions)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"model.{name.replace('_', '-')} must be at least 1; got {value}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"model.num-heads must divide model.d-model={self.d_model}; got {self.num_heads}: "
+                "choose a number of heads that divides it"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num-kv-heads must divide model.num-heads={self.num_heads}; got {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
+            )
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            if not (value > 0 and value < float("inf")):
+                raise ValueError(f"model.{name.replace('_', '-')} must be a finite positive number; got {value}")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
+        if self.remat not in ("none", "full", "dots"):
+            raise ValueError(f"model.remat must be none, full or dots; got {self.remat!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads

@@ -1,0 +1,176 @@
+"""A training run as data: every field is an option of ``sparse-lm train``."""
+
+import dataclasses
+from typing import Literal
+
+from sparse_lm import ModelConfig
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut.
+
+    Attributes:
+      paths: files or globs of documents (JSONL or plain text, plain or .gz/.xz/.zst). Empty: the corpus that
+        ships with the package.
+      text_field: field of a JSONL document that holds its text.
+      tokenizer: ``"byte"``, ``"bpe"`` (fitted on the corpus with the model's vocabulary size), or the path of a
+        Hugging Face ``tokenizer.json``.
+      holdout: share of documents kept out of training for evaluation.
+    """
+
+    paths: tuple[str, ...] = ()
+    text_field: str = "text"
+    tokenizer: str = "byte"
+    holdout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(0 < self.holdout < 1, f"data.holdout must lie between 0 and 1; got {self.holdout}")
+        _require(bool(self.tokenizer), "data.tokenizer must be byte, bpe or the path of a tokenizer.json; got ''")
+        _require(bool(self.text_field), "data.text-field must name a field; got ''")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a cosine schedule with linear warm-up (defaults: the paper's recipe).
+
+    Attributes:
+      learning_rate: peak learning rate.
+      final_fraction: the cosine's end as a share of the peak.
+      warmup_steps: steps of linear warm-up.
+      weight_decay: decoupled decay, applied to matrices only (not to norms and biases).
+      beta1, beta2, eps: Adam's.
+      clip: global-norm bound of the gradient.
+      accumulation: micro-batches summed into one step; the result equals the whole batch at once.
+    """
+
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.0
+    warmup_steps: int = 600
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        positive = {"learning-rate": self.learning_rate, "eps": self.eps, "clip": self.clip}
+        for name, value in positive.items():
+            _require(0 < value < float("inf"), f"optimizer.{name} must be a finite positive number; got {value}")
+        for name, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
+            _require(0 <= value < 1, f"optimizer.{name} must be at least 0 and under 1; got {value}")
+        _require(
+            0 <= self.final_fraction <= 1,
+            f"optimizer.final-fraction must lie between 0 and 1; got {self.final_fraction}",
+        )
+        _require(
+            0 <= self.weight_decay < float("inf"),
+            f"optimizer.weight-decay must be a finite number of at least 0; got {self.weight_decay}",
+        )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup-steps must be at least 0; got {self.warmup_steps}")
+        _require(self.accumulation >= 1, f"optimizer.accumulation must be at least 1; got {self.accumulation}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every: steps between checkpoints.
+      keep: newest checkpoints kept; the one with the lowest held-out CE is kept besides.
+    """
+
+    every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"checkpoint.every must be at least 1; got {self.every}")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1; got {self.keep}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What a run says while it runs.
+
+    Attributes:
+      every: steps between progress lines.
+      evaluate_every: steps between held-out evaluations; 0 evaluates only at the end.
+      evaluate_batches: held-out batches of one evaluation.
+      tensorboard: also write TensorBoard event files into the work directory.
+    """
+
+    every: int = 10
+    evaluate_every: int = 1000
+    evaluate_batches: int = 16
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"report.every must be at least 1; got {self.every}")
+        _require(self.evaluate_every >= 0, f"report.evaluate-every must be at least 0; got {self.evaluate_every}")
+        _require(
+            self.evaluate_batches >= 1, f"report.evaluate-batches must be at least 1; got {self.evaluate_batches}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a step spreads over devices (all of them, all processes).
+
+    Attributes:
+      mode: ``"jit"`` with a mesh, or ``"pmap"``.
+      shard: what is split across devices under ``"jit"``: ``"none"`` (data parallel only), ``"zero1"``
+        (optimizer state), ``"fsdp"`` (optimizer state and parameters).
+    """
+
+    mode: Literal["jit", "pmap"] = "jit"
+    shard: Literal["none", "zero1", "fsdp"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(self.mode in ("jit", "pmap"), f"parallel.mode must be jit or pmap; got {self.mode!r}")
+        _require(
+            self.shard in ("none", "zero1", "fsdp"),
+            f"parallel.shard must be none, zero1 or fsdp; got {self.shard!r}",
+        )
+        _require(
+            self.mode == "jit" or self.shard == "none",
+            f"parallel.shard={self.shard} needs parallel.mode=jit; got parallel.mode={self.mode}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+      steps: optimizer steps in all.
+      batch_size: sequences of one optimizer step, over all devices, processes and accumulation steps.
+      seed: of the initial weights and of the data order.
+      workdir: directory of checkpoints, logs and the tokenizer.
+    """
+
+    steps: int = 30_000
+    batch_size: int = 512
+    seed: int = 0
+    workdir: str = "runs/sparse-lm"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1; got {self.steps}")
+        _require(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
+        _require(bool(self.workdir), "workdir must name a directory; got ''")
+        _require(
+            self.batch_size % self.optimizer.accumulation == 0,
+            f"batch-size must be a multiple of optimizer.accumulation={self.optimizer.accumulation}; "
+            f"got {self.batch_size}",
+        )
