@@ -1,0 +1,54 @@
+"""Argument errors of the public calls: what was expected, what was found, what to do."""
+
+import jax
+import jax.numpy as jnp
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def check_ffn_arguments(
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
+) -> None:
+    """Checks x (..., D) and the neuron-major weights (F, D) of one feed-forward call.
+
+    Raises:
+      TypeError: an argument is no array, or types are mixed or not bf16, f16 or f32.
+      ValueError: ranks or sizes do not fit, or a weight looks transposed.
+    """
+    weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    named = {"x": x} | {name: w for name, w in weights.items() if w is not None}
+    for name, value in named.items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise TypeError(f"{name} must be an array; got {type(value).__name__}")
+    if x.ndim < 1:
+        raise ValueError(f"x must have shape (..., D) with at least one axis; got {_shape(x)}")
+    for name, value in named.items():
+        if name != "x" and value.ndim != 2:
+            raise ValueError(f"{name} must have shape (F, D), one row a neuron; got {_shape(value)}")
+    d_model, d_ff = x.shape[-1], w_up.shape[0]
+    for name, value in named.items():
+        if name == "x" or value.shape == (d_ff, d_model):
+            continue
+        if value.shape[0] == d_model and value.shape[1] != d_model:
+            raise ValueError(
+                f"{name} must be neuron-major, (F, D) with D={d_model} as in x; got {_shape(value)}, which "
+                f"looks like (D, F): pass {name}.T"
+            )
+        raise ValueError(
+            f"{name} must have shape (F, D) = ({d_ff}, {d_model}), D from x {_shape(x)} and F from "
+            f"w_up {_shape(w_up)}; got {_shape(value)}"
+        )
+    if d_model == 0 or d_ff == 0:
+        raise ValueError(f"D and F must be at least 1; got D={d_model}, F={d_ff}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be bfloat16, float16 or float32; got {x.dtype}")
+    for name, value in named.items():
+        if value.dtype != x.dtype:
+            raise TypeError(
+                f"all arguments must share one dtype; got x {x.dtype} and {name} {value.dtype}: "
+                f"cast one of them"
+            )
+
+
+def _shape(value: jax.Array) -> str:
+    return f"({', '.join(map(str, value.shape))})"

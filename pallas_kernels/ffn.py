@@ -1,0 +1,56 @@
+"""The two public calls: they check their arguments, choose a path and shape the tokens for it."""
+
+import jax
+
+from pallas_kernels import dispatch, reference, twell
+from pallas_kernels.checks import check_ffn_arguments
+from pallas_kernels.options import FFNOptions, FFNStats
+
+
+def sparse_ffn(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
+) -> tuple[jax.Array, FFNStats]:
+    """Gated sparse feed-forward layer: ``h = relu(x Wg^T) * (x Wu^T)``, ``y = h Wd`` (paper section 2).
+
+    Args:
+      x: (..., D) tokens in any leading shape; bf16, f16 or f32.
+      w_gate, w_up, w_down: (F, D), neuron-major, of the same type as x.
+      options: how the call runs; the result does not depend on it.
+
+    Returns:
+      y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through y
+      and through ``stats.l1``.
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit, or options that cannot run here.
+    """
+    return _layer(x, w_gate, w_up, w_down, options)
+
+
+def sparse_mlp(
+    x: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
+) -> tuple[jax.Array, FFNStats]:
+    """Non-gated sparse feed-forward layer: ``h = relu(x Wu^T)``, ``y = h Wd``; otherwise as `sparse_ffn`."""
+    return _layer(x, None, w_up, w_down, options)
+
+
+def _layer(
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, options: FFNOptions
+) -> tuple[jax.Array, FFNStats]:
+    check_ffn_arguments(x, w_gate, w_up, w_down)
+    choice = dispatch.choose(options, d_ff=w_up.shape[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    if choice.format == "dense":
+        y, stats = reference.ffn(tokens, w_gate, w_up, w_down)
+    else:
+        y, stats = twell.ffn(tokens, w_gate, w_up, w_down, options, choice.backend == "interpret")
+    return y.reshape(x.shape), stats
