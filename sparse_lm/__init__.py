@@ -1,1 +1,7 @@
+"""Flax NNX modules of sparse language models: the drop-in feed-forward layer and the decoder around it."""
 
+from sparse_lm.config import ModelConfig, SparsityConfig
+from sparse_lm.ffn import SparseFFN
+from sparse_lm.model import SparseLM
+
+__all__ = ["ModelConfig", "SparseFFN", "SparseLM", "SparsityConfig"]

@@ -82,7 +82,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length",
+            "vocab_size",
+            "d_model",
+            "d_ff",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "context_length",
         ):
             value = getattr(self, name)
             if value < 1:
@@ -103,7 +109,9 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
             if not (value > 0 and value < float("inf")):
-                raise ValueError(f"model.{name.replace('_', '-')} must be a finite positive number; got {value}")
+                raise ValueError(
+                    f"model.{name.replace('_', '-')} must be a finite positive number; got {value}"
+                )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in ("none", "full", "dots"):

@@ -1,0 +1,211 @@
+"""Text generation: prompts of any lengths in one batch, a fixed-shape cache, one compiled step per token.
+
+Prompts are padded behind their end and every row keeps its own position, so that what a row says depends on its
+prompt, its place in the batch and the seed, and never on the other rows.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_lm.attention import KVCache
+from sparse_lm.config import ModelConfig
+from sparse_lm.model import SparseLM
+
+_SMALLEST_SHAPE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits; the filters apply in the order of the fields.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens stay; ``None`` keeps all.
+      top_p: of those, only the fewest most likely tokens whose probabilities reach p stay; 1 keeps all.
+
+    Raises:
+      ValueError: a field outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number of at least 0; got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be over 0 and at most 1; got {self.top_p}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token a row: (B, V) f32 logits and (B,) random keys to (B,) int32."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
+    # Differences from the largest stay finite where it counts, however small the temperature.
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    if sampling.top_k is None and sampling.top_p == 1:
+        return draw(keys, scaled).astype(jnp.int32)
+    vocab_size = logits.shape[-1]
+    kept, tokens = jax.lax.top_k(scaled, min(sampling.top_k or vocab_size, vocab_size))
+    probabilities = jax.nn.softmax(kept, axis=-1)
+    more_likely = jnp.cumsum(probabilities, axis=-1) - probabilities
+    choice = draw(keys, jnp.where(more_likely < sampling.top_p, kept, -jnp.inf))
+    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
+
+
+def generate(
+    model: SparseLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues every prompt; arguments and errors as for ``stream``.
+
+    Returns:
+      The new tokens of each row, without its prompt and without ``eos_id``.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    steps = stream(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=eos_id, seed=seed)
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: SparseLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Continues every prompt, one token a row at a time.
+
+    Args:
+      model: the language model.
+      prompts: token ids, at least one a prompt; lengths may differ.
+      max_new_tokens: most tokens that a row gains.
+      sampling: how tokens are drawn.
+      eos_id: the token that ends a row; ``None`` never ends one early.
+      seed: of the draws. A row's draws follow from the seed, its place in the batch and its positions.
+
+    Returns:
+      An iterator of steps, each the new token of every row, or ``None`` for a row that has ended (the end token
+      itself is not given out). It stops when all rows have ended. Tokens come as they are made: the next
+      step runs on the device while the caller handles this one.
+
+    Raises:
+      ValueError: at once, not at the first step: no prompt, an empty prompt, a token outside the vocabulary,
+        ``max_new_tokens`` under 1, or a prompt that does not fit the context with its new tokens.
+    """
+    _check(model.config, prompts, max_new_tokens)
+    return _steps(model, [list(prompt) for prompt in prompts], max_new_tokens, sampling, eos_id, seed)
+
+
+def _steps(
+    model: SparseLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None,
+    seed: int,
+) -> Iterator[list[int | None]]:
+    graphdef, state = _inference_state(model)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    limit, longest = model.config.context_length, int(lengths.max())
+    padded = np.zeros((len(prompts), _shape_for(longest, limit)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+
+    advance = functools.partial(_advance, graphdef, sampling, state, jax.random.key(seed))
+    cache = KVCache.empty(model.config, len(prompts), _shape_for(longest + max_new_tokens, limit))
+    tokens, cache = advance(cache, jnp.asarray(padded), jnp.asarray(lengths))
+    one_each = jnp.ones_like(lengths)
+    ended = [False] * len(prompts)
+    for step in range(max_new_tokens):
+        drawn = tokens
+        if step + 1 < max_new_tokens:
+            tokens, cache = advance(cache, tokens[:, None], one_each)
+        values = np.asarray(drawn).tolist()
+        ended = [over or value == eos_id for over, value in zip(ended, values, strict=True)]
+        if all(ended):
+            return
+        yield [None if over else value for over, value in zip(ended, values, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def _advance(
+    graphdef: nnx.GraphDef,
+    sampling: Sampling,
+    state: nnx.State,
+    key: jax.Array,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Reads the first ``counts`` (B,) of each row's (B, S) tokens and draws the token behind them."""
+    model = nnx.merge(graphdef, state)
+    rows = jnp.arange(tokens.shape[0])
+    lengths = cache.lengths + counts
+    hidden, _, cache = model.hidden_states(tokens, cache=cache)
+    keys = jax.vmap(lambda row, length: jax.random.fold_in(jax.random.fold_in(key, row), length))(
+        rows, lengths
+    )
+    drawn = sample(model.logits(hidden[rows, counts - 1]), keys, sampling)
+    return drawn, dataclasses.replace(cache, lengths=lengths)
+
+
+def _inference_state(model: SparseLM) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model with its matrices cast to the compute type once, not at every token; the same results."""
+    graphdef, state = nnx.split(model)
+    scales, others = nnx.split_state(state, nnx.PathContains("scale"), ...)
+    others = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), others)
+    return graphdef, nnx.merge_state(scales, others)
+
+
+def _shape_for(positions: int, limit: int) -> int:
+    """A power of two that holds the positions, within the context: few shapes, so few compilations."""
+    return min(limit, max(_SMALLEST_SHAPE, 1 << (positions - 1).bit_length()))
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not prompts:
+        raise ValueError("generation needs at least one prompt; got none")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise ValueError(
+                f"prompt {number} is empty: give it at least one token, such as the end-of-text token"
+            )
+        strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        if strange is not None:
+            raise ValueError(
+                f"prompt {number} holds token {strange}, outside the model's vocabulary of {config.vocab_size}: "
+                "encode it with the tokenizer that the model was trained with"
+            )
+        if len(prompt) + max_new_tokens > config.context_length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, beyond the "
+                f"model's context of {config.context_length}: shorten the prompt or ask for fewer new tokens"
+            )

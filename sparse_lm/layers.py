@@ -1,0 +1,44 @@
+"""The small layers of a Llama-style block: RMSNorm and rotary positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467), statistics and scaling in f32.
+
+    Parameter: ``scale`` (D,) f32, ones at first.
+    """
+
+    def __init__(self, d_model: int, *, eps: float, dtype: DTypeLike) -> None:
+        """``d_model`` is D; ``eps`` is added to the mean square; ``dtype`` is the type of the result."""
+        self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
+        self.eps = eps
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis: (..., D) to (..., D) in ``dtype``."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), first half of a head paired with its second (as in Llama).
+
+    Args:
+      x: (B, S, N, H) queries or keys, H even.
+      positions: (B or 1, S) int32, positions in the sequence.
+      theta: base of the wavelengths.
+
+    Returns:
+      (B, S, N, H) in x's type; angles and rotation are f32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,166 @@
+"""A Llama-style decoder with sparse feed-forward layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import FFNStats
+from sparse_lm.attention import Attention, KVCache
+from sparse_lm.config import ModelConfig, RematPolicy
+from sparse_lm.ffn import SparseFFN
+from sparse_lm.layers import RMSNorm
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: attention, then the sparse feed-forward, each added to its input."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws the layer's weights from ``rngs``."""
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
+        self.ffn = SparseFFN(
+            config.d_model,
+            config.d_ff,
+            rngs=rngs,
+            gated=config.gated,
+            dtype=config.dtype,
+            init_std=config.init_std,
+            options=config.ffn,
+        )
+
+    def __call__(
+        self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, FFNStats, KVCache | None]:
+        """(B, S, D) to (B, S, D), the feed-forward statistics, and the cache with this layer written."""
+        attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
+        x = x + attended
+        y, stats = self.ffn(self.ffn_norm(x))
+        return x + y, stats, cache
+
+
+class SparseLM(nnx.Module):
+    """The language model: embedding, ``num_layers`` blocks under one scan, final norm, output head.
+
+    Master weights are f32, compute is in ``config.dtype``, logits are f32. Parameters: ``embedding`` (V, D),
+    ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head`` (V, D).
+    All matrices start normal with standard deviation ``config.init_std``, norm scales at 1, biases at 0.
+
+    Under an ambient mesh (``jax.set_mesh``, axes of type Auto) the feed-forward layers split the batch over the
+    mesh themselves and XLA splits everything else, as the placement of parameters and tokens asks.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws all weights from ``rngs``; the same seed gives the same model."""
+        init = nnx.initializers.normal(config.init_std)
+        shape = (config.vocab_size, config.d_model)
+        self.config = config
+        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(rngs.split(config.num_layers))
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
+        self.head = None if config.tied_embeddings else nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+    @overload
+    def __call__(self, tokens: jax.Array, *, cache: None = None) -> tuple[jax.Array, FFNStats]: ...
+
+    @overload
+    def __call__(self, tokens: jax.Array, *, cache: KVCache) -> tuple[jax.Array, FFNStats, KVCache]: ...
+
+    def __call__(self, tokens, *, cache=None):
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: (B, S) int32. Without a cache they stand at positions 0 to S - 1, with one behind each row's
+            ``cache.lengths``.
+          cache: what stands before ``tokens``.
+
+        Returns:
+          Logits (B, S, V) f32; statistics with a leading layer axis on every leaf; with a cache also the cache
+          that holds ``tokens``.
+
+        Raises:
+          ValueError: ``tokens`` is not (B, S), or S is beyond the context or the cache's capacity.
+        """
+        hidden, stats, cache = self.hidden_states(tokens, cache=cache)
+        logits = self.logits(hidden)
+        return (logits, stats) if cache is None else (logits, stats, cache)
+
+    def hidden_states(
+        self, tokens: jax.Array, *, cache: KVCache | None = None
+    ) -> tuple[jax.Array, FFNStats, KVCache | None]:
+        """What ``logits`` reads: (B, S, D) in the compute type, the statistics and the cache, as in ``__call__``."""
+        longest = self.config.context_length if cache is None else cache.capacity
+        if tokens.ndim != 2 or tokens.shape[1] > longest:
+            raise ValueError(
+                f"SparseLM expected tokens of shape (batch, at most {longest} positions); got {tokens.shape}"
+            )
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run_layer(carry, inputs):
+            x, cache = carry
+            layer, state = inputs
+            x, stats, cache = nnx.merge(graphdef, state)(x, cache=cache, layer=layer)
+            return (x, cache), stats
+
+        x = self.embedding[...][tokens].astype(self.config.dtype)
+        inputs = (jnp.arange(self.config.num_layers), layers)
+        (x, cache), stats = jax.lax.scan(_remat(run_layer, self.config.remat), (x, cache), inputs)
+        if cache is not None:
+            cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+        return self.final_norm(x), stats, cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The output head: (..., D) hidden states to (..., V) f32."""
+        head = self.embedding if self.head is None else self.head
+        weight = head[...].astype(self.config.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:
+    """Makes the backward recompute in each layer what ``policy`` does not keep."""
+    match policy:
+        case "none":
+            return run_layer
+        case "full":
+            return jax.checkpoint(run_layer, prevent_cse=False)
+        case "dots":
+            # Products of activations with weights only: attention scores grow with the square of the context.
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of ``SparseLM(config)``, each counted once (tied embeddings too)."""
+    kv_width = config.num_kv_heads * config.head_dim
+    biases = config.d_model + 2 * kv_width if config.qkv_bias else 0
+    norms = 2 * config.d_model
+    layers = config.num_layers * (_layer_matrices(config) + biases + norms)
+    tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.d_model
+    return layers + tables + config.d_model
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> float:
+    """Model FLOPs of one training token, forward and backward, as if every feed-forward layer were dense.
+
+    The convention (arXiv 2204.02311, appendix B, with the causal half of the scores counted, not all of them):
+    ``6 N + 6 L D T``, where N counts the weights that multiply a token: attention, feed-forward and the output
+    head, but no embedding look-up, norm or bias. A multiply-add is 2 FLOPs; rematerialisation and sparsity do
+    not change the figure. The forward alone is a third of it.
+
+    Args:
+      config: the model.
+      context_length: T, tokens of the sequences it is trained on.
+    """
+    matrices = config.num_layers * _layer_matrices(config) + config.vocab_size * config.d_model
+    attention = config.num_layers * config.d_model * context_length
+    return 6.0 * (matrices + attention)
+
+
+def _layer_matrices(config: ModelConfig) -> int:
+    kv_width = config.num_kv_heads * config.head_dim
+    attention = 2 * config.d_model * (config.d_model + kv_width)
+    return attention + (3 if config.gated else 2) * config.d_model * config.d_ff

@@ -1,0 +1,254 @@
+"""The decoder against a dense Llama written out in plain jnp, and the properties that training relies on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels import device
+from sparse_lm import ModelConfig, SparseLM
+from sparse_lm.attention import KVCache, _implementation, attend
+from sparse_lm.layers import RMSNorm
+from sparse_lm.model import flops_per_token, num_parameters
+from sparse_lm.sparsity import training_loss
+
+
+def _norm(x, scale, eps):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def _rotate(x, theta):
+    """Each (first half, second half) pair is a complex number, turned by position times its frequency."""
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None] / theta ** (2 * jnp.arange(half) / x.shape[-1])
+    turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)[:, None, :]
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _linear(x, weights):
+    return x @ weights["kernel"] + weights.get("bias", 0.0)
+
+
+def _attention(x, weights, config):
+    batch, steps, _ = x.shape
+    shape = (batch, steps, -1, config.head_dim)
+    query = _rotate(_linear(x, weights["query"]).reshape(shape), config.rope_theta)
+    key = _rotate(_linear(x, weights["key"]).reshape(shape), config.rope_theta)
+    value = _linear(x, weights["value"]).reshape(shape)
+    groups = config.num_heads // config.num_kv_heads
+    key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
+    scores = jnp.einsum("bsnh,btnh->bnst", query, key) / config.head_dim**0.5
+    scores = jnp.where(jnp.tril(jnp.ones((steps, steps), bool)), scores, -jnp.inf)
+    mixed = jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, axis=-1), value)
+    return _linear(mixed.reshape(batch, steps, -1), weights["output"])
+
+
+def _ffn(x, weights):
+    up = x @ weights["w_up"].T
+    hidden = jax.nn.relu(x @ weights["w_gate"].T) * up if "w_gate" in weights else jax.nn.relu(up)
+    return hidden @ weights["w_down"]
+
+
+def dense_logits(params, tokens, config):
+    """(B, S) tokens to (B, S, V) f32, layer by layer in a Python loop over the stacked parameters."""
+    x = params["embedding"][tokens]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        normed = _norm(x, block["attention_norm"]["scale"], config.norm_eps)
+        x = x + _attention(normed, block["attention"], config)
+        x = x + _ffn(_norm(x, block["ffn_norm"]["scale"], config.norm_eps), block["ffn"])
+    x = _norm(x, params["final_norm"]["scale"], config.norm_eps)
+    return x @ params.get("head", params["embedding"]).T
+
+
+def dense_cross_entropy(params, inputs, targets, config):
+    log_probabilities = jax.nn.log_softmax(dense_logits(params, inputs, config), axis=-1)
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1))
+
+
+def assert_close(got, want, *, of_largest: float = 1e-5) -> None:
+    """Leaf by leaf, each named in the message; the bound is a share of the leaf's largest value (f32 sums)."""
+    want_leaves = jax.tree_util.tree_leaves_with_path(want)
+    got_leaves = jax.tree.leaves(got)
+    assert len(got_leaves) == len(want_leaves)
+    for (path, expected), actual in zip(want_leaves, got_leaves, strict=True):
+        bound = of_largest * max(float(np.max(np.abs(expected))), 1e-6)
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=bound, err_msg=name)
+
+
+def loss_and_stats(graphdef, state, tokens, coefficient):
+    logits, stats = nnx.merge(graphdef, state)(tokens[:, :-1])
+    return training_loss(logits, tokens[:, 1:], stats, coefficient)[0], stats
+
+
+gradients = jax.jit(jax.value_and_grad(loss_and_stats, argnums=1, has_aux=True), static_argnums=0)
+
+
+@pytest.mark.parametrize("which", ["model", "tied_model"])
+def test_equals_a_dense_llama_without_l1(which, forward, tokens, request):
+    """Values, and every parameter's gradient by name."""
+    model = request.getfixturevalue(which)
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    got, _ = forward(graphdef, state, tokens)
+    want = jax.jit(dense_logits, static_argnums=2)(params, tokens, model.config)
+    assert got.dtype == jnp.float32
+    assert_close(got, want)
+
+    (loss, _), got_gradients = gradients(graphdef, state, tokens, 0.0)
+    dense = jax.jit(jax.value_and_grad(dense_cross_entropy), static_argnums=3)
+    want_loss, want_gradients = dense(params, tokens[:, :-1], tokens[:, 1:], model.config)
+    assert_close(loss, want_loss)
+    assert_close(nnx.to_pure_dict(got_gradients), want_gradients)
+
+
+def test_l1_reaches_the_gradients(model, tokens):
+    graphdef, state = nnx.split(model)
+    (without, stats), _ = gradients(graphdef, state, tokens, 0.0)
+    (with_l1, _), pulled = gradients(graphdef, state, tokens, 0.5)
+    _, free = gradients(graphdef, state, tokens, 0.0)
+    assert_close(with_l1, without + 0.5 * jnp.mean(stats.l1))
+    assert not np.allclose(pulled["blocks"]["ffn"]["w_up"][...], free["blocks"]["ffn"]["w_up"][...])
+    np.testing.assert_array_equal(pulled["head"][...], free["head"][...])
+
+
+def test_causality(model, forward, tokens):
+    """Row t differs from row 0 in token t alone: its logits before t are the same bits, those at t are not."""
+    base = jnp.tile(tokens[:1], (tokens.shape[1], 1))
+    changed = base.at[jnp.arange(1, 16), jnp.arange(1, 16)].add(1) % model.config.vocab_size
+    logits, _ = forward(*nnx.split(model), changed)
+    for t in range(1, 16):
+        np.testing.assert_array_equal(logits[t, :t], logits[0, :t])
+        assert np.any(logits[t, t] != logits[0, t])
+
+
+@pytest.mark.parametrize("visible", [False, True])
+def test_grouped_query_heads_equal_repeated_heads(visible):
+    query, key, value = (
+        jax.random.normal(jax.random.key(seed), (2, 5, heads, 8)) for seed, heads in ((0, 6), (1, 2), (2, 2))
+    )
+    mask = jnp.tile(jnp.tril(jnp.ones((5, 5), bool)), (2, 1, 1)) if visible else None
+    repeated = attend(query, jnp.repeat(key, 3, axis=2), jnp.repeat(value, 3, axis=2), mask)
+    assert_close(attend(query, key, value, mask), repeated)
+
+
+def test_flash_attention_is_asked_for_where_it_runs(monkeypatch):
+    """On an NVIDIA GPU of Ampere or newer, in half precision, for even lengths (JAX refuses odd ones' gradient)."""
+
+    def chosen(dtype, steps, head_dim):
+        struct = jax.ShapeDtypeStruct((2, steps, 4, head_dim), dtype)
+        return _implementation(struct, struct)
+
+    assert chosen(jnp.bfloat16, 16, 64) is None
+    gpu = device.Device(platform="gpu", kind="NVIDIA H200", capability=90, cores=132)
+    monkeypatch.setattr(device, "current", lambda: gpu)
+    assert chosen(jnp.bfloat16, 16, 64) == "cudnn"
+    assert chosen(jnp.float16, 16, 128) == "cudnn"
+    refused = ((jnp.float32, 16, 64), (jnp.bfloat16, 17, 64), (jnp.bfloat16, 1, 64), (jnp.bfloat16, 16, 192))
+    for arguments in refused:
+        assert chosen(*arguments) is None
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_policies_give_the_same_gradients(policy, model, tokens):
+    graphdef, state = nnx.split(model)
+    want = gradients(graphdef, state, tokens, 0.1)
+    other = nnx.split(SparseLM(dataclasses.replace(model.config, remat=policy), rngs=nnx.Rngs(0)))[0]
+    assert_close(gradients(other, state, tokens, 0.1), want)
+
+
+def test_scan_equals_a_python_loop(model, forward, tokens):
+    graphdef, layers = nnx.split(model.blocks)
+    x, stats = model.embedding[...][tokens], []
+    for layer in range(model.config.num_layers):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers))
+        x, layer_stats, _ = block(x)
+        stats.append(layer_stats)
+    got_logits, got_stats = forward(*nnx.split(model), tokens)
+    assert_close(got_logits, model.logits(model.final_norm(x)))
+    assert_close(got_stats, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
+    assert got_stats.neuron_hits.shape == (2, 64)
+
+
+def test_cached_decoding_equals_the_full_forward(model, forward, tokens):
+    want, _ = forward(*nnx.split(model), tokens)
+    step = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
+    cache, got = KVCache.empty(model.config, batch=4), []
+    for first, last in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16)):
+        logits, _, cache = step(tokens[:, first:last], cache)
+        got.append(logits)
+    assert_close(jnp.concatenate(got, axis=1), want)
+    np.testing.assert_array_equal(cache.lengths, 16)
+
+
+def test_a_mesh_gives_the_single_device_result(model, tokens):
+    """The batch split over four devices: loss, statistics and gradients."""
+    graphdef, state = nnx.split(model)
+    want = gradients(graphdef, state, tokens, 0.1)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        split = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+        assert_close(gradients(graphdef, state, split, 0.1), want)
+
+
+def test_master_weights_are_f32_and_compute_is_in_the_config_dtype(config):
+    model = SparseLM(dataclasses.replace(config, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    hidden, stats, _ = model.hidden_states(jnp.zeros((1, 3), jnp.int32))
+    assert (hidden.dtype, stats.l1.dtype) == (jnp.bfloat16, jnp.float32)
+    assert model.logits(hidden).dtype == jnp.float32
+
+
+def test_initial_weights():
+    """Normal with the configured deviation, every layer and projection drawn apart, norms 1 and biases 0."""
+    config = ModelConfig(
+        vocab_size=256, d_model=64, d_ff=128, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True
+    )
+    state = nnx.to_pure_dict(nnx.state(SparseLM(config, rngs=nnx.Rngs(3))))
+    drawn = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name or "bias" in name:
+            np.testing.assert_array_equal(leaf, 1.0 if "scale" in name else 0.0)
+        else:
+            assert float(jnp.std(leaf)) == pytest.approx(0.02, rel=0.05), name
+            drawn += [float(row[0, 0]) for row in (leaf if "blocks" in name else leaf[None])]
+    assert len(set(drawn)) == len(drawn) == 1 + 2 * 7
+
+
+def test_rms_norm_keeps_its_statistics_in_f32():
+    """In float16 the mean square of 300 overflows; in f32 it does not."""
+    norm = RMSNorm(4, eps=1e-5, dtype=jnp.float16)
+    got = norm(jnp.full((2, 4), 300.0, jnp.float16))
+    assert got.dtype == jnp.float16
+    np.testing.assert_array_equal(got, 1.0)
+
+
+@pytest.mark.parametrize("which", ["model", "tied_model"])
+def test_num_parameters(which, request):
+    model = request.getfixturevalue(which)
+    assert num_parameters(model.config) == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_flops_per_token_of_the_papers_1p5b():
+    """Per layer 4 D^2 of attention and 3 D F of feed-forward; the tied head once; half the scores."""
+    d, f, layers, vocab, context = 2048, 5632, 28, 49_152, 2048
+    weights = layers * (4 * d * d + 3 * d * f) + vocab * d
+    assert flops_per_token(ModelConfig(), context) == 6 * weights + 6 * layers * d * context
+
+
+def test_shapes_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match=r"at most 16 positions.*got \(1, 17\)"):
+        model(jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match=r"got \(3,\)"):
+        model(jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match=r"at most 4 positions.*got \(1, 5\)"):
+        model(jnp.zeros((1, 5), jnp.int32), cache=KVCache.empty(model.config, 1, capacity=4))
+    with pytest.raises(ValueError, match="between 1 and context_length=16 positions; got 17"):
+        KVCache.empty(model.config, 1, capacity=17)
