@@ -1,9 +1,13 @@
 """A training run as data: every field is an option of ``sparse-lm train``."""
 
 import dataclasses
-from typing import Literal
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from sparse_lm import ModelConfig
+
+Config = TypeVar("Config")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -31,7 +35,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.holdout < 1, f"data.holdout must lie between 0 and 1; got {self.holdout}")
-        _require(bool(self.tokenizer), "data.tokenizer must be byte, bpe or the path of a tokenizer.json; got ''")
+        _require(
+            bool(self.tokenizer), "data.tokenizer must be byte, bpe or the path of a tokenizer.json; got ''"
+        )
         _require(bool(self.text_field), "data.text-field must name a field; got ''")
 
 
@@ -62,7 +68,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         positive = {"learning-rate": self.learning_rate, "eps": self.eps, "clip": self.clip}
         for name, value in positive.items():
-            _require(0 < value < float("inf"), f"optimizer.{name} must be a finite positive number; got {value}")
+            _require(
+                0 < value < float("inf"), f"optimizer.{name} must be a finite positive number; got {value}"
+            )
         for name, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
             _require(0 <= value < 1, f"optimizer.{name} must be at least 0 and under 1; got {value}")
         _require(
@@ -73,8 +81,12 @@ class OptimizerConfig:
             0 <= self.weight_decay < float("inf"),
             f"optimizer.weight-decay must be a finite number of at least 0; got {self.weight_decay}",
         )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup-steps must be at least 0; got {self.warmup_steps}")
-        _require(self.accumulation >= 1, f"optimizer.accumulation must be at least 1; got {self.accumulation}")
+        _require(
+            self.warmup_steps >= 0, f"optimizer.warmup-steps must be at least 0; got {self.warmup_steps}"
+        )
+        _require(
+            self.accumulation >= 1, f"optimizer.accumulation must be at least 1; got {self.accumulation}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +124,12 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"report.every must be at least 1; got {self.every}")
-        _require(self.evaluate_every >= 0, f"report.evaluate-every must be at least 0; got {self.evaluate_every}")
         _require(
-            self.evaluate_batches >= 1, f"report.evaluate-batches must be at least 1; got {self.evaluate_batches}"
+            self.evaluate_every >= 0, f"report.evaluate-every must be at least 0; got {self.evaluate_every}"
+        )
+        _require(
+            self.evaluate_batches >= 1,
+            f"report.evaluate-batches must be at least 1; got {self.evaluate_batches}",
         )
 
 
@@ -174,3 +189,21 @@ class TrainConfig:
             f"batch-size must be a multiple of optimizer.accumulation={self.optimizer.accumulation}; "
             f"got {self.batch_size}",
         )
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of ``dataclasses.asdict`` for a configuration that went through JSON.
+
+    Raises:
+      TypeError: a field is unknown to ``cls``.
+      ValueError: a value is out of range.
+    """
+    types = typing.get_type_hints(cls)
+
+    def field(name: str, value: Any) -> Any:
+        kind = types.get(name)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return from_dict(kind, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: field(name, value) for name, value in values.items()})

@@ -1,0 +1,148 @@
+"""Every way of spreading a step over devices gives the step of one device."""
+
+import dataclasses
+import socket
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from jax.sharding import AxisType
+
+from train.config import ParallelConfig
+from train.errors import UserError
+from train.parallel import AXIS, Layout, check_batch, initialize_processes
+from train.state import TrainState, build_program
+
+TOKENS = np.random.default_rng(0).integers(0, 257, (8, 17)).astype(np.int32)
+LAYOUTS = {
+    "data-parallel": ParallelConfig(),
+    "zero1": ParallelConfig(shard="zero1"),
+    "fsdp": ParallelConfig(shard="fsdp"),
+    "pmap": ParallelConfig(mode="pmap"),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build_program(
+        tiny_runs.tiny_config(tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("none"))
+    )
+
+
+@pytest.fixture(scope="module")
+def steps(program) -> Callable[[Layout], tuple[TrainState, TrainState, list]]:
+    """First state, state after two steps, and the metrics of both, of a layout."""
+
+    def two_steps(layout: Layout):
+        with layout.step_scope():
+            state = layout.compile_init(program)()
+            first = tiny_runs.snapshot(state)
+            train_step = layout.compile_step(program)
+            history = []
+            for rotation in range(2):
+                state, metrics = train_step(state, layout.place(np.roll(TOKENS, rotation, axis=1)))
+                history.append(jax.device_get(metrics))
+        return first, state, history
+
+    return two_steps
+
+
+@pytest.fixture(scope="module")
+def alone(steps):
+    mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return steps(Layout(ParallelConfig(), mesh))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def together(request, steps):
+    """The four simulated devices under one layout: its name and what its steps gave."""
+    assert jax.device_count() == 4
+    return request.param, *steps(Layout.over_all_devices(LAYOUTS[request.param]))
+
+
+def test_first_state_does_not_depend_on_the_layout(together, alone):
+    jax.tree.map(np.testing.assert_array_equal, together[1], alone[0])
+
+
+def test_state_after_two_steps_is_that_of_one_device(together, alone):
+    # Sums over 4 devices in another order: f32 rounding, 2^-23 of weights and moments of at most about 1.
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6),
+        tiny_runs.snapshot(together[2]),
+        tiny_runs.snapshot(alone[1]),
+    )
+
+
+def test_metrics_are_those_of_one_device(together, alone):
+    for found, expected in zip(together[3], alone[2], strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_state_is_split_as_promised(together):
+    name, _, state, _ = together
+
+    def share(tree) -> float:
+        """The largest part of any matrix that one device holds."""
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim >= 2]
+        return max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
+
+    expected = {"data-parallel": (1, 1), "zero1": (1, 0.25), "fsdp": (0.25, 0.25), "pmap": (1, 1)}
+    assert (share(state.params), share(state.opt_state)) == expected[name]
+
+
+def test_batch_that_does_not_divide_is_refused_with_the_numbers(finished):
+    config = dataclasses.replace(finished.config, batch_size=12)
+    with pytest.raises(
+        UserError, match=r"devices × optimizer.accumulation = 4 × 2 = 8; got 12: choose 8 or 16"
+    ):
+        check_batch(config)
+    with pytest.raises(UserError, match=r"got 4: choose 8$"):
+        check_batch(dataclasses.replace(config, batch_size=4))
+    check_batch(dataclasses.replace(config, batch_size=16))
+
+
+def test_half_a_description_of_the_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(
+        UserError, match=r"JAX_NUM_PROCESSES='two', JAX_PROCESS_ID=None: set all three or none"
+    ):
+        initialize_processes()
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_train_the_same_model(finished, corpus, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        tiny_runs.start_process(
+            corpus,
+            tmp_path,
+            mode="plain",
+            environment={
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "step 8/8" in outputs[0]
+    assert "step" not in outputs[1]
+    found, expected = (tiny_runs.read_records(path) for path in (tmp_path, finished.workdir))
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for name in ("ce", "l1", "l0", "grad_norm"):
+        values = [[record[name] for record in records if name in record] for records in (found, expected)]
+        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=name)
+    evaluations = [
+        [r["evaluation"]["ce"] for r in records if "evaluation" in r] for records in (found, expected)
+    ]
+    np.testing.assert_allclose(*evaluations, rtol=2e-5)

@@ -1,0 +1,173 @@
+"""How good and how sparse a model is on text that it was not trained on."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Group
+from rich.table import Table
+
+from pallas_kernels import FFNStats
+from sparse_lm import sparsity
+from train.checkpoint import find_checkpoint, load_for_inference
+from train.data import heldout_batches
+from train.errors import UserError
+from train.state import Params
+from train.step import merge_statistics
+
+Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationReport:
+    """Held-out figures of one checkpoint.
+
+    Attributes:
+      step: optimizer steps behind the model.
+      tokens: target tokens evaluated.
+      ce: mean cross-entropy in nats per token.
+      bits_per_byte: the same text's code length per UTF-8 byte, which does not depend on the tokenizer.
+      d_ff: F, neurons of each layer.
+      l0_per_layer: mean active neurons per token.
+      max_nnz_per_layer: the most active neurons of any token.
+      dead_fraction_per_layer: share of neurons that no evaluated token activated.
+    """
+
+    step: int
+    tokens: int
+    ce: float
+    bits_per_byte: float
+    d_ff: int
+    l0_per_layer: tuple[float, ...]
+    max_nnz_per_layer: tuple[int, ...]
+    dead_fraction_per_layer: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.ce) if self.ce < 700 else math.inf
+
+    @property
+    def l0(self) -> float:
+        """Mean over layers."""
+        return sum(self.l0_per_layer) / len(self.l0_per_layer)
+
+    @property
+    def dead_fraction(self) -> float:
+        """Mean over layers, which all have F neurons."""
+        return sum(self.dead_fraction_per_layer) / len(self.dead_fraction_per_layer)
+
+    def table(self) -> Group:
+        """For people: the figures of the whole model on one line, then a table with a row a layer."""
+        headline = (
+            f"step {self.step}, {self.tokens} held-out tokens: CE {self.ce:.4f}, perplexity "
+            f"{self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte"
+        )
+        table = Table()
+        for name in ("layer", "l0", f"% of {self.d_ff}", "max nnz", "dead"):
+            table.add_column(name, justify="right")
+        layers = zip(self.l0_per_layer, self.max_nnz_per_layer, self.dead_fraction_per_layer, strict=True)
+        for layer, (l0, max_nnz, dead) in enumerate(layers):
+            table.add_row(str(layer), f"{l0:.1f}", f"{l0 / self.d_ff:.1%}", str(max_nnz), f"{dead:.1%}")
+        table.add_section()
+        table.add_row(
+            "all", f"{self.l0:.1f}", f"{self.l0 / self.d_ff:.1%}",
+            str(max(self.max_nnz_per_layer)), f"{self.dead_fraction:.1%}",
+        )  # fmt: skip
+        return Group(headline, table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute and derived figure, ready for JSON."""
+        derived = {"perplexity": self.perplexity, "l0": self.l0, "dead_fraction": self.dead_fraction}
+        return dataclasses.asdict(self) | derived
+
+    def to_json(self) -> str:
+        """For machines: ``to_dict`` as one JSON object."""
+        return json.dumps(self.to_dict())
+
+
+def make_evaluator(graphdef: nnx.GraphDef) -> Evaluator:
+    """Jitted ``(params, tokens (B, S + 1) int32) -> (ce () f32, statistics with a leading layer axis)``."""
+
+    @jax.jit
+    def evaluator(params: Params, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
+        logits, stats = nnx.merge(graphdef, params)(tokens[:, :-1])
+        _, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, 0.0)
+        return terms["ce"], stats
+
+    return evaluator
+
+
+def evaluate(
+    evaluator: Evaluator,
+    params: Params,
+    batches: Sequence[dict[str, Any]],
+    *,
+    step: int,
+    d_ff: int,
+    place: Callable[[np.ndarray], jax.Array] = jax.numpy.asarray,
+) -> EvaluationReport:
+    """Evaluates over batches of equal size.
+
+    Args:
+      evaluator: from ``make_evaluator``.
+      params: of the model.
+      batches: from ``data.heldout_batches``.
+      step: for the report.
+      d_ff: for the report.
+      place: puts this process's rows where the evaluator wants them.
+    """
+    results = []
+    for batch in batches:
+        tokens = place(batch["tokens"])
+        results.append((tokens.shape[0] * (tokens.shape[1] - 1), evaluator(params, tokens)))
+    counts, outputs = zip(*results, strict=True)
+    losses, stats = zip(*jax.device_get(outputs), strict=True)
+    whole = merge_statistics(jax.tree.map(lambda *parts: np.stack(parts), *stats))
+    ce = float(np.mean(np.asarray(losses, np.float64)))
+    tokens, size = sum(counts), sum(int(batch["bytes"]) for batch in batches)
+    return EvaluationReport(
+        step=step,
+        tokens=tokens,
+        ce=ce,
+        bits_per_byte=ce * tokens / size / math.log(2),
+        d_ff=d_ff,
+        l0_per_layer=tuple(map(float, whole.l0)),
+        max_nnz_per_layer=tuple(map(int, whole.max_nnz)),
+        dead_fraction_per_layer=tuple(map(float, np.mean(np.asarray(whole.neuron_hits) == 0, axis=-1))),
+    )
+
+
+def evaluate_checkpoint(
+    directory: str | Path, *, batches: int | None = None, batch_size: int | None = None
+) -> EvaluationReport:
+    """Evaluates a checkpoint on the held-out documents of the corpus that it was trained on.
+
+    Args:
+      directory: a run's workdir or one step's directory.
+      batches: at most so many batches; by default as in training.
+      batch_size: sequences of a batch; by default a micro-batch of training.
+
+    Raises:
+      UserError: no such checkpoint, the corpus is gone, or a number under 1.
+    """
+    for name, value in (("batches", batches), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}")
+    model, tokenizer, config, step = load_for_inference(find_checkpoint(directory))
+    graphdef, variables = nnx.split(model)
+    heldout = heldout_batches(
+        config.data,
+        tokenizer,
+        context_length=config.model.context_length,
+        batch_size=batch_size or config.batch_size // config.optimizer.accumulation,
+        limit=batches or config.report.evaluate_batches,
+    )
+    return evaluate(
+        make_evaluator(graphdef), nnx.to_pure_dict(variables), heldout, step=step, d_ff=config.model.d_ff
+    )

@@ -1,0 +1,138 @@
+"""A dataclass from a command line: tyro parses and writes the help, mistakes become one sentence each."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import tyro
+
+from train.errors import UserError
+
+PROGRAM = "sparse-lm"
+_TYRO_PHRASES = (
+    (r"^Error parsing (--\S+): ", r"\1 "),
+    (r"^Error parsing \S+: ", ""),  # our own validation, which names its field
+    (
+        r"^invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.$",
+        r"\2 must be one of \3; got \1",
+    ),
+    (r"^Missing value for argument '(\S+)'\..*", r"\1 needs a value; got none"),
+    (r"^Missing from \S+ (\w+): (--\S+) .*", r"\1 needs \2; got none"),
+)
+
+Options = TypeVar("Options")
+
+
+class UsageError(UserError):
+    """The command line itself is wrong."""
+
+
+def parse_options(
+    kind: type[Options], argv: list[str], command: str, default: Any = tyro.MISSING_NONPROP
+) -> Options:
+    """The ``kind`` that ``argv`` describes; ``--help`` prints and exits.
+
+    Args:
+      kind: a dataclass, whose docstring and attributes are the help.
+      argv: what follows the command.
+      command: its name.
+      default: a ``kind`` for all that ``argv`` does not say; by default the fields' own defaults.
+
+    Raises:
+      UsageError: an option that there is not, or a value of a wrong type or out of its range.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options, unknown = tyro.cli(
+                kind,
+                prog=f"{PROGRAM} {command}",
+                args=argv,
+                default=default,
+                return_unknown_args=True,
+                registry=_numbers(),
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise UsageError(_plain(complaint.getvalue())) from None
+    if unknown:
+        raise UsageError(_unknown(unknown[0], list(_option_names(options)), command))
+    return options
+
+
+def _numbers() -> tyro.constructors.ConstructorRegistry:
+    """Teaches tyro to say what a number must be, in place of what Python's ``int`` and ``float`` say."""
+    registry = tyro.constructors.ConstructorRegistry()
+    kinds: dict[Any, type] = {int: int, float: float, int | None: int}
+
+    @registry.primitive_rule
+    def number(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        kind = kinds.get(info.type)
+        if kind is None:
+            return None
+        optional = kind is not info.type
+        wanted = ("a whole number" if kind is int else "a number") + (" or None" if optional else "")
+
+        def convert(values: list[str]) -> Any:
+            if optional and values[0] == "None":
+                return None
+            try:
+                return kind(values[0])
+            except ValueError:
+                raise ValueError(f"must be {wanted}; got {values[0]!r}") from None
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=convert,
+            is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _plain(box: str) -> str:
+    """The sentence in the box that tyro draws, what stands between its first two rules, in our words."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │╭╮╰╯") for line in box.splitlines()]
+    rules = [at for at, line in enumerate(lines) if line.endswith(("─", "---"))]
+    first, second, *_ = [*rules, -1, len(lines)]
+    text = " ".join(line for line in lines[first + 1 : second] if line)
+    for pattern, ours in _TYRO_PHRASES:
+        text = re.sub(pattern, ours, text)
+    return text
+
+
+def _unknown(token: str, names: list[str], command: str) -> str:
+    if not token.startswith("-"):
+        return f"unexpected argument {token!r}: {PROGRAM} {command} takes options only, see its --help"
+    name = token.partition("=")[0].replace("_", "-")
+    leaf = name.lstrip("-").rpartition(".")[2]
+    same_leaf = [known for known in names if re.split(r"\.|--", known)[-1] == leaf]
+    hint = f"; did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, names)
+    return f"unknown option {name}{hint or f': see {PROGRAM} {command} --help'}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a sentence that names what of ``known`` comes nearest, or nothing."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _option_names(options: Any, prefix: str = "--") -> Iterator[str]:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _option_names(value, "--" if name == "--run" else f"{name}.")
+        else:
+            yield name

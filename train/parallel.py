@@ -1,0 +1,138 @@
+"""Where state and batches live: one device, a mesh of them, ``pmap``, or several processes."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from train.config import ParallelConfig, TrainConfig
+from train.errors import UserError
+from train.state import Program, TrainState
+from train.step import TrainStep, make_train_step
+
+AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
+
+
+def initialize_processes() -> None:
+    """Joins the other processes of the run, where the environment says that there are any.
+
+    Slurm and Open MPI are recognised by JAX; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
+
+    Raises:
+      UserError: the three variables are not all set, or are not numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if os.environ.get(name)]
+    tasks = {os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")}
+    if given:
+        address, count, index = (os.environ.get(name, "") for name in names)
+        if not (address and count.isdecimal() and index.isdecimal()):
+            raise UserError(
+                f"a run of several processes needs {', '.join(names)} (an address, two numbers); "
+                f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: set all three or none"
+            )
+        jax.distributed.initialize(address, int(count), int(index))
+    elif tasks != {"1"}:
+        jax.distributed.initialize()
+
+
+def check_batch(config: TrainConfig) -> None:
+    """Raises UserError unless the batch divides over devices and accumulation steps."""
+    devices, accumulation = jax.device_count(), config.optimizer.accumulation
+    unit = devices * accumulation
+    if config.batch_size % unit:
+        below = config.batch_size // unit * unit
+        choices = f"{below} or {below + unit}" if below else f"{unit}"
+        raise UserError(
+            f"batch-size must be a multiple of devices × optimizer.accumulation = {devices} × {accumulation} "
+            f"= {unit}; got {config.batch_size}: choose {choices}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Placement of a run over all devices of all processes.
+
+    Attributes:
+      config: what is split.
+      mesh: every device, along ``AXIS``.
+    """
+
+    config: ParallelConfig
+    mesh: Mesh
+
+    @classmethod
+    def over_all_devices(cls, config: ParallelConfig) -> "Layout":
+        return cls(config, jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(AXIS))
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """The ambient mesh that tells the model's feed-forward layers to run under ``shard_map``."""
+        return jax.set_mesh(self.mesh)
+
+    def step_scope(self) -> contextlib.AbstractContextManager[Any]:
+        """What surrounds the steps: the mesh, except under ``pmap``, which makes its own."""
+        return self.scope() if self.config.mode == "jit" else contextlib.nullcontext()
+
+    def state_shardings(self, abstract: TrainState) -> TrainState:
+        """A sharding for each leaf of ``abstract``: ZeRO-1 splits the optimizer's, FSDP the parameters' too."""
+
+        def spread(tree: Any, split: bool) -> Any:
+            return jax.tree.map(lambda leaf: self._split(leaf.shape) if split else self.replicated, tree)
+
+        return dataclasses.replace(
+            spread(abstract, False),
+            params=spread(abstract.params, self.config.shard == "fsdp"),
+            opt_state=spread(abstract.opt_state, self.config.shard in ("zero1", "fsdp")),
+        )
+
+    def _split(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Splits the largest dimension that the devices divide; replicates a leaf that has none."""
+        candidates = [axis for axis, size in enumerate(shape) if size % self.mesh.size == 0]
+        if not candidates:
+            return self.replicated
+        largest = max(candidates, key=lambda axis: shape[axis])
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * largest, AXIS))
+
+    def compile_init(self, program: Program) -> Callable[[], TrainState]:
+        """``program.init``, each leaf made where it will live."""
+        return jax.jit(program.init, out_shardings=self.state_shardings(program.abstract_state()))
+
+    def compile_step(self, program: Program) -> TrainStep:
+        """The step over all devices. It takes the state's buffers (donated) and what ``place`` returned."""
+        if self.config.mode == "pmap":
+            return jax.pmap(
+                make_train_step(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
+            )
+        shardings = self.state_shardings(program.abstract_state())
+        return jax.jit(
+            make_train_step(program),
+            in_shardings=(shardings, self.batch),
+            out_shardings=(shardings, self.replicated),
+            donate_argnums=0,
+        )
+
+    def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:
+        """This process's rows (local B, S + 1) as the step wants them: a global array, or one block a device."""
+        if self.config.mode == "pmap":
+            return tokens.reshape(jax.local_device_count(), -1, tokens.shape[-1])
+        return self.place_global(tokens)
+
+    def place_global(self, tokens: np.ndarray) -> jax.Array:
+        """This process's rows (local B, S + 1) as its part of one global (B, S + 1) array."""
+        return jax.make_array_from_process_local_data(self.batch, tokens)

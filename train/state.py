@@ -1,0 +1,115 @@
+"""Everything that a step changes, as one pytree, and the optimizer that changes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparse_lm import SparseLM
+from sparse_lm.sparsity import NeuronActivity
+from train.config import OptimizerConfig, TrainConfig
+
+Params = Any  # nested dict of arrays, the model's NNX state without its wrappers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint must hold so that a resumed run is the run that was never stopped.
+
+    Attributes:
+      params: nested dict of f32 arrays, the master weights.
+      opt_state: optax's state for ``params``.
+      rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use).
+      step: () int32, optimizer steps done.
+      activity: for how many steps each neuron of each layer has been silent.
+    """
+
+    params: Params
+    opt_state: Any
+    rng: jax.Array
+    step: jax.Array
+    activity: NeuronActivity
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static half of a run: what is traced into the step and never changes.
+
+    Attributes:
+      config: the run.
+      graphdef: the model's structure, split from its parameters once.
+      optimizer: AdamW with clipping.
+      schedule: step -> learning rate.
+      init: () -> TrainState, pure; jit it with the shardings wanted.
+    """
+
+    config: TrainConfig
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    init: Callable[[], TrainState]
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, at no memory."""
+        return jax.eval_shape(self.init)
+
+
+def build_program(config: TrainConfig) -> Program:
+    """Splits the model once and ties it to its optimizer; allocates no parameter."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SparseLM(config.model, rngs=nnx.Rngs(0))))
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    optimizer = build_optimizer(config.optimizer, schedule)
+
+    def init() -> TrainState:
+        init_key, step_key = jax.random.split(jax.random.key(config.seed))
+        _, variables = nnx.split(SparseLM(config.model, rngs=nnx.Rngs(init_key)))
+        params = nnx.to_pure_dict(variables)
+        return TrainState(
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=jax.random.key_data(step_key),
+            step=jnp.zeros((), jnp.int32),
+            activity=NeuronActivity.start(config.model.num_layers, config.model.d_ff),
+        )
+
+    return Program(config, graphdef, optimizer, schedule, init)
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine that reaches ``final_fraction`` of the peak at ``steps``."""
+    cosine = optax.cosine_decay_schedule(
+        config.learning_rate, max(1, steps - config.warmup_steps), alpha=config.final_fraction
+    )
+    if not config.warmup_steps:
+        return cosine
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+
+
+def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW whose decay touches matrices only (paper's recipe)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule, config.beta1, config.beta2, config.eps,
+            weight_decay=config.weight_decay, mask=weight_decay_mask,
+        ),
+    )  # fmt: skip
+
+
+def weight_decay_mask(params: Params) -> Any:
+    """True where the parameter is a matrix: not a norm's scale, not a bias.
+
+    Names decide and not ranks, because layers under ``scan`` stack a vector into a matrix.
+    """
+
+    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator=".")
+        return leaf.ndim >= 2 and "norm" not in names and "bias" not in names
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,0 +1,110 @@
+"""One optimizer step as a pure function of state and tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pallas_kernels import FFNStats
+from sparse_lm import sparsity
+from train.state import Params, Program, TrainState
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep:
+    """The step ``(state, tokens (B, S + 1) int32) -> (state, metrics)``, ready for ``jit`` or ``pmap``.
+
+    The loss is ``CE + λ(step) · mean over layers of l1`` (paper section 4). B is the batch that this call
+    sees; with ``axis_name`` the gradients and statistics are reduced over that mapped axis.
+
+    Metrics are f32 scalars ``loss, ce, l1, l0, grad_norm, lr, l1_coefficient``, int32 scalars
+    ``live_neurons, max_nnz, overflow_rows``, and ``l0_per_layer`` (L,) f32.
+    """
+    config = program.config
+
+    def loss_and_statistics(
+        params: Params, tokens: jax.Array, coefficient: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        logits, stats = nnx.merge(program.graphdef, params)(tokens[:, :-1])
+        loss, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, coefficient)
+        return loss, ({"loss": loss, **terms}, stats)
+
+    def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        coefficient = sparsity.l1_coefficient(state.step, config.model.sparsity)
+        grads, (terms, stats) = accumulated_gradient(
+            lambda params, micro: jax.grad(loss_and_statistics, has_aux=True)(params, micro, coefficient),
+            state.params,
+            tokens,
+            config.optimizer.accumulation,
+        )
+        if axis_name is not None:
+            grads, terms = jax.lax.pmean((grads, terms), axis_name)
+            stats = stats.all_reduce(axis_name)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            rng=state.rng,
+            step=state.step + 1,
+            activity=state.activity.update(stats.neuron_hits),
+        )
+        metrics = {
+            **terms,
+            "l0_per_layer": stats.l0,
+            "live_neurons": jnp.sum(new_state.activity.live_neurons()),
+            "max_nnz": jnp.max(stats.max_nnz),
+            "overflow_rows": jnp.sum(stats.overflow_rows),
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(program.schedule(state.step), jnp.float32),
+            "l1_coefficient": coefficient,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def accumulated_gradient(
+    gradient: Callable[[Params, jax.Array], tuple[Params, Any]],
+    params: Params,
+    tokens: jax.Array,
+    accumulation: int,
+) -> tuple[Params, tuple[Metrics, FFNStats]]:
+    """Gradient and statistics of the whole batch from ``accumulation`` equal micro-batches, one in memory at a time.
+
+    Args:
+      gradient: (params, tokens (B / accumulation, S + 1)) -> (gradient of the mean loss, (terms, stats)).
+      params: what to differentiate.
+      tokens: (B, S + 1) int32.
+      accumulation: how many micro-batches; divides B.
+
+    Returns:
+      What ``gradient(params, tokens)`` returns, up to the order of f32 sums.
+    """
+    if accumulation == 1:
+        return gradient(params, tokens)
+    # Micro-batch a takes rows a, a + A, a + 2A, ...: each device then cuts its own rows and none moves.
+    micro_batches = tokens.reshape(-1, accumulation, tokens.shape[-1]).swapaxes(0, 1)
+
+    def add(total: Params, micro: jax.Array) -> tuple[Params, Any]:
+        grads, aux = gradient(params, micro)
+        return jax.tree.map(jnp.add, total, grads), aux
+
+    total, (terms, stats) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro_batches)
+    grads = jax.tree.map(lambda g: g / accumulation, total)
+    return grads, (jax.tree.map(lambda term: term.mean(0), terms), merge_statistics(stats))
+
+
+def merge_statistics(stats: FFNStats) -> FFNStats:
+    """Statistics of a whole from those of equal parts, stacked on axis 0."""
+    return FFNStats(
+        l1=stats.l1.mean(0),
+        l0=stats.l0.mean(0),
+        neuron_hits=stats.neuron_hits.sum(0),
+        max_nnz=stats.max_nnz.max(0),
+        overflow_rows=stats.overflow_rows.sum(0),
+    )
