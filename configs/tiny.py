@@ -1,11 +1,15 @@
-"""A small model of the shipped speeches that two CPU cores train in minutes."""
+"""A small model of the shipped speeches that two CPU cores train in minutes.
+
+So few steps need a stronger λ than the paper's 2e-5 to reach the same end: a few percent of active neurons at no
+cost in held-out CE.
+"""
 
 from sparse_lm import ModelConfig, SparsityConfig
 from train.config import CheckpointConfig, DataConfig, OptimizerConfig, ReportConfig, TrainConfig
 
 config = TrainConfig(
-    steps=700,
-    batch_size=16,
+    steps=1400,
+    batch_size=8,
     workdir="runs/tiny",
     model=ModelConfig(
         vocab_size=2048,
@@ -17,10 +21,10 @@ config = TrainConfig(
         context_length=128,
         rope_theta=10_000.0,
         dtype="float32",
-        sparsity=SparsityConfig(l1=1e-3),
+        sparsity=SparsityConfig(l1=2e-3),
     ),
     data=DataConfig(tokenizer="bpe"),
-    optimizer=OptimizerConfig(learning_rate=3e-3, final_fraction=0.05, warmup_steps=50),
-    checkpoint=CheckpointConfig(every=200, keep=2),
-    report=ReportConfig(every=10, evaluate_every=200, evaluate_batches=32),
+    optimizer=OptimizerConfig(learning_rate=2.5e-3, final_fraction=0.05, warmup_steps=100),
+    checkpoint=CheckpointConfig(every=350, keep=2),
+    report=ReportConfig(every=20, evaluate_every=350, evaluate_batches=40),
 )

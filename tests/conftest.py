@@ -1,7 +1,17 @@
-"""Four simulated CPU devices for every test, set before JAX starts."""
+"""For every test: four simulated CPU devices and strict ranks, set before JAX starts; GPU tests where there is one."""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 )
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several pytest workers may share a GPU
+
+import jax
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
