@@ -6,9 +6,7 @@ import jax.numpy as jnp
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-def check_ffn_arguments(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
-) -> None:
+def check_ffn_arguments(x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array) -> None:
     """Checks x (..., D) and the neuron-major weights (F, D) of one feed-forward call.
 
     Raises:

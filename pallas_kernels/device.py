@@ -51,11 +51,9 @@ def current() -> Device:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if isinstance(abstract, AbstractDevice):
         return _describe(abstract.platform, abstract.device_kind, None, abstract.num_cores)
-    chosen = jax.config.jax_default_device
-    if isinstance(chosen, str):
-        device = jax.devices(chosen)[0]
-    else:
-        device = chosen if chosen is not None else jax.devices()[0]
+    chosen = getattr(jax.config, "jax_default_device", None)
+    device = jax.devices(chosen if isinstance(chosen, str) else None)[0]
+    device = chosen if isinstance(chosen, jax.Device) else device
     capability = getattr(device, "compute_capability", None)
     return _describe(device.platform, device.device_kind, capability, getattr(device, "core_count", None))
 

@@ -2,13 +2,37 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels import device as device_lib
 from pallas_kernels.device import Device
 from pallas_kernels.formats import MAX_INDEX
 from pallas_kernels.options import FFNOptions
 
-_BACKENDS = {"dense": ("xla",), "twell": ("triton", "interpret")}
-_MIN_CAPABILITY = 80
+_BACKENDS = {
+    "dense": ("xla",),
+    "twell": ("mosaic_gpu", "triton", "interpret"),
+}  # the first that can is "auto"
+_MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
+_TRITON_CAPABILITY = 80
+_MOSAIC_CAPABILITY = 90
+
+
+class Call(NamedTuple):
+    """What of a call's arguments decides which paths can run it."""
+
+    tokens: int
+    d_model: int
+    d_ff: int
+    dtype: jnp.dtype
+    tile: int
+
+    @classmethod
+    def of(cls, x: jax.Array, w_up: jax.Array, options: FFNOptions) -> "Call":
+        """The call of x (M, D) and a weight (F, D)."""
+        tokens, d_model = x.shape
+        return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype), options.tile)
 
 
 class Choice(NamedTuple):
@@ -18,39 +42,56 @@ class Choice(NamedTuple):
     backend: str
 
 
-def unsupported_reason(format: str, backend: str, *, d_ff: int, device: Device) -> str | None:
-    """Why ``format`` cannot run on ``backend`` for F = ``d_ff`` on ``device``, in one sentence; None if it can."""
+def unsupported_reason(format: str, backend: str, call: Call, device: Device) -> str | None:
+    """Why ``format`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence; None if it can."""
     if format not in _BACKENDS:
-        known = " or ".join(map(repr, _BACKENDS))
-        return f"format={format!r} has no kernels in this version; choose {known}"
+        return f"format={format!r} has no kernels in this version; choose {_or(_BACKENDS)}"
     if backend not in _BACKENDS[format]:
-        known = " or ".join(map(repr, _BACKENDS[format]))
-        return f"format={format!r} runs on backend {known}; got backend={backend!r}"
-    if format == "twell" and d_ff > MAX_INDEX:
-        return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={d_ff}"
-    if backend == "triton" and not (device.is_nvidia and device.capability >= _MIN_CAPABILITY):
+        return f"format={format!r} runs on backend {_or(_BACKENDS[format])}; got backend={backend!r}"
+    if format == "twell" and call.d_ff > MAX_INDEX:
+        return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={call.d_ff}"
+    if format == "twell" and call.tile > _MAX_TILE:
+        return f"format='twell' packs tiles of at most {_MAX_TILE} columns; got tile={call.tile}"
+    if backend == "triton" and not (device.is_nvidia and device.capability >= _TRITON_CAPABILITY):
         return (
             "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
             f"got {device.kind} ({device.platform}): use format='dense', or backend='interpret' to test"
         )
+    if backend == "mosaic_gpu":
+        if not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
+            return (
+                "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
+                f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
+            )
+        from pallas_kernels.twell import (
+            pallas_mosaic_gpu,
+        )  # imported where it runs: it takes a third of a second
+
+        return pallas_mosaic_gpu.unsupported_reason(*call)
     return None
 
 
-def choose(options: FFNOptions, *, d_ff: int) -> Choice:
-    """The path for a call with F = ``d_ff``.
+def choose(options: FFNOptions, call: Call) -> Choice:
+    """The path of a call under its options.
 
     ``format="auto"`` is the dense path: it needs no knowledge of how sparse the activations are, and it is the
-    only one that is never slower than dense. A format asked for by name runs, or raises the reason.
+    only one that is never slower than dense. A format asked for by name runs, on the first backend that can, or
+    raises the reason; so does a backend.
 
     Raises:
       ValueError: the format or the backend asked for cannot run this call here.
     """
     device = device_lib.current()
     format = "dense" if options.format == "auto" else options.format
-    backend = options.backend
-    if backend == "auto":
-        backend = _BACKENDS.get(format, ("auto",))[0]
-    reason = unsupported_reason(format, backend, d_ff=d_ff, device=device)
-    if reason is not None:
-        raise ValueError(reason)
-    return Choice(format, backend)
+    candidates: tuple[str, ...] = (options.backend,)
+    if options.backend == "auto":
+        candidates = tuple(b for b in _BACKENDS.get(format, ("auto",)) if b != "interpret")
+    reasons = [unsupported_reason(format, backend, call, device) for backend in candidates]
+    for backend, reason in zip(candidates, reasons, strict=True):
+        if reason is None:
+            return Choice(format, backend)
+    raise ValueError(reasons[-1])
+
+
+def _or(names) -> str:
+    return " or ".join(map(repr, names))

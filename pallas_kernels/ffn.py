@@ -47,10 +47,10 @@ def _layer(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, options: FFNOptions
 ) -> tuple[jax.Array, FFNStats]:
     check_ffn_arguments(x, w_gate, w_up, w_down)
-    choice = dispatch.choose(options, d_ff=w_up.shape[0])
     tokens = x.reshape(-1, x.shape[-1])
+    choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up, options))
     if choice.format == "dense":
         y, stats = reference.ffn(tokens, w_gate, w_up, w_down)
     else:
-        y, stats = twell.ffn(tokens, w_gate, w_up, w_down, options, choice.backend == "interpret")
+        y, stats = twell.ffn(tokens, w_gate, w_up, w_down, options, choice.backend)
     return y.reshape(x.shape), stats

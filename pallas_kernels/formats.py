@@ -18,9 +18,7 @@ MAX_INDEX = 1 << 16
 """Neurons that a 16-bit index can name."""
 
 
-
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+_STATIC = {"static": True}  # part of the pytree's structure, not a leaf
 
 
 def _bytes(*arrays: jax.Array | None) -> int:
@@ -73,10 +71,10 @@ class TwELL:
 
     words: jax.Array
     values: jax.Array | None
-    d_ff: int = _static()
-    tile: int = _static()
-    slots: int = _static()
-    dtype: jnp.dtype = _static()
+    d_ff: int = dataclasses.field(metadata=_STATIC)
+    tile: int = dataclasses.field(metadata=_STATIC)
+    slots: int = dataclasses.field(metadata=_STATIC)
+    dtype: jnp.dtype = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_dense(cls, gate: jax.Array, *, tile: int = 256, compression: int = 8) -> "TwELL":
@@ -129,7 +127,7 @@ class TwELL:
         tokens, n_tiles = self.words.shape[0], self.n_tiles
         words = self.words.reshape(tokens, n_tiles, self.slots)
         stored = words[..., 1:]
-        used = jnp.arange(self.slots - 1, dtype=jnp.uint32) < words[..., :1]
+        used = jnp.arange(self.slots - 1, dtype=jnp.uint32)[None, None] < words[..., :1]
         if self.values is None:
             kept = lax.bitcast_convert_type((stored >> 16).astype(jnp.uint16), self.dtype)
         else:
@@ -159,14 +157,16 @@ class HybridELL:
     nnz: jax.Array
     backup: jax.Array
     backup_ids: jax.Array
-    d_ff: int = _static()
+    d_ff: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_dense(cls, gate: jax.Array, *, width: int = 128, backup_rows: int) -> "HybridELL":
         """Packs a dense gate (M, F) into rows of ``width`` and at most ``backup_rows`` dense rows."""
         _check_gate(gate, None)
         if width < 1 or backup_rows < 0:
-            raise ValueError(f"width must be at least 1 and backup_rows at least 0; got {width}, {backup_rows}")
+            raise ValueError(
+                f"width must be at least 1 and backup_rows at least 0; got {width}, {backup_rows}"
+            )
         tokens, d_ff = gate.shape
         columns, nnz = _slots_of_active(active(gate), width)
         fits = (nnz <= width)[:, None]
@@ -204,7 +204,7 @@ class HybridELL:
     def to_dense(self) -> jax.Array:
         """(M, F); exact if ``lost_count`` is 0, with zero rows for the lost ones otherwise."""
         tokens, width = self.values.shape
-        used = (jnp.arange(width) < self.nnz[:, None]) & (self.nnz <= width)[:, None]
+        used = (jnp.arange(width)[None] < self.nnz[:, None]) & (self.nnz <= width)[:, None]
         columns = jnp.where(used, self.indices.astype(jnp.int32), self.d_ff)
         dense = jnp.zeros((tokens, self.d_ff), self.values.dtype)
         dense = dense.at[jnp.arange(tokens)[:, None], columns].set(self.values, mode="drop")
@@ -229,8 +229,8 @@ class PanelELL:
     values: jax.Array
     neurons: jax.Array
     counts: jax.Array
-    tokens: int = _static()
-    d_ff: int = _static()
+    tokens: int = dataclasses.field(metadata=_STATIC)
+    d_ff: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_dense(cls, gate: jax.Array, *, panel: int = 128, capacity: int | None = None) -> "PanelELL":
@@ -265,7 +265,7 @@ class PanelELL:
     def to_dense(self) -> jax.Array:
         """(M, F); exact for every panel that does not overflow, the stored part of one that does."""
         n_panels, panel, capacity = self.values.shape
-        used = jnp.arange(capacity) < self.counts[:, None]
+        used = jnp.arange(capacity)[None] < self.counts[:, None]
         columns = jnp.where(used, self.neurons, self.d_ff)[:, None]
         dense = jnp.zeros((n_panels, panel, self.d_ff), self.values.dtype)
         panels, rows = jnp.arange(n_panels)[:, None, None], jnp.arange(panel)[None, :, None]

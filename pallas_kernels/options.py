@@ -22,8 +22,8 @@ class FFNOptions:
       tile: T, columns in a TwELL tile (paper section 3.1: 256).
       compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
         more than S - 1 non-zeros sends its row to the dense backup.
-      backup_rows: B, rows of the dense backup for rows that overflow. More than B such rows send the whole
-        call down the dense path. ``None`` picks a bound from the number of tokens.
+      backup_rows: B, how many overflowing rows the dense backup computes at a time; it takes as many rounds as
+        there are rows. ``None`` picks a bound from the number of tokens.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
@@ -47,8 +47,8 @@ class FFNOptions:
                 f"FFNOptions.compression must divide tile={self.tile} and leave at least 2 slots a tile; "
                 f"got {self.compression}"
             )
-        if self.backup_rows is not None and self.backup_rows < 0:
-            raise ValueError(f"FFNOptions.backup_rows must be at least 0; got {self.backup_rows}")
+        if self.backup_rows is not None and self.backup_rows < 1:
+            raise ValueError(f"FFNOptions.backup_rows must be at least 1; got {self.backup_rows}")
 
     @property
     def slots(self) -> int:

@@ -1,11 +1,10 @@
-"""For every test: four simulated CPU devices and strict ranks, set before JAX starts; GPU tests where there is one."""
+"""For every test: four simulated CPU devices, set before JAX starts; GPU tests where there is one."""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 )
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several pytest workers may share a GPU
 
 import jax

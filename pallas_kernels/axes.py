@@ -1,0 +1,26 @@
+"""What ``shard_map`` asks of a kernel under its check of varying axes: to say over which mesh axes outputs vary."""
+
+import jax
+from jax import lax
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, each varying over every manual mesh axis that one of them varies over.
+
+    A kernel reads local arrays: a weight that every device holds is, to it, one more local array.
+    """
+    axes = frozenset[str]().union(*map(_varying, arrays))
+    return [_cast(array, axes - _varying(array)) for array in arrays]
+
+
+def output(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+    """An output of a kernel that varies over the axes that its input ``like`` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _cast(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array

@@ -1,0 +1,224 @@
+"""Tile sizes of the TwELL kernels: their laws, what to choose where nothing was tuned, and what to try.
+
+Shared memory and registers bound a tile. The gate GEMM keeps ``num_stages`` slices of both operands in shared
+memory and its whole f32 accumulator in registers; up/down keeps a token's x and y and ``entries`` weight rows in
+registers.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
+
+import jax
+
+from pallas_kernels import device as device_lib
+from pallas_kernels import tuning
+from pallas_kernels.device import Device
+from pallas_kernels.options import FFNOptions
+
+_WARP = 32
+_REGISTERS = 65536
+_REGISTERS_OF_THREAD = 255
+_REGISTERS_BESIDE_TILE = 55
+_SHARED_MEMORY_ROOM = 8 * 1024
+_UNKNOWN_CORES = 108
+
+
+@dataclasses.dataclass(frozen=True)
+class GatePackConfig:
+    """How `gate_pack` cuts its GEMM; the columns of a tile are ``FFNOptions.tile``.
+
+    Attributes:
+      tile_m: tokens of a program.
+      tile_k: slice of D of one pipeline stage.
+      num_warps: warps of a program.
+      num_stages: slices that are in flight.
+      group_m: row blocks that walk the columns together, to share operands in L2.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    tile_m: int = 128
+    tile_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+
+    def __post_init__(self) -> None:
+        _check_powers_of_2(self, tile_m=(16, 128), tile_k=(16, 256), num_warps=(1, 16))
+        for name in ("num_stages", "group_m"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GatePackConfig.{name} must be at least 1; got {getattr(self, name)}")
+
+    def shared_memory(self, tile: int, itemsize: int) -> int:
+        """Bytes of the pipeline's slices."""
+        return (self.tile_m + tile) * self.tile_k * itemsize * self.num_stages
+
+    def accumulators(self, tile: int) -> int:
+        """f32 accumulators of a thread."""
+        return self.tile_m * tile // (self.num_warps * _WARP)
+
+    def misfit(self, tile: int, itemsize: int, device: Device) -> str | None:
+        """Why tiles of ``tile`` columns of ``itemsize``-byte values cannot run on a device; None if they can."""
+        needed, room = self.shared_memory(tile, itemsize), device.shared_memory - _SHARED_MEMORY_ROOM
+        if needed > room:
+            return (
+                f"(tile_m + tile) * tile_k * {itemsize} bytes * num_stages must fit {room} bytes of shared memory "
+                f"on {device.kind}; got {needed} with tile={tile} and {self}"
+            )
+        registers = min(_REGISTERS // (self.num_warps * _WARP), _REGISTERS_OF_THREAD) - _REGISTERS_BESIDE_TILE
+        if self.accumulators(tile) > registers:
+            return (
+                f"tile_m * tile / (32 * num_warps) accumulators must fit {registers} registers of a thread; "
+                f"got {self.accumulators(tile)} with tile={tile} and {self}"
+            )
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class UpDownConfig:
+    """How `up_down` and `down` walk a token's non-zeros.
+
+    Attributes:
+      entries: non-zeros, and so rows of each weight, that are in flight together.
+      num_warps: warps of a program, which is one token.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    entries: int = 4
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        _check_powers_of_2(self, entries=(1, 32), num_warps=(1, 32))
+
+    def registers(self, d_model: int, itemsize: int) -> int:
+        """Registers of a thread for x, y and the weight rows in flight."""
+        columns = -(-_power_of_2_above(d_model) // (self.num_warps * _WARP))
+        return columns * (2 + 2 * self.entries * itemsize // 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwELLConfig:
+    """Configs of the two kernels of a call."""
+
+    gate_pack: GatePackConfig
+    up_down: UpDownConfig
+
+
+Config = TypeVar("Config", GatePackConfig, UpDownConfig)
+
+
+def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> TwELLConfig:
+    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes, else a heuristic.
+
+    Raises:
+      ValueError: no tile of ``options.tile`` columns fits the device.
+    """
+    device = device_lib.current() if device is None else device
+    ops = buckets(x, w, options).items()
+    gate_pack, up_down = (tuning.lookup(device.table_name, op, key) for op, key in ops)
+    return TwELLConfig(
+        GatePackConfig(**gate_pack) if gate_pack else _gate_pack_heuristic(x, w, options.tile, device),
+        UpDownConfig(**up_down) if up_down else _up_down_heuristic(x),
+    )
+
+
+def buckets(x: jax.Array, w: jax.Array, options: FFNOptions) -> dict[str, str]:
+    """Each op's name in the tuning tables and its bucket there, gate_pack first."""
+    sizes = {"tokens": x.shape[0], "d_model": x.shape[1], "d_ff": w.shape[0], "itemsize": x.dtype.itemsize}
+    return {
+        "twell_gate_pack": tuning.bucket(**sizes, tile=options.tile),
+        "twell_up_down": tuning.bucket(**sizes),
+    }
+
+
+def backup_rows(tokens: int) -> int:
+    """Rows of a round of the dense backup: enough to fill a GPU, in less memory than the packed words take at C = 8."""
+    return max(128, min(tokens // 16, 8192))
+
+
+def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) -> GatePackConfig:
+    """The largest tile that the device holds, made shorter where the call has too few tiles for its cores."""
+    tokens, d_model = x.shape
+    itemsize = x.dtype.itemsize
+    wide = itemsize == 4  # multiplied without tensor cores: a thread also keeps its operands in registers
+    cores = device.cores or _UNKNOWN_CORES
+    tile_m = min(32 if wide else 128, max(16, _power_of_2_above(tokens)))
+    while tile_m > 16 and -(-tokens // tile_m) * -(-w.shape[0] // tile) < cores:
+        tile_m //= 2
+    tile_k = min(16 if wide else 64, max(16, _power_of_2_above(d_model)))
+    depths = ((k, stages) for k in (64, 32, 16) if k <= tile_k for stages in (3, 2))
+    heights = [height for height in (128, 64, 32, 16) if height <= tile_m]
+    candidates = (
+        GatePackConfig(height, k, 8 if wide else max(4, height // 16), stages, 8 if tile >= 256 else 16)
+        for height, (k, stages) in itertools.product(heights, depths)
+    )
+    reason: str | None = None
+    for config in candidates:
+        reason = config.misfit(tile, itemsize, device)
+        if reason is None:
+            return config
+    raise ValueError(f"FFNOptions.tile={tile} is too wide for {device.kind}, choose a smaller one: {reason}")
+
+
+def _up_down_heuristic(x: jax.Array) -> UpDownConfig:
+    """Two rows of each weight in flight and few enough columns a thread that x, y and those rows stay in registers."""
+    columns_of_thread = 32 if x.dtype.itemsize == 2 else 16
+    num_warps = min(max(_power_of_2_above(x.shape[1]) // (columns_of_thread * _WARP), 1), 32)
+    return UpDownConfig(entries=2, num_warps=num_warps)
+
+
+def search_space(
+    x: jax.Array, w: jax.Array, options: FFNOptions, device: Device
+) -> tuple[list[GatePackConfig], list[UpDownConfig]]:
+    """What the tuner tries for x (M, D) and weights like w (F, D): configs that the device can hold."""
+    itemsize, tile = x.dtype.itemsize, options.tile
+    gate_packs = _product(
+        GatePackConfig,
+        tile_m=(16, 32, 64, 128),
+        tile_k=(16, 32) if itemsize == 4 else (32, 64),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+        group_m=(8, 16),
+    )
+    up_downs = _product(UpDownConfig, entries=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8, 16, 32))
+    usual = _up_down_heuristic(x)
+    highest = max(16, _power_of_2_above(x.shape[0]))
+    return (
+        [
+            config
+            for config in gate_packs
+            if config.misfit(tile, itemsize, device) is None
+            and config.tile_m <= highest
+            and (config.accumulators(tile) >= 32 or config.tile_m == highest)
+        ],
+        [
+            config
+            for config in up_downs
+            if 16 <= config.registers(x.shape[1], itemsize) <= 200 or config == usual
+        ],
+    )
+
+
+def _product(kind: type[Config], **choices: Iterable[int]) -> list[Config]:
+    return [
+        kind(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+    ]
+
+
+def _power_of_2_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _check_powers_of_2(config: GatePackConfig | UpDownConfig, **ranges: tuple[int, int]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high or value & (value - 1):
+            why = "; hit counts of a tile are bytes" if name == "tile_m" else ""
+            raise ValueError(
+                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}{why}; got {value}"
+            )

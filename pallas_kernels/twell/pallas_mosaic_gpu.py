@@ -1,0 +1,297 @@
+"""The packing gate GEMM for Hopper: TMA, wgmma and warp specialisation on Pallas Mosaic GPU.
+
+Why it exists. Triton's GEMM loads through the threads that also compute and runs some 15 % behind a GEMM fed by
+the copy engine. Here one warpgroup feeds a ring of shared-memory stages and two compute, each 64 rows of one
+TwELL tile; programs are persistent, so the next tile's loads run while this one is packed. FLOPs and bytes are
+those of `gate_pack` on Triton.
+
+How. The epilogue is written per thread, in PTX, because what a thread does depends on what it finds: a thread
+makes a bit mask of its 128 gates and counts them, learns from the three other lanes of its rows where its slots
+start, leaves its gates in shared memory where it can index them, and walks the set bits only. The walk costs
+what the non-zeros cost, not what the tile costs. Hit counts are shared-memory counters of the warpgroup, written
+once a tile as bytes: nothing is added in global memory, so the same input gives the same bits.
+
+Numerics. As `gate_pack` on Triton: f32 accumulation, rounded before the sign is read.
+
+Limits. Compute capability 9.0; bf16 or f16; T of 128 or 256; M and F multiples of 8 and D of 64, the shared-memory
+tiles that TMA fills. The interpreter cannot run PTX: this kernel is checked by its lowering on a CPU and by its results on a GPU.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels import axes, device
+from pallas_kernels.formats import TwELL
+
+_WARPGROUP = 128
+_ROWS = 64  # of one warpgroup: wgmma's M
+_COMPUTE_WARPGROUPS = 2
+_TILE_M = _ROWS * _COMPUTE_WARPGROUPS
+_TILE_K = 64
+_STAGES = {128: 5, 256: 4}  # of T: what shared memory holds beside the epilogue's
+_GROUP_M = 8
+_PRODUCER_REGISTERS = 40
+
+
+def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, tile: int) -> str | None:
+    """What of a call's shape this kernel cannot do, in one sentence; None if it can."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"backend='mosaic_gpu' packs bfloat16 or float16 gates; got {jnp.dtype(dtype).name}"
+    if tile not in _STAGES:
+        return (
+            f"backend='mosaic_gpu' packs tiles of {' or '.join(map(str, _STAGES))} columns; got tile={tile}"
+        )
+    if tokens % 8 or d_ff % 8 or d_model % _TILE_K:
+        return (
+            f"backend='mosaic_gpu' needs tokens and F to be multiples of 8 and D of {_TILE_K}; "
+            f"got {tokens} tokens, F={d_ff}, D={d_model}"
+        )
+    return None
+
+
+def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tuple[TwELL, jax.Array]:
+    """``relu(x Wg^T)`` in TwELL: x (M, D), w_gate (F, D) of one 16-bit type.
+
+    Returns:
+      The packed gates, and neuron_hits (F,) int32.
+    """
+    tokens, d_ff = x.shape[0], w_gate.shape[0]
+    n_tiles, n_blocks = pl.cdiv(d_ff, tile), pl.cdiv(tokens, _TILE_M)
+    programs = min(device.current().cores or 1, n_tiles * n_blocks)
+    words, hits = plgpu.kernel(
+        partial(_kernel, tile=tile, slots=slots),
+        out_type=(
+            jax.ShapeDtypeStruct((tokens, n_tiles * slots), jnp.uint32),
+            jax.ShapeDtypeStruct((n_blocks * _COMPUTE_WARPGROUPS, n_tiles * tile), jnp.uint8),
+        ),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=_COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(x, w_gate)
+    _, words, hits = axes.vary_alike(x, words, hits)  # Mosaic GPU's outputs do not say so themselves
+    packed = TwELL(words, None, d_ff, tile, slots, x.dtype)
+    return packed, jnp.sum(hits, axis=0, dtype=jnp.int32)[:d_ff]
+
+
+def _kernel(x_gmem, w_gmem, words_gmem, hits_gmem, *, tile, slots):
+    (tokens, d_model), d_ff = x_gmem.shape, w_gmem.shape[0]
+    n_blocks, n_tiles = pl.cdiv(tokens, _TILE_M), pl.cdiv(d_ff, tile)
+
+    def pipeline(body, compute_context):
+        swizzle = 128
+        transforms = (
+            plgpu.TilingTransform((8, swizzle // x_gmem.dtype.itemsize)),
+            plgpu.SwizzleTransform(swizzle),
+        )
+        operand = partial(plgpu.BlockSpec, index_map=lambda k: (0, k), transforms=transforms, delay_release=1)
+        return plgpu.emit_pipeline_warp_specialized(
+            body,
+            grid=(pl.cdiv(d_model, _TILE_K),),
+            in_specs=[operand((_TILE_M, _TILE_K)), operand((tile, _TILE_K))],
+            memory_registers=_PRODUCER_REGISTERS,
+            wg_axis="warpgroup",
+            num_compute_wgs=_COMPUTE_WARPGROUPS,
+            max_concurrent_steps=_STAGES[tile],
+            compute_context=compute_context,
+        )
+
+    def nothing(*_, **__):
+        pass
+
+    stages = pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem)
+    counters = plgpu.SMEM((_COMPUTE_WARPGROUPS, tile), jnp.int32)
+    gates = plgpu.SMEM((_COMPUTE_WARPGROUPS, tile // 8 * _WARPGROUP), jnp.uint32)
+
+    @partial(pl.run_scoped, stages=stages, counters=counters, gates=gates, collective_axes="warpgroup")
+    def _program(stages, counters, gates):
+        warpgroup = lax.axis_index("warpgroup")
+
+        @plgpu.nd_loop((n_blocks * n_tiles,), collective_axes="program")
+        def _tile(loop):
+            row_block, tile_id = plgpu.planar_snake(loop.index[0], (n_blocks, n_tiles), 0, _GROUP_M)
+            row, column = row_block * _TILE_M + warpgroup * _ROWS, tile_id * tile
+
+            def multiply(_, x_smem, w_smem, acc):
+                plgpu.wgmma(acc, x_smem.at[pl.ds(warpgroup * _ROWS, _ROWS)], w_smem.T)
+                plgpu.wgmma_wait(1)
+                return acc
+
+            def compute(run_pipeline):
+                def with_accumulator(acc):
+                    run_pipeline(acc)
+                    _pack(
+                        plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA),
+                        words_gmem.at[pl.ds(row, _ROWS), pl.ds(tile_id * slots, slots)],
+                        hits_gmem.at[row_block * _COMPUTE_WARPGROUPS + warpgroup, pl.ds(column, tile)],
+                        counters.at[warpgroup],
+                        gates.at[warpgroup],
+                        column,
+                        jnp.minimum(tokens - row, _ROWS),
+                        jnp.minimum(d_ff - column, tile),
+                        slots=slots,
+                        row_bytes=n_tiles * slots * 4,
+                        dtype=x_gmem.dtype,
+                    )
+
+                pl.run_scoped(with_accumulator, plgpu.ACC((_ROWS, tile), jnp.float32))
+
+            pipeline(multiply, compute)(
+                x_gmem.at[pl.ds(row_block * _TILE_M, _TILE_M), :],
+                w_gmem.at[pl.ds(column, tile), :],
+                allocations=stages,
+            )
+
+
+def _pack(acc, words, hits, counters, gates, column, rows_left, columns_left, *, slots, row_bytes, dtype):
+    """Writes a warpgroup's (64, T) accumulator to its words and hit counts."""
+    ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, ref, scalar, scalar, scalar))
+    def pack(_, acc, words, hits, counters, gates, column, rows_left, columns_left):
+        tile = acc.shape[1]
+        scalars = [value.registers.flat[0] for value in (column, rows_left, columns_left)]
+        pointers = [_address(words, 64), _address(hits, 64), _address(counters, 32), _address(gates, 32)]
+        _assemble(_zero_counters(tile), [pointers[2]], "r")
+        mgpu_utils.warpgroup_barrier()
+        constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "r", "r", "r", "r", "r"])
+        _assemble(_walk(tile, slots, row_bytes, dtype), [*_values(acc), *pointers, *scalars], constraints)
+        mgpu_utils.warpgroup_barrier()
+        _assemble(_flush_counters(tile), [pointers[1], pointers[2]], "l,r")
+        mgpu_utils.warpgroup_barrier()
+
+    pack(acc, words, hits, counters, gates, column, rows_left, columns_left)
+
+
+def _address(ref, bits):
+    return llvm.ptrtoint(ir.IntegerType.get_signless(bits), mgpu_utils.memref_ptr(ref))
+
+
+def _assemble(text, operands, constraints):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+
+
+def _values(acc):
+    """A thread's T / 2 gates: first those of its upper row, then those eight rows below, by ascending column."""
+    i32 = ir.IntegerType.get_signless(32)
+    pairs = acc.registers.reshape(-1, 2)  # (T / 8 groups of columns, 2 rows) of two neighbouring columns
+    return [
+        llvm.extractelement(pair, mgpu_utils.c(nth, i32))
+        for half in range(2)
+        for pair in pairs[:, half]
+        for nth in range(2)
+    ]
+
+
+def _zero_counters(tile):
+    stores = " ".join(f"st.shared.b32 [a+{4 * i}], 0;" for i in range(0, tile, _WARPGROUP))
+    return f"{{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 127; mad.lo.u32 a, a, 4, $0; {stores} }}"
+
+
+def _flush_counters(tile):
+    moves = " ".join(
+        f"ld.shared.b32 v, [a+{4 * i}]; st.global.u8 [g+{i}], v;" for i in range(0, tile, _WARPGROUP)
+    )
+    return f"""{{ .reg .b32 t, a, v; .reg .b64 g;
+        mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 a, t, 4, $1; mad.wide.u32 g, t, 1, $0; {moves} }}"""
+
+
+def _walk(tile, slots, row_bytes, dtype):
+    """The epilogue of one thread, as PTX.
+
+    Operands: the T / 2 values of `_values`; addresses of words, hits, counters and gates; the tile's first
+    column; rows and columns of it that exist. A thread's column k is ``8 (k / 2) + 2 (lane % 4) + k % 2``.
+    """
+    each = tile // 4  # columns of a thread in one row
+    n_words = each // 32  # of its mask
+
+    def value(half, k):
+        return f"${half * each + k}"
+
+    words, _, counters, gates, column, rows_left, columns_left = (f"${2 * each + i}" for i in range(7))
+    threshold, convert = {
+        "bfloat16": ("0f00008000", "cvt.rn.bf16x2.f32"),  # half of the least subnormal: more rounds to active
+        "float16": ("0f33000000", "cvt.rn.f16x2.f32"),
+    }[jnp.dtype(dtype).name]
+    masks = [(half, word) for half in range(2) for word in range(n_words)]
+    lines = [
+        "{ .reg .pred p, q; .reg .b16 h; .reg .b64 wide;",
+        ".reg .b32 tid, lane, quarter, row, t, w, c, x1, x2, before, own, at, pair, odd, left, hit, any;",
+        *(f".reg .b32 m{half}_{word}; mov.b32 m{half}_{word}, 0;" for half, word in masks),
+        *(f".reg .b64 to{half}_{word};" for half, word in masks),
+        *(f".reg .b32 n{half}, e{half}; .reg .b64 to{half}, step{half};" for half in range(2)),
+        "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
+        "shr.u32 row, tid, 5; shl.b32 row, row, 4; shr.u32 t, lane, 2; add.u32 row, row, t;",
+    ]
+    # The mask: active unless at or under the threshold, so NaN is active, and columns past F are not.
+    for half in range(2):
+        for k in range(each):
+            mask = f"m{half}_{k // 32}"
+            lines.append(
+                f"setp.gtu.f32 p, {value(half, k)}, {threshold}; @p or.b32 {mask}, {mask}, {1 << k % 32};"
+            )
+    lines.append(f"shr.u32 left, {columns_left}, 3; shl.b32 left, left, 1;")
+    for word in range(n_words):
+        lines.append(f"max.s32 t, left, {32 * word}; sub.u32 t, t, {32 * word};")
+        lines.append("shl.b32 w, 1, t; sub.u32 w, w, 1;")  # a shift by 32 or more gives 0, so all ones
+        lines += [f"and.b32 m{half}_{word}, m{half}_{word}, w;" for half in range(2)]
+    # Counts of both rows in the halves of one word: in this thread, in the lanes before it, in the row.
+    lines.append("mov.b32 c, 0;")
+    for half, word in reversed(masks):
+        shift = "shl.b32 c, c, 16;" if (half, word) == (0, n_words - 1) else ""
+        lines.append(f"{shift} popc.b32 t, m{half}_{word}; add.u32 c, c, t;")
+    lines += [
+        "shfl.sync.bfly.b32 x1, c, 1, 31, -1; add.u32 t, c, x1; shfl.sync.bfly.b32 x2, t, 2, 31, -1;",
+        "add.u32 t, t, x2; and.b32 n0, t, 65535; shr.u32 n1, t, 16; mov.b32 before, 0;",
+        "and.b32 t, quarter, 1; setp.ne.u32 p, t, 0; @p add.u32 before, before, x1;",
+        "and.b32 t, quarter, 2; setp.ne.u32 p, t, 0; @p add.u32 before, before, x2;",
+        "and.b32 e0, before, 65535; shr.u32 e1, before, 16;",
+        f"mul.wide.u32 wide, row, {row_bytes}; add.s64 to0, {words}, wide; add.s64 to1, to0, {8 * row_bytes};",
+    ]
+    # The true count goes to slot 0. A row that overflows writes all it has to its slot 1, which nobody reads.
+    for half in range(2):
+        lines += [
+            f"add.u32 t, row, {8 * half}; setp.lt.s32 p, t, {rows_left}; setp.eq.and.u32 p, quarter, 0, p;",
+            f"@p st.global.b32 [to{half}], n{half};",
+            f"setp.lt.u32 p, n{half}, {slots}; selp.b64 step{half}, 4, 0, p; selp.b32 t, e{half}, 0, p;",
+            f"mul.wide.u32 wide, t, 4; add.s64 to{half}, to{half}, wide; add.s64 to{half}, to{half}, 4;",
+        ]
+        for word in range(n_words):
+            lines.append(
+                f"mov.b64 to{half}_{word}, to{half}; popc.b32 t, m{half}_{word}; cvt.u64.u32 wide, t;"
+            )
+            lines.append(f"mad.lo.s64 to{half}, wide, step{half}, to{half};")
+    lines += [
+        f"shl.b32 own, quarter, 1; mad.lo.u32 hit, own, 4, {counters}; add.u32 own, own, {column};",
+        f"mad.lo.u32 at, tid, 4, {gates};",
+    ]
+    # Each row in turn: its gates go where a register number can be an address, then its set bits are visited.
+    for half in range(2):
+        for pair in range(each // 2):
+            lines.append(f"{convert} w, {value(half, 2 * pair + 1)}, {value(half, 2 * pair)};")
+            lines.append(f"st.shared.b32 [at+{4 * _WARPGROUP * pair}], w;")
+        lines.append(f"NEXT{half}: mov.b32 any, 0;")
+        lines += [f"or.b32 any, any, m{half}_{word};" for word in range(n_words)]
+        lines.append(f"setp.eq.u32 q, any, 0; @q bra DONE{half};")
+        for word in range(n_words):
+            mask, to = f"m{half}_{word}", f"to{half}_{word}"
+            lines += [
+                f"setp.ne.u32 p, {mask}, 0; brev.b32 t, {mask}; clz.b32 t, t;",
+                f"sub.u32 w, {mask}, 1; and.b32 {mask}, {mask}, w; shr.u32 pair, t, 1; and.b32 odd, t, 1;",
+                f"mad.lo.u32 t, pair, {4 * _WARPGROUP}, at; mad.lo.u32 t, odd, 2, t; mad.lo.u32 odd, pair, 8, odd;",
+                f"@p ld.shared.u16 h, [t+{4 * _WARPGROUP * 16 * word}]; cvt.u32.u16 w, h; shl.b32 w, w, 16;",
+                f"add.u32 t, odd, own; add.u32 w, w, t; add.u32 w, w, {128 * word}; @p st.global.b32 [{to}], w;",
+                f"@p add.s64 {to}, {to}, step{half}; mad.lo.u32 t, odd, 4, hit;",
+                f"@p red.shared.add.u32 [t+{4 * 128 * word}], 1;",
+            ]
+        lines.append(f"bra NEXT{half}; DONE{half}:")
+    return "\n".join([*lines, "}"])

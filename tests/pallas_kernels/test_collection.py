@@ -1,0 +1,64 @@
+"""A backend whose tests are not collected passes silently: here it fails."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from op_contract import CASES
+
+FOLDER = Path(__file__).parent
+SUITES = {
+    "test_dense.py": ["TestDense"],
+    "test_twell_interpret.py": ["TestTwELLInterpreted"],
+    "test_twell_gpu.py": ["TestTwELLOnGPU", "TestTwELLOnGPUAtThePapersTile", "TestTwELLOnHopper"],
+}
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """How many tests pytest collects for each (file, class, case)."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--collect-only", *SUITES]
+    listing = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert listing.returncode == 0, listing.stdout + listing.stderr
+    ids = [line.split("[")[0].split("::") for line in listing.stdout.splitlines() if "::" in line]
+    return Counter((Path(parts[0]).name, *parts[1:]) for parts in ids)
+
+
+@pytest.mark.parametrize(("file", "suite"), [(file, suite) for file in SUITES for suite in SUITES[file]])
+def test_every_suite_runs_every_case(collected, file, suite):
+    ran = {case: collected[file, suite, case] for case in CASES}
+    assert len(CASES) >= 15
+    assert all(ran.values()), f"not collected: {[case for case, count in ran.items() if not count]}"
+    assert ran == {case: collected["test_dense.py", "TestDense", case] for case in CASES}
+
+
+def test_every_file_of_kernel_tests_collects(collected):
+    """Files that run a backend by other means than the contract are here by name, so that none is forgotten."""
+    others = {"checks", "collection", "dispatch", "formats", "reference", "twell_lowering"}
+    found = {path.name for path in FOLDER.glob("test_*.py")}
+    assert found - {f"test_{name}.py" for name in others} >= set(SUITES)
+
+
+def test_gpu_tests_are_skipped_with_the_reason_elsewhere():
+    import jax
+
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU: nothing is skipped")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "-rs",
+        "test_twell_gpu.py",
+        "-k",
+        "enough_random",
+    ]
+    run = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 skipped" in run.stdout
+    assert "needs an NVIDIA GPU" in run.stdout

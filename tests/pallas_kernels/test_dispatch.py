@@ -1,0 +1,179 @@
+"""Which path runs where, decided from a description of the device, before anything is lowered."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels import FFNOptions, device, dispatch, sparse_ffn
+from pallas_kernels.device import Device
+
+CPU = Device("cpu", "cpu", 0, 0)
+H200 = Device("gpu", "NVIDIA H200", 90, 132)
+A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", 80, 108)
+V100 = Device("gpu", "NVIDIA V100-SXM2-16GB", 70, 80)
+AMD = Device("gpu", "AMD Instinct MI300X", 0, 304)
+
+NEEDS_GPU = "backend='triton' needs an NVIDIA GPU of compute capability 8.0"
+
+
+def on(found: Device):
+    """A context in which calls are traced for a device that is not here."""
+    described = AbstractDevice(device_kind=found.kind, num_cores=found.cores, platform=found.platform)
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
+
+
+PLAIN = dispatch.Call(tokens=64, d_model=2048, d_ff=5632, dtype=jnp.dtype("bfloat16"), tile=256)
+
+
+def reason(format, backend, found, **changes):
+    return dispatch.unsupported_reason(format, backend, PLAIN._replace(**changes), found)
+
+
+@pytest.mark.parametrize("found", [H200, A100], ids=lambda d: d.kind)
+def test_triton_runs_from_ampere_on(found):
+    assert reason("twell", "triton", found) is None
+
+
+@pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)
+def test_triton_says_what_it_misses(found):
+    sentence = reason("twell", "triton", found)
+    assert sentence.startswith(NEEDS_GPU)
+    assert f"got {found.kind} ({found.platform})" in sentence
+
+
+def test_mosaic_runs_on_hopper():
+    assert reason("twell", "mosaic_gpu", H200) is None
+
+
+@pytest.mark.parametrize("found", [CPU, A100, V100, AMD], ids=lambda d: d.kind)
+def test_mosaic_says_what_it_misses(found):
+    sentence = reason("twell", "mosaic_gpu", found)
+    assert sentence.startswith("backend='mosaic_gpu' needs an NVIDIA Hopper GPU")
+    assert f"got {found.kind} ({found.platform})" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tile": 64}, {"dtype": jnp.dtype("float32")}, {"tokens": 7}, {"d_ff": 5633}, {"d_model": 100}],
+    ids=str,
+)
+def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
+    sentence = reason("twell", "mosaic_gpu", H200, **changes)
+    (value,) = changes.values()
+    assert sentence.startswith("backend='mosaic_gpu'")
+    assert str(value) in sentence
+
+
+@pytest.mark.parametrize("found", [CPU, H200, V100, AMD], ids=lambda d: d.kind)
+@pytest.mark.parametrize(("format", "backend"), [("dense", "xla"), ("twell", "interpret")])
+def test_what_runs_anywhere(format, backend, found):
+    assert reason(format, backend, found) is None
+
+
+def test_sixteen_bit_indices_bound_f():
+    assert reason("twell", "triton", H200, d_ff=65536) is None
+    assert "F is at most 65536; got F=65537" in reason("twell", "triton", H200, d_ff=65537)
+    assert reason("dense", "xla", H200, d_ff=65537) is None
+
+
+def test_byte_counts_bound_the_tile():
+    assert reason("twell", "triton", H200, tile=256) is None
+    assert "at most 256 columns; got tile=512" in reason("twell", "triton", H200, tile=512)
+    assert reason("dense", "xla", H200, tile=512) is None
+
+
+@pytest.mark.parametrize(
+    ("format", "backend", "sentence"),
+    [
+        ("dense", "triton", "format='dense' runs on backend 'xla'; got backend='triton'"),
+        ("twell", "xla", "format='twell' runs on backend 'mosaic_gpu' or 'triton' or 'interpret'; got"),
+        ("nonsense", "xla", "format='nonsense' has no kernels in this version; choose"),
+    ],
+)
+def test_combinations_that_do_not_exist(format, backend, sentence):
+    assert sentence in reason(format, backend, H200)
+
+
+@pytest.mark.parametrize("found", [CPU, H200, A100, V100, AMD], ids=lambda d: d.kind)
+def test_auto_is_dense(found):
+    with on(found):
+        assert dispatch.choose(FFNOptions(), PLAIN) == ("dense", "xla")
+
+
+def test_auto_backend_is_the_first_that_can():
+    auto = FFNOptions(format="twell")
+    with on(H200):
+        assert dispatch.choose(auto, PLAIN) == ("twell", "mosaic_gpu")
+        assert dispatch.choose(auto, PLAIN._replace(tokens=7)) == ("twell", "triton")
+        assert dispatch.choose(FFNOptions(format="twell", backend="triton"), PLAIN) == ("twell", "triton")
+        assert dispatch.choose(FFNOptions(format="twell", backend="interpret"), PLAIN) == (
+            "twell",
+            "interpret",
+        )
+        assert dispatch.choose(FFNOptions(format="dense"), PLAIN) == ("dense", "xla")
+    with on(A100):
+        assert dispatch.choose(auto, PLAIN) == ("twell", "triton")
+
+
+@pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_format_asked_for_by_name_raises_the_reason(backend, found):
+    with on(found), pytest.raises(ValueError, match=NEEDS_GPU):
+        dispatch.choose(FFNOptions(format="twell", backend=backend), PLAIN)
+
+
+def test_auto_never_interprets():
+    """The interpreter is for tests: nobody gets it without asking."""
+    with on(CPU), pytest.raises(ValueError, match="backend='interpret' to test"):
+        dispatch.choose(FFNOptions(format="twell"), PLAIN)
+
+
+def test_the_public_call_raises_the_reason():
+    """Eagerly and under jit alike, before anything is lowered."""
+    weight = jnp.ones((12, 8))
+    options = FFNOptions(format="twell", backend="triton")
+    for call in (sparse_ffn, jax.jit(sparse_ffn, static_argnames="options")):
+        with on(CPU), pytest.raises(ValueError, match=NEEDS_GPU):
+            call(jnp.ones((3, 8)), weight, weight, weight, options=options)
+
+
+@pytest.mark.parametrize("found", [H200, A100, AMD], ids=lambda d: d.kind)
+def test_an_abstract_device_is_described(found):
+    with on(found):
+        assert device.current() == found
+
+
+def test_the_device_at_hand_is_described():
+    described = device.current()
+    assert described.platform == jax.default_backend()
+    assert described.kind == jax.devices()[0].device_kind
+
+
+def test_an_explicit_default_device_is_described():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert device.current().platform == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "kilobytes"),
+    [
+        ("NVIDIA H100 80GB HBM3", 90, 227),
+        ("NVIDIA B200", 100, 227),
+        ("NVIDIA A100-SXM4-40GB", 80, 163),
+        ("NVIDIA A10G", 86, 99),
+        ("NVIDIA L4", 89, 99),
+        ("NVIDIA L40S", 89, 99),
+        ("NVIDIA GeForce RTX 4090", 89, 99),
+        ("NVIDIA GeForce RTX 5090", 120, 99),
+        ("NVIDIA GB200", 100, 227),
+        ("NVIDIA GH200 480GB", 90, 227),
+        ("NVIDIA Quadro of another age", 0, 99),
+    ],
+)
+def test_capabilities_of_abstract_devices(kind, capability, kilobytes):
+    """An abstract device has a name and no capability: the name has to give it."""
+    with on(Device("gpu", kind, 0, 0)):
+        described = device.current()
+    assert described.capability == capability
+    assert described.shared_memory == kilobytes * 1024

@@ -1,0 +1,178 @@
+"""The TwELL kernels lowered for CUDA with no GPU at hand, through an abstract H200.
+
+What a device would refuse at lowering shows here: types, odd sizes, transformations, arrays past 2^31 elements.
+"""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
+from op_contract import DTYPES, LAYERS, call, differentiate
+
+from pallas_kernels import FFNOptions
+from pallas_kernels.shapes import SHAPES, TOKENS
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+KERNELS = {"gated": ("twell_gate_pack", "twell_up_down"), "non-gated": ("twell_gate_pack", "twell_down")}
+OPTIONS = FFNOptions(format="twell", backend="triton")
+
+
+def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
+    """Arguments of one call, as shapes: x (M, D) and weights (F, D)."""
+    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
+    names = ("w_gate", "w_up", "w_down") if kind == "gated" else ("w_up", "w_down")
+    return {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)} | dict.fromkeys(names, weight)
+
+
+def lowered(function, *arguments, mesh_shape=(), mesh_axes=()):
+    """The StableHLO of a function, lowered for CUDA on an abstract H200."""
+    axis_types = (AxisType.Auto,) * len(mesh_axes)
+    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=H200)
+    with use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_kernels(text, kind="gated"):
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 2
+    for name in KERNELS[kind]:
+        assert name in text
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], ids=str)
+def test_types_and_odd_sizes(sizes, dtype, kind):
+    assert_kernels(lowered(partial(call, options=OPTIONS), shapes(*sizes, dtype, kind)), kind)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("geometry", [(32, 4), (64, 1), (128, 8), (256, 1), (256, 16)], ids=str)
+def test_tiles(geometry, kind):
+    tile, compression = geometry
+    options = FFNOptions(format="twell", backend="triton", tile=tile, compression=compression)
+    assert_kernels(lowered(partial(call, options=options), shapes(100, 64, 600, "bfloat16", kind)), kind)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_published_models(name, tokens):
+    shape = SHAPES[name]
+    kind = "gated" if shape.gated else "non-gated"
+    text = lowered(partial(call, options=OPTIONS), shapes(tokens, shape.d_model, shape.d_ff, kind=kind))
+    assert_kernels(text, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(7, 512, 65536), (2**20, 4096, 65536), (2**20, 4096, 1024), (2**20, 64, 65536)],
+    ids=["most-neurons", "all-arrays", "x", "words"],
+)
+def test_the_largest_sizes(sizes, dtype):
+    """F up to the 16-bit limit and M of 2^20: x or the packed words pass 2^31 elements."""
+    assert_kernels(lowered(partial(call, options=OPTIONS), shapes(*sizes, dtype)))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_dense_intermediate(kind):
+    """The forward holds no (M, F) array: the gate never leaves the kernel unpacked."""
+    text = lowered(partial(call, options=OPTIONS), shapes(65536, 2048, 5632, kind=kind))
+    assert not re.search(r"tensor<65536x(5632|5888)x", text)
+    assert "tensor<65536x2048xbf16>" in text
+    dense = FFNOptions(format="dense")
+    assert re.search(r"tensor<65536x5632x", lowered(partial(call, options=dense), shapes(65536, 2048, 5632)))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad(dtype, kind):
+    inputs = shapes(7, 40, 200, dtype, kind)
+    dy = jax.ShapeDtypeStruct((7, 40), jnp.float32)
+    step = partial(differentiate, dl1=1.0, apply=partial(call, options=OPTIONS))
+    assert_kernels(lowered(step, inputs, dy), kind)
+
+
+def batched(inputs, names):
+    return {
+        name: jax.ShapeDtypeStruct((3, *value.shape), value.dtype) if name in names else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("names", [("x",), ("x", "w_gate", "w_up", "w_down")], ids=["x", "all"])
+def test_vmap(names):
+    inputs = batched(shapes(7, 40, 200), names)
+    axes = {name: 0 if name in names else None for name in inputs}
+    assert_kernels(lowered(jax.vmap(partial(call, options=OPTIONS), in_axes=(axes,)), inputs))
+
+
+def test_scan():
+    inputs = batched(shapes(7, 40, 200), ("w_gate", "w_up", "w_down"))
+    x = inputs.pop("x")
+
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: call({"x": x} | w, OPTIONS), x, weights)
+
+    assert_kernels(lowered(layers, x, inputs))
+
+
+def test_remat():
+    apply = jax.checkpoint(partial(call, options=OPTIONS))
+    step = partial(differentiate, dl1=1.0, apply=apply)
+    text = lowered(step, shapes(7, 40, 200), jax.ShapeDtypeStruct((7, 40), jnp.float32))
+    assert "twell_gate_pack" in text
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma):
+    """Over four H200s: each lowers the kernels for its quarter of the tokens."""
+
+    def local(inputs):
+        y, stats = call(inputs, OPTIONS)
+        return y, stats.all_reduce("data")
+
+    inputs = shapes(4 * 1027, 40, 200)
+    specs = {name: P("data") if name == "x" else P() for name in inputs}
+    mapped = jax.shard_map(local, in_specs=(specs,), out_specs=(P("data"), P()), check_vma=check_vma)
+    step = partial(differentiate, dl1=1.0, apply=mapped)
+    dy = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
+    text = lowered(step, inputs, dy, mesh_shape=(4,), mesh_axes=("data",))
+    assert_kernels(text)
+    assert re.search(r"tensor<1027x(\d+)xui32>", text)
+
+
+def test_leading_shapes_and_empty_batches():
+    inputs = shapes(7, 40, 200)
+    nested = inputs | {"x": jax.ShapeDtypeStruct((2, 3, 40), "bfloat16")}
+    assert_kernels(lowered(partial(call, options=OPTIONS), nested))
+    empty = inputs | {"x": jax.ShapeDtypeStruct((0, 40), "bfloat16")}
+    assert "triton" not in lowered(partial(call, options=OPTIONS), empty)
+
+
+def test_backend_auto_falls_to_triton():
+    options = FFNOptions(format="twell")
+    assert_kernels(lowered(partial(call, options=options), shapes(7, 40, 200)))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gate_on_mosaic(dtype, tile, kind):
+    """Hopper's own gate; Triton's up and down projections follow it."""
+    options = FFNOptions(format="twell", backend="mosaic_gpu", tile=tile)
+    text = lowered(partial(call, options=options), shapes(1032, 2048, 5640, dtype, kind))
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
+    assert KERNELS[kind][1] in text
+
+
+def test_words_of_a_call_are_a_fraction_of_the_dense_gate():
+    """At C = 8 the packed buffer is F / 2 bytes a token, a quarter of the bf16 gate."""
+    text = lowered(partial(call, options=OPTIONS), shapes(65536, 2048, 5632))
+    words = re.search(r"tensor<65536x(\d+)xui32>", text)
+    assert int(words.group(1)) == np.ceil(5632 / 256) * 32
