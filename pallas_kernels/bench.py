@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from pallas_kernels.twell.config import TwELLConfig
 _LABELS = {
     "dense_ffn": "dense FFN, XLA",
     "gate_gemm": "gate GEMM, XLA",
-    "gate_gemm_f32": "gate GEMM, XLA, f32 output cast",
     "gate_pack": "gate_pack",
     "gate_pack_triton": "gate_pack, Triton",
     "up_down": "up_down",
@@ -80,32 +79,24 @@ class Result:
 
 def run(
     cases: Sequence[Case], options: FFNOptions, *, rounds: int = 7, chain_ms: float = 40.0
-) -> tuple[list[Result], list[str]]:
-    """Compiles every case's programs side by side, then checks and times one case after the other.
+) -> Iterator[tuple[Result | None, list[str]]]:
+    """Compiles a case's programs side by side, checks and times them, and goes on to the next case.
 
-    Returns:
-      The results of the cases that ran, and all that is wrong, one sentence each.
+    Yields:
+      For each case its result, None if it did not run, and all that is wrong with it, one sentence each.
     """
-    compiled = timing.compile_all(
-        {(case, name): program for case in cases for name, program in _programs(case, options).items()}
-    )
-    results, failures = [], []
     for case in cases:
-        programs = {name: program for (of, name), program in compiled.items() if of == case}
-        errors = [
-            f"{name}: {program}" for name, program in programs.items() if isinstance(program, Exception)
-        ]
+        programs = timing.compile_all(_programs(case, options))
+        errors = [f"{name}: {p}" for name, p in programs.items() if isinstance(p, Exception)]
         if errors:
-            failures += [f"{case} did not compile: {error}" for error in errors]
+            yield None, [f"{case} did not compile: {error}" for error in errors]
             continue
         try:
             result = _run_case(case, options, programs, rounds=rounds, chain_ms=chain_ms)
         except jax.errors.JaxRuntimeError as error:
-            failures.append(f"{case} did not run: {error}")
+            yield None, [f"{case} did not run: {error}"]
         else:
-            results.append(result)
-            failures += [f"{case}: {failure}" for failure in result.failures]
-    return results, failures
+            yield result, [f"{case}: {failure}" for failure in result.failures]
 
 
 def _programs(case: Case, options: FFNOptions) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -133,7 +124,7 @@ def _run_case(case, options, compiled, *, rounds, chain_ms) -> Result:
     packs = {name: call(name) for name in entries if name.startswith("gate_pack")}
     arrays["packed"], hits = packs["gate_pack"]
     dense_y, dense_stats = compiled["dense_stats"](*(arrays[name] for name in entries["dense_ffn"][1]))
-    outputs = {name: call(name) for name in ("gate_gemm", "gate_gemm_f32", "up_down", "sparse_ffn")}
+    outputs = {name: call(name) for name in ("gate_gemm", "up_down", "sparse_ffn")}
     outputs |= {name: packed for name, (packed, _) in packs.items()} | {"dense_ffn": dense_y}
     stats = outputs["sparse_ffn"][1]
     errors, failures = _judge(arrays, outputs)
@@ -172,10 +163,8 @@ def _judge(arrays: Arrays, outputs: Arrays) -> tuple[dict[str, float | None], li
     """Relative errors by contestant, against an f32 truth on sampled rows, and those that are too large."""
     rows = accuracy.sample_rows(arrays["x"].shape[0])
     gate, y = accuracy.truth(arrays, rows)
-    results: dict[str, tuple[Any, Any, str]] = {
-        name: (np.maximum(outputs[name][rows], 0), gate, "gate_gemm")
-        for name in ("gate_gemm", "gate_gemm_f32")
-    }
+    results: dict[str, tuple[Any, Any, str]] = {}
+    results["gate_gemm"] = (np.maximum(outputs["gate_gemm"][rows], 0), gate, "gate_gemm")
     results["dense_ffn"] = (outputs["dense_ffn"][rows], y, "dense_ffn")
     results["sparse_ffn"] = (outputs["sparse_ffn"][0][rows], y, "dense_ffn")
     for name in (name for name in outputs if name.startswith("gate_pack")):
@@ -327,14 +316,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in dict.fromkeys(cases):
             print(f"{case}: {tune_twell(case.make_inputs(), options)}", flush=True)
     limits = timing.ceilings(args.dtype)
-    results, failures = run(cases, options, rounds=args.rounds)
-    print(f"{device.kind}, JAX {jax.__version__}\n")
-    print("\n\n".join(table(result, limits) for result in results))
-    print(f"\n{_legend(limits)}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
-        args.json.write_text(json.dumps(to_json(results, limits, command), indent=1) + "\n")
+    command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
+    results: list[Result] = []
+    failures: list[str] = []
+    print(f"{device.kind}, JAX {jax.__version__}\n\n{_legend(limits)}", flush=True)
+    for result, wrong in run(cases, options, rounds=args.rounds):
+        failures += wrong
+        if result is None:
+            continue
+        results.append(result)
+        print(f"\n{table(result, limits)}", flush=True)
+        if args.json is not None:  # after every case: a run that is cut short keeps what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(to_json(results, limits, command), indent=1) + "\n")
     for failure in failures:
         print(f"WRONG: {failure}", file=sys.stderr)
     return 1 if failures else 0

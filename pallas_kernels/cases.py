@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import dispatch, reference, sparse_ffn, sparse_mlp
 from pallas_kernels.inputs import Activity, ffn_inputs
@@ -75,7 +74,6 @@ def contestants(case: Case, options: FFNOptions) -> dict[str, Program]:
     return {
         "dense_ffn": (lambda *arguments: dense(*arguments)[0], layer),
         "gate_gemm": (reference.project, ("x", gate)),
-        "gate_gemm_f32": (_project_through_f32, ("x", gate)),
         **{name: (pack, ("x", gate)) for name, pack in _packers(case, options).items()},
         "up_down": (project, ("packed", "x", "w_up", "w_down") if case.shape.gated else ("packed", "w_down")),
         "sparse_ffn": (sparse, layer),
@@ -110,7 +108,6 @@ def work(case: Case, options: FFNOptions, mean_nnz: float) -> dict[str, Work]:
     return {
         "dense_ffn": Work((projections + 1) * gemm, layer_bytes),
         "gate_gemm": Work(gemm, x + weight + size * m * f),
-        "gate_gemm_f32": Work(gemm, x + weight + size * m * f),
         "gate_pack": pack,
         "gate_pack_triton": pack,
         "up_down": Work(2 * projections * nnz * d, words + projections * (x + weight), gathered),
@@ -122,11 +119,6 @@ def work(case: Case, options: FFNOptions, mean_nnz: float) -> dict[str, Work]:
 def dense(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
     """The dense layer, from x and two or three weights."""
     return reference.ffn(x, *weights) if len(weights) == 3 else reference.ffn(x, None, *weights)
-
-
-def _project_through_f32(x, weight):
-    product = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
 
 
 def choose_config(case: Case, options: FFNOptions) -> configs.TwELLConfig:

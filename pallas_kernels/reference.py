@@ -5,7 +5,8 @@ Dimensions: M tokens, D model width, F hidden neurons. All weights are neuron-ma
     gated       g = round(x Wg^T)    u = round(x Wu^T)    h = round([not g <= 0] g u)    y = round(h Wd)
     non-gated   g = round(x Wu^T)                         h = round([not g <= 0] g)      y = round(h Wd)
 
-``round`` is to the input type and marks every place where a rounding happens; sums accumulate in f32. The
+``round`` is to the input type and marks every place where a rounding happens; sums accumulate in f32, and f32
+inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU: a gate's sign is part of the result. The
 bracket is 1 where the condition holds: a neuron is *active* unless its rounded gate is at or under zero, so a
 NaN gate is active and reaches the output. An inactive neuron contributes nothing, also where its up
 projection is infinite: that is what lets a kernel skip it, and it is the one difference from ``relu(g) * u``
@@ -21,6 +22,7 @@ from jax import lax
 from pallas_kernels.options import FFNStats
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
+_MATRICES = (((1,), (0,)), ((), ()))
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -29,7 +31,13 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     The output type is asked of the product itself, so that the products of its gradient also take their
     operands in the input type (an f32 product cast afterwards makes them mixed, and half as fast).
     """
-    return lax.dot_general(x, weight, _CONTRACT_LAST, preferred_element_type=x.dtype)
+    return multiply(x, weight, _CONTRACT_LAST)
+
+
+def multiply(a: jax.Array, b: jax.Array, dimensions: lax.DotDimensionNumbers = _MATRICES) -> jax.Array:
+    """A product of two arrays of one type, rounded once to that type; by default (M, F) times (F, D)."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=a.dtype)
 
 
 def active(gate: jax.Array) -> jax.Array:
@@ -53,7 +61,7 @@ def ffn(
     Gradients by JAX's own differentiation, through y and through ``stats.l1``; the counters have none.
     """
     h, mask = hidden(x, w_gate, w_up)
-    y = lax.dot_general(h, w_down, (((1,), (0,)), ((), ())), preferred_element_type=x.dtype)
+    y = multiply(h, w_down)
     tokens = max(x.shape[0], 1)
     hits = jnp.sum(mask, axis=0, dtype=jnp.int32)
     stats = FFNStats(

@@ -89,8 +89,8 @@ class UpDownConfig:
       ValueError: a field outside its range, with the law in the message.
     """
 
-    entries: int = 4
-    num_warps: int = 4
+    entries: int = 2
+    num_warps: int = 2
 
     def __post_init__(self) -> None:
         _check_powers_of_2(self, entries=(1, 32), num_warps=(1, 32))

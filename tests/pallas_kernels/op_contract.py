@@ -241,13 +241,16 @@ class Contract:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("neurons", [1, 2, 3, 5])
     def test_infinity_reaches_what_it_touches(self, neurons, dtype, kind):
-        """An infinite x makes gates infinite: active ones give infinity to y, inactive ones nothing."""
+        """An infinite x makes gates infinite: active ones give infinity to y, inactive ones nothing.
+
+        The other tokens of the row's class have the same active neurons, and finite ones.
+        """
         inputs, active = self.layer("all-zero", dtype=dtype, kind=kind)
         row = 3
         gate = inputs["w_gate" if kind == "gated" else "w_up"]
         gate[:, row] = -1
         gate[:neurons, row] = 1
-        active[row, :neurons] = True
+        active[np.arange(len(active)) % CLASSES == row, :neurons] = True
         inputs["x"][row, row] = np.inf
         if kind == "gated":
             inputs["w_up"][:neurons] = np.abs(inputs["w_up"][:neurons])

@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own: overruns are seen
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
-from itertools import product
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,29 @@ from op_contract import Path, call, check_counts, check_values
 
 from pallas_kernels import FFNOptions
 
-SIZES = [(1, 24, 40), (33, 72, 200), (130, 136, 520)]
-GEOMETRIES = [(32, 4), (64, 4), (256, 8)]
+CALLS = [
+    # backend, tokens, D, F, tile, compression, type, kind
+    ("triton", 1, 24, 40, 32, 4, "bfloat16", "gated"),
+    ("triton", 33, 72, 200, 64, 4, "float32", "gated"),
+    ("triton", 130, 136, 520, 256, 8, "bfloat16", "gated"),
+    ("triton", 130, 136, 520, 128, 8, "float16", "non-gated"),
+    ("mosaic_gpu", 136, 128, 520, 256, 8, "bfloat16", "gated"),
+    ("mosaic_gpu", 64, 64, 264, 128, 4, "float16", "non-gated"),
+]
+PATTERNS = ("few", "uneven", "fully-dense", "all-zero")
 
 
 def main() -> None:
-    calls = 0
-    for sizes, geometry, dtype, kind in product(
-        SIZES, GEOMETRIES, ("bfloat16", "float32"), ("gated", "non-gated")
-    ):
-        tokens, d_model, d_ff = sizes
-        tile, compression = geometry
-        options = FFNOptions(format="twell", backend="triton", tile=tile, compression=compression)
+    for backend, tokens, d_model, d_ff, tile, compression, dtype, kind in CALLS:
+        options = FFNOptions("twell", backend, tile=tile, compression=compression)
         path = Path(options, d_model, d_ff, tokens)
-        for pattern in ("few", "uneven", "fully-dense", "all-zero"):
+        apply = jax.jit(partial(call, options=options))
+        for pattern in PATTERNS:
             inputs, active = path.layer(pattern, tokens, dtype, kind)
-            with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-                y, stats = jax.device_get(call(jax.tree.map(jnp.asarray, inputs), options))
+            y, stats = jax.device_get(apply(jax.tree.map(jnp.asarray, inputs)))
             check_values(y, stats, inputs)
             check_counts(stats, active, path.overflow_rows(active))
-            calls += 1
-    print(f"{calls} calls, all as in float64, on {jax.devices()[0].device_kind}")
+    print(f"{len(CALLS) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":
