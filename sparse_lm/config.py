@@ -29,12 +29,12 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         if not (self.l1 >= 0 and self.l1 < float("inf")):
-            raise ValueError(f"sparsity.l1 must be a finite number of at least 0; got {self.l1}")
+            raise ValueError(f"model.sparsity.l1 must be a finite number of at least 0; got {self.l1}")
         if self.schedule not in ("constant", "linear"):
-            raise ValueError(f"sparsity.schedule must be constant or linear; got {self.schedule!r}")
+            raise ValueError(f"model.sparsity.schedule must be constant or linear; got {self.schedule!r}")
         if self.off_steps < 0 or self.ramp_steps < 0:
             raise ValueError(
-                "sparsity.off_steps and sparsity.ramp_steps must be at least 0; "
+                "model.sparsity.off-steps and model.sparsity.ramp-steps must be at least 0; "
                 f"got {self.off_steps} and {self.ramp_steps}"
             )
 

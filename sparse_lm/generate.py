@@ -116,9 +116,10 @@ def stream(
 
     Raises:
       ValueError: at once, not at the first step: no prompt, an empty prompt, a token outside the vocabulary,
-        ``max_new_tokens`` under 1, or a prompt that does not fit the context with its new tokens.
+        ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit the context with
+        its new tokens.
     """
-    _check(model.config, prompts, max_new_tokens)
+    _check(model.config, prompts, max_new_tokens, seed)
     return _steps(model, [list(prompt) for prompt in prompts], max_new_tokens, sampling, eos_id, seed)
 
 
@@ -188,9 +189,11 @@ def _shape_for(positions: int, limit: int) -> int:
     return min(limit, max(_SMALLEST_SHAPE, 1 << (positions - 1).bit_length()))
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and under 2^32; got {seed}")
     if not prompts:
         raise ValueError("generation needs at least one prompt; got none")
     for number, prompt in enumerate(prompts, start=1):

@@ -1,17 +1,14 @@
 """Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
 
 ``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data`` (the
-position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a temporary name and
-renames it when it is whole, so that a killed save never looks like a checkpoint.
+position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a
+temporary name and renames it when it is whole, so that a killed save never looks like a checkpoint.
 """
 
 import dataclasses
 import errno
-import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,11 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm import SparseLM
+from train.checkpoint_errors import is_disk_full, reading, short_reason, writing
 from train.config import CheckpointConfig, TrainConfig, from_dict
 from train.errors import UserError
 from train.state import TrainState, build_program
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 SUBDIRECTORY = "checkpoints"
 _ITEMS = ("params", "rest", "data", "run", "tokenizer")
@@ -65,6 +63,8 @@ class _TokenizerRestore(ocp.args.CheckpointArgs):
 class Checkpoints:
     """The checkpoints of one run: saves in the background, keeps the newest and the best, restores.
 
+    What is there can be asked for at once; ``open`` comes before the first ``save`` or ``restore``.
+
     Args:
       workdir: the run's directory.
       config: how many to keep.
@@ -72,19 +72,39 @@ class Checkpoints:
     Attributes:
       directory: where the steps' directories are.
       ignored: names of half-written checkpoints that were found there.
-
-    Raises:
-      UserError: the directory cannot be made or read.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig) -> None:
         self.directory = Path(workdir).expanduser().absolute() / SUBDIRECTORY
         self.ignored = [path.name for path in _entries(self.directory) if _is_half_written(path)]
-        if jax.process_index() == 0:
-            _set_aside(self.directory)
+        self._config = config
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        assert self._opened is not None, "open() comes first"
+        return self._opened
+
+    def open(self) -> None:
+        """Makes the directory, and moves what is half-written there out of the way.
+
+        Raises:
+          UserError: the directory cannot be made, or what it holds cannot be read.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _set_aside(self.directory)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(
+                f"workdir must be a directory that can be made and written to; {self.directory} cannot "
+                f"({error.strerror}): choose another with --workdir"
+            ) from error
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
-                checkpoint_managers.LatestN(config.keep),
+                checkpoint_managers.LatestN(self._config.keep),
                 checkpoint_managers.BestN(
                     get_metric_fn=_heldout_ce, reverse=True, n=1, keep_checkpoints_without_metrics=False
                 ),
@@ -93,9 +113,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, best_fn=_heldout_ce, best_mode="min", cleanup_tmp_directories=True
         )
-        logging.getLogger("absl").addFilter(_is_worth_logging)
-        with _errors_as_sentences(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with reading(self.directory):
+            self._opened = ocp.CheckpointManager(self.directory, options=options)
 
     def newest(self) -> int | None:
         """Step of the newest complete checkpoint, if there is one."""
@@ -121,7 +140,7 @@ class Checkpoints:
           UserError: this save, or the one before it, failed. Earlier checkpoints stand.
         """
         params, rest = _split_state(state)
-        with _errors_as_sentences(self.directory):
+        with writing(self.directory):
             self._manager.wait_until_finished()
             _check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
@@ -144,13 +163,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the save that runs. Raises UserError if it failed."""
-        with _errors_as_sentences(self.directory):
+        with writing(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save that runs and lets the background threads go. Raises UserError if it failed."""
-        with _errors_as_sentences(self.directory):
-            self._manager.close()
+        if self._opened is not None:
+            with writing(self.directory):
+                self._opened.close()
 
     def config(self, step: int) -> TrainConfig:
         """The configuration that saved ``step``."""
@@ -163,7 +183,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The state saved at ``step``, placed as ``abstract``'s shardings say; puts ``data`` where it stood."""
         params, rest = _split_state(abstract)
-        with _errors_as_sentences(self.path(step)):
+        with reading(self.path(step)):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -238,7 +258,7 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
       directory: a run's workdir (its newest complete checkpoint) or one step's directory.
 
     Raises:
-      UserError: no checkpoint there, or it cannot be read.
+      UserError: no checkpoint there, or it cannot be read, or its tokenizer is not the model's.
     """
     path = find_checkpoint(directory)
     config, step = _read_run(path)
@@ -248,9 +268,11 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         program.abstract_state().params,
     )
-    with _errors_as_sentences(path), ocp.StandardCheckpointer() as checkpointer:
+    tokenizer = load_tokenizer(path / "tokenizer")
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    with reading(path), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
-    return nnx.merge(program.graphdef, params), load_tokenizer(path / "tokenizer"), config, step
+    return nnx.merge(program.graphdef, params), tokenizer, config, step
 
 
 def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -260,9 +282,15 @@ def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
 
 
 def _read_run(path: Path) -> tuple[TrainConfig, int]:
-    with _errors_as_sentences(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "run")
+    try:
         return from_dict(TrainConfig, saved["config"]), saved["step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use the version "
+            "that saved it"
+        ) from error
 
 
 def _heldout_ce(metrics: dict[str, float]) -> float:
@@ -290,7 +318,13 @@ def _is_half_written(path: Path) -> bool:
 
 
 def _is_complete(path: Path) -> bool:
-    files = ("_CHECKPOINT_METADATA", "params/_METADATA", "rest/_METADATA", "run/metadata")
+    files = (
+        "_CHECKPOINT_METADATA",
+        "params/_METADATA",
+        "rest/_METADATA",
+        "run/metadata",
+        "tokenizer/tokenizer.json",
+    )
     return all((path / item).is_dir() for item in _ITEMS) and all((path / file).is_file() for file in files)
 
 
@@ -307,45 +341,3 @@ def _check_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise OSError(errno.ENOSPC, f"{size / 1e6:.1f} MB wanted, {free / 1e6:.1f} MB free")
-
-
-def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs of exceptions that it also raises, and of checkpoints without a held-out CE."""
-    return not ("orbax" in record.pathname and (record.exc_info or "did not provide metrics" in record.msg))
-
-
-@contextmanager
-def _errors_as_sentences(where: Path) -> Iterator[None]:
-    """Turns what orbax and the file system raise, here or in the background, into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        if is_disk_full(error):
-            raise UserError(
-                f"the disk is full: {where} had no room for a checkpoint ({_reason(error)}), earlier ones are "
-                "intact: free some space and run the same command again"
-            ) from error
-        raise UserError(
-            f"{where} must be a checkpoint that can be read and written; {_reason(error)}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """One short line of a message that may have many."""
-    text = (
-        error.strerror
-        if isinstance(error, OSError) and error.strerror
-        else f"{type(error).__name__}: {error}"
-    )
-    return " ".join(text.split())[:200]
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether ``error``, or what caused it, is a full disk or quota (the C++ writers only say so in words)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -256,18 +257,27 @@ def _evaluate(argv: list[str]) -> None:
     from train.evaluate import evaluate_checkpoint
 
     report = evaluate_checkpoint(options.checkpoint, batches=options.batches, batch_size=options.batch_size)
-    Console(stderr=options.json == "-", highlight=False).print(report.table())
+    Console(stderr=options.json == "-", highlight=False, soft_wrap=True).print(report.table())
     if options.json == "-":
         print(report.to_json())
     elif options.json is not None:
-        with open(options.json, "w", encoding="utf-8") as file:
-            file.write(report.to_json() + "\n")
+        try:
+            Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--json must name a file that can be written; {options.json}: {error.strerror}"
+            ) from error
 
 
 def _sentence(error: Exception) -> str | None:
     """What to tell the user, or None if this is no mistake of theirs."""
     if isinstance(error, UserError):
         return str(error)
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the device must have room for model and batch; it ran out of memory: lower the batch size or the "
+            "context length, or in training raise --optimizer.accumulation or set --model.remat full"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the operating system'}: {error.strerror}"
     return str(error) if isinstance(error, ValueError) and _is_raised_by_us(error) else None

@@ -34,6 +34,7 @@ class DataConfig:
     holdout: float = 0.05
 
     def __post_init__(self) -> None:
+        _require(all(self.paths), "data.paths must name files; got ''")
         _require(0 < self.holdout < 1, f"data.holdout must lie between 0 and 1; got {self.holdout}")
         _require(
             bool(self.tokenizer), "data.tokenizer must be byte, bpe or the path of a tokenizer.json; got ''"
@@ -181,7 +182,9 @@ class TrainConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1; got {self.steps}")
+        # Steps are counted in int32, and a seed is one word of JAX's key.
+        _require(1 <= self.steps < 2**31, f"steps must be at least 1 and under 2^31; got {self.steps}")
+        _require(0 <= self.seed < 2**32, f"seed must be at least 0 and under 2^32; got {self.seed}")
         _require(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
         _require(bool(self.workdir), "workdir must name a directory; got ''")
         _require(

@@ -179,7 +179,7 @@ def _files(paths: Sequence[str]) -> Sequence[Traversable]:
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         files = [match for match in matches if not match.is_dir()]
         if not files:
-            raise UserError(f"data.paths must name files; no file matches {pattern}")
+            raise UserError(f"data.paths must name files; no file matches {pattern}: check the pattern")
         found.update(dict.fromkeys(files))
     return list(found)
 
@@ -188,7 +188,7 @@ def _read(file: Traversable, name: str) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"data.paths must name files; there is no file {name}") from error
+        raise UserError(f"data.paths must name files; there is no file {name}: check the path") from error
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from error
 
@@ -225,7 +225,9 @@ def _decompress_zstd(data: bytes) -> bytes:
 
 def _decode(data: bytes, name: str) -> str:
     if b"\0" in data:
-        raise UserError(f"{name} must be UTF-8 text or JSON lines; found binary data")
+        raise UserError(
+            f"{name} must be UTF-8 text or JSON lines; found binary data: remove it from data.paths"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -256,9 +258,16 @@ def _json_documents(text: str, name: str, field: str) -> Iterator[str]:
         try:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} must be one JSON object; found no valid JSON: {error}") from error
+            reason = (
+                f" ({error.msg}: column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+            )
+            raise UserError(
+                f"{where} must be one JSON object; found no valid JSON{reason}: mend or remove the line"
+            ) from error
         if not isinstance(document, dict):
-            raise UserError(f"{where} must be one JSON object; found a {type(document).__name__}")
+            raise UserError(
+                f"{where} must be one JSON object; found {_json_type(document)}: mend or remove the line"
+            )
         if field not in document:
             fields = ", ".join(document) or "none"
             raise UserError(
@@ -266,15 +275,23 @@ def _json_documents(text: str, name: str, field: str) -> Iterator[str]:
             )
         value = document[field]
         if not isinstance(value, str):
-            raise UserError(f"{where} must hold a string in {field!r}; found a {type(value).__name__}")
+            raise UserError(
+                f"{where} must hold a string in {field!r}; found {_json_type(value)}: name another field with "
+                "--data.text-field, or mend or remove the line"
+            )
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where} must hold Unicode text in {field!r}; found half of a surrogate pair"
+                f"{where} must hold Unicode text in {field!r}; found half of a surrogate pair: mend or remove the line"
             ) from error
         if value:
             yield value
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _split(documents: list[str], holdout: float) -> tuple[list[str], list[str]]:

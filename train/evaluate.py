@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
-from train.checkpoint import find_checkpoint, load_for_inference
+from train.checkpoint import load_for_inference
 from train.data import heldout_batches
 from train.errors import UserError
 from train.state import Params
@@ -129,6 +129,7 @@ def evaluate(
     counts, outputs = zip(*results, strict=True)
     losses, stats = zip(*jax.device_get(outputs), strict=True)
     whole = merge_statistics(jax.tree.map(lambda *parts: np.stack(parts), *stats))
+    layers = jax.tree.map(np.asarray, sparsity.layer_summary(whole))
     ce = float(np.mean(np.asarray(losses, np.float64)))
     tokens, size = sum(counts), sum(int(batch["bytes"]) for batch in batches)
     return EvaluationReport(
@@ -137,9 +138,9 @@ def evaluate(
         ce=ce,
         bits_per_byte=ce * tokens / size / math.log(2),
         d_ff=d_ff,
-        l0_per_layer=tuple(map(float, whole.l0)),
-        max_nnz_per_layer=tuple(map(int, whole.max_nnz)),
-        dead_fraction_per_layer=tuple(map(float, np.mean(np.asarray(whole.neuron_hits) == 0, axis=-1))),
+        l0_per_layer=tuple(map(float, layers["l0"])),
+        max_nnz_per_layer=tuple(map(int, layers["max_nnz"])),
+        dead_fraction_per_layer=tuple(map(float, layers["dead_fraction"])),
     )
 
 
@@ -159,7 +160,7 @@ def evaluate_checkpoint(
     for name, value in (("batches", batches), ("batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1; got {value}")
-    model, tokenizer, config, step = load_for_inference(find_checkpoint(directory))
+    model, tokenizer, config, step = load_for_inference(directory)
     graphdef, variables = nnx.split(model)
     heldout = heldout_batches(
         config.data,

@@ -9,7 +9,8 @@ import grain
 import jax
 
 from train import data, parallel
-from train.checkpoint import Checkpoints, check_same_run, check_same_tokenizer, is_disk_full
+from train.checkpoint import Checkpoints, check_same_run, check_same_tokenizer
+from train.checkpoint_errors import is_disk_full
 from train.config import TrainConfig
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
@@ -76,7 +77,7 @@ def _run(
     tokenizer = _tokenizer(config, checkpoints, start)
     if start >= config.steps:
         reporter.say(f"this run is finished: {start} of {config.steps} steps are done; --steps asks for more")
-        reporter.next_commands(checkpoints.path(start))
+        reporter.next_commands()
         return RunResult("already-finished", start, checkpoints.path(start))
     run = _Run(config, hooks, reporter, checkpoints, tokenizer, start)
     try:
@@ -123,6 +124,8 @@ class _Run:
             batch_size=config.batch_size // config.optimizer.accumulation,
             limit=config.report.evaluate_batches, **share,
         )  # fmt: skip
+        # Nothing is made on the disk before the configuration, corpus and tokenizer have proved good.
+        checkpoints.open()
         self.layout = parallel.Layout.over_all_devices(config.parallel)
         self.program: Program = build_program(config)
         self.evaluator = make_evaluator(self.program.graphdef)
@@ -239,5 +242,5 @@ class _Run:
             return RunResult("stopped", step, path)
         assert self.evaluation is not None
         self.reporter.say(self.evaluation.table())
-        self.reporter.next_commands(Path(self.config.workdir))
+        self.reporter.next_commands()
         return RunResult("finished", step, path, self.evaluation)

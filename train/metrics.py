@@ -150,17 +150,14 @@ def model_flops_utilisation(config: ModelConfig, tokens_per_second: float) -> fl
 
 
 def _keep_until(path: Path, start: int) -> None:
-    """Drops records of steps after ``start``, and a last line that was cut off."""
+    """Drops records of steps after ``start``, and lines that are no record, as a last one that was cut off."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= start:
-            kept.append(line + "\n")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

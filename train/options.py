@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -63,7 +64,7 @@ def parse_options(
             raise
         raise UsageError(_plain(complaint.getvalue())) from None
     if unknown:
-        raise UsageError(_unknown(unknown[0], list(_option_names(options)), command))
+        raise UsageError(_unknown(unknown[0], argv, dict(_options(options)), command))
     return options
 
 
@@ -112,14 +113,26 @@ def _plain(box: str) -> str:
     return text
 
 
-def _unknown(token: str, names: list[str], command: str) -> str:
+def _unknown(token: str, argv: list[str], known: dict[str, Any], command: str) -> str:
     if not token.startswith("-"):
+        flag = _flag_before(token, argv, known)
+        if flag:
+            section, _, leaf = flag.removeprefix("--").rpartition(".")
+            negated = f"--{section}.no-{leaf}" if section else f"--no-{leaf}"
+            return f"{flag} takes no value; got {token!r}: write {flag} or {negated}"
         return f"unexpected argument {token!r}: {PROGRAM} {command} takes options only, see its --help"
     name = token.partition("=")[0].replace("_", "-")
     leaf = name.lstrip("-").rpartition(".")[2]
-    same_leaf = [known for known in names if re.split(r"\.|--", known)[-1] == leaf]
-    hint = f"; did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, names)
+    same_leaf = [option for option in known if re.split(r"\.|--", option)[-1] == leaf]
+    hint = f"; did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, known)
     return f"unknown option {name}{hint or f': see {PROGRAM} {command} --help'}"
+
+
+def _flag_before(token: str, argv: list[str], known: dict[str, Any]) -> str | None:
+    """The yes-or-no option that ``token`` was meant to be the value of, if it was."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    before = [word.replace("_", "-") for word, value in itertools.pairwise(words) if value == token]
+    return next((name for name in before if isinstance(known.get(name), bool)), None)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -128,11 +141,12 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _option_names(options: Any, prefix: str = "--") -> Iterator[str]:
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Each option's name and value."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            yield from _option_names(value, "--" if name == "--run" else f"{name}.")
+            yield from _options(value, "--" if name == "--run" else f"{name}.")
         else:
-            yield name
+            yield name, value

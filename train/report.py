@@ -1,7 +1,10 @@
 """What a run says to people, through rich: plain lines where the output is no terminal."""
 
 import datetime
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -10,6 +13,7 @@ from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
 from train.config import TrainConfig
 from train.metrics import Record, model_flops_utilisation
+from train.options import PROGRAM
 
 
 class Reporter:
@@ -46,15 +50,31 @@ class Reporter:
         """The progress line of one step."""
         self.say(progress_line(self._config, record, tokens_per_second, seconds_left))
 
-    def next_commands(self, checkpoint: Path) -> None:
-        """The last lines: where the checkpoint is and what to type next."""
-        where = shlex.quote(str(checkpoint))
+    def next_commands(self) -> None:
+        """The last lines: where the checkpoints are and what to type next."""
+        program, workdir = program_as_typed(), self._config.workdir
         self.say(
-            f"checkpoint: {checkpoint}\n"
+            f"checkpoint: {workdir}\n"
             f"next:\n"
-            f'  sparse-lm generate --checkpoint {where} --prompt "The state of the"\n'
-            f"  sparse-lm evaluate --checkpoint {where}"
+            f'  {program} generate --checkpoint {shlex.quote(workdir)} --prompt "The state of the"\n'
+            f"  {program} evaluate --checkpoint {shlex.quote(workdir)}"
         )
+
+
+def program_as_typed() -> str:
+    """What starts this program from the current directory, as this process was started."""
+    started = Path(sys.argv[0])
+    if started.parts[-2:] == ("train", "__main__.py"):
+        return f"{_shortest(sys.executable)} -m train"
+    if started.name != PROGRAM or shutil.which(PROGRAM) == str(started):
+        return PROGRAM
+    return _shortest(str(started))
+
+
+def _shortest(path: str) -> str:
+    """A program's path for a shell: its bare name if that finds it, relative if it lies below, else as it is."""
+    name, here = os.path.basename(path), os.path.join(os.getcwd(), "")
+    return name if shutil.which(name) == path else shlex.quote(path.removeprefix(here))
 
 
 def progress_line(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import json
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from train.config import CheckpointConfig, TrainConfig, from_dict
 from train.errors import UserError
 from train.loop import run
 from train.state import build_program
-from train.tokenizer import ByteTokenizer
+from train.tokenizer import ByteTokenizer, fit_bpe
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def batches(config: TrainConfig):
 
 def test_newest_are_kept_and_the_best_besides(finished, first_state, tmp_path):
     saver = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2))
+    saver.open()
     for step, ce in enumerate((3.0, 1.0, 2.0, None, 2.5, None), start=1):
         saver.save(
             first_state, batches(finished.config), finished.config, ByteTokenizer(), step=step, heldout_ce=ce
@@ -57,6 +60,7 @@ def test_run_keeps_the_newest_and_the_best(finished):
 def test_saved_state_is_of_its_step_though_training_went_on(finished):
     """The next step reuses the buffers that a save in the background reads."""
     saver = Checkpoints(finished.workdir, finished.config.checkpoint)
+    saver.open()
     for step in (6, 8):
         restored = saver.restore(step, finished_abstract(finished.config), batches(finished.config))
         jax.tree.map(np.testing.assert_array_equal, tiny_runs.snapshot(restored), finished.states[step])
@@ -74,7 +78,6 @@ def finished_abstract(config: TrainConfig):
 def test_configuration_survives_json(finished):
     saver = Checkpoints(finished.workdir, finished.config.checkpoint)
     assert saver.config(8) == finished.config
-    saver.close()
     assert from_dict(TrainConfig, dataclasses.asdict(finished.config)) == finished.config
 
 
@@ -122,6 +125,7 @@ def test_half_written_is_set_aside_for_the_next_save(copy):
     (copy / "checkpoints" / "8" / "run" / "metadata").unlink()
     for expected in ("8.half-written", "8.half-written1"):
         saver = Checkpoints(copy, CheckpointConfig())
+        saver.open()
         assert saver.newest() == 6
         assert "8" in saver.ignored
         saver.close()
@@ -129,13 +133,50 @@ def test_half_written_is_set_aside_for_the_next_save(copy):
         shutil.copytree(copy / "checkpoints" / expected, copy / "checkpoints" / "8")
 
 
-def test_damaged_parameters_are_one_sentence(copy):
-    (copy / "checkpoints" / "8" / "params" / "_METADATA").write_text("{")
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def largest_file(directory: Path) -> Path:
+    return max(
+        (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+
+
+@pytest.mark.parametrize("find", [lambda params: params / "_METADATA", largest_file])
+def test_damaged_parameters_are_one_sentence(copy, find, capfd):
+    cut(find(copy / "checkpoints" / "8" / "params"))
     with pytest.raises(
-        UserError, match=r"checkpoints/8 must be a checkpoint that can be read and written; "
+        UserError, match=r"checkpoints/8 must be a whole checkpoint; .* \(.*\): move it away"
     ) as error:
         load_for_inference(copy)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def edit_config(directory: Path, name: str, value: object) -> None:
+    file = directory / "run" / "metadata"
+    saved = json.loads(file.read_text())
+    saved["config"]["model"][name] = value
+    file.write_text(json.dumps(saved))
+
+
+def test_parameters_of_another_shape_are_one_sentence(copy):
+    edit_config(copy / "checkpoints" / "8", "d_ff", 96)
+    with pytest.raises(UserError, match=r"damaged or of another shape \(Requested shape: .*96"):
+        load_for_inference(copy)
+
+
+def test_configuration_of_another_version_is_one_sentence(copy):
+    edit_config(copy / "checkpoints" / "8", "unheard_of", 1)
+    with pytest.raises(UserError, match=r"unheard_of.*: use the version that saved it"):
+        load_for_inference(copy)
+
+
+def test_tokenizer_that_the_model_has_no_room_for_is_one_sentence(copy):
+    fit_bpe(["the sum of our hopes"], 260).save(copy / "checkpoints" / "8" / "tokenizer")
+    with pytest.raises(UserError, match=r"the tokenizer has 260 ids but model\.vocab-size is 257"):
+        load_for_inference(copy)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +205,7 @@ def test_resuming_with_another_tokenizer_is_refused(finished):
 
 def test_save_that_the_disk_has_no_room_for_is_not_begun(copy, finished, first_state, monkeypatch):
     saver = Checkpoints(copy, finished.config.checkpoint)
+    saver.open()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
         UserError, match=r"the disk is full: .*MB wanted, 0.0 MB free\), earlier ones are intact"

@@ -53,8 +53,12 @@ def complaint(capsys, *argv):
         ("train --optimizer.eps x", "--optimizer.eps must be a number; got 'x'"),
         ("train --model.ffn.backup-rows x", "--model.ffn.backup-rows must be a whole number or None; got 'x'"),
         ("train --model.dtype f32", "--model.dtype must be one of 'bfloat16', 'float16', 'float32'; got 'f32'"),
-        ("train --steps 0", "steps must be at least 1; got 0"),
-        ("train --model.sparsity.l1 -1", "sparsity.l1 must be a finite number of at least 0; got -1.0"),
+        ("train --steps 0", "steps must be at least 1 and under 2^31; got 0"),
+        ("train --seed -1", "seed must be at least 0 and under 2^32; got -1"),
+        ("train --data.paths=", "data.paths must name files; got ''"),
+        ("train --model.gated false", "--model.gated takes no value; got 'false': write --model.gated or --model.no-gated"),
+        ("generate --debug=yes --checkpoint x", "--debug takes no value; got 'yes': write --debug or --no-debug"),
+        ("train --model.sparsity.l1 -1", "model.sparsity.l1 must be a finite number of at least 0; got -1.0"),
         ("train --model.num-heads 7", "model.num-heads must divide model.d-model=128; got 7"),
         ("train --optimizer.accumulation 5", "batch-size must be a multiple of optimizer.accumulation=5"),
         ("generate --prompt x", "generate needs --checkpoint; got none"),
@@ -76,6 +80,7 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
     ("command", "sentence"),
     [
         ("train --data.paths {tmp}/none.jsonl", "there is no file"),
+        ("train --workdir {tmp}/file", "workdir must be a directory that can be made and written to; "),
         ("train --data.tokenizer {tmp}/none.json", "found no file"),
         ("train --data.tokenizer byte --model.vocab-size 100", "the tokenizer has 257 ids but model.vocab-size is 100"),
         ("train --data.tokenizer bpe --model.vocab-size 100", "at least 257"),
@@ -85,16 +90,19 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("generate --checkpoint {run} --prompt 0123456789abcdef", "context of 16 tokens; got one of 16"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 16", "beyond the model's context of 16"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 0", "max_new_tokens must be at least 1; got 0"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
         ("evaluate --checkpoint {run} --batches 0", "batches must be at least 1; got 0"),
     ],
 )  # fmt: skip
 def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command, sentence):
     words = command.format(tmp=tmp_path, run=finished.workdir).split()
-    if words[0] == "train":
+    (tmp_path / "file").touch()
+    if words[0] == "train" and "--workdir" not in words:
         words += ["--workdir", str(tmp_path / "run")]
     status, said = complaint(capsys, *words)
     assert sentence in said
     assert status == 1
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
@@ -201,7 +209,7 @@ def test_train_in_a_process_of_its_own(tmp_path, corpus):
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
     assert process.returncode == 0, process.stderr
-    assert f"sparse-lm generate --checkpoint {workdir}" in process.stdout
+    assert f"python -m train generate --checkpoint {workdir}" in process.stdout
     assert "Traceback" not in process.stderr
 
 
@@ -261,14 +269,26 @@ def evaluated(monkeypatch, finished):
 def test_evaluate_prints_a_table_and_writes_json(capsys, evaluated, tmp_path):
     path = tmp_path / "figures.json"
     assert cli.main(["evaluate", "--checkpoint", "x", "--json", str(path)]) == 0
-    assert "bits per byte" in capsys.readouterr().out
+    assert "bits per byte\n" in capsys.readouterr().out
     assert json.loads(path.read_text())["ce"] == evaluated.ce
 
 
 def test_an_error_of_the_system_is_a_sentence(capsys, evaluated, tmp_path):
     target = tmp_path / "no" / "figures.json"
     assert cli.main(["evaluate", "--checkpoint", "x", "--json", str(target)]) == 1
-    assert capsys.readouterr().err == f"sparse-lm: {target}: No such file or directory\n"
+    assert capsys.readouterr().err == (
+        f"sparse-lm: --json must name a file that can be written; {target}: No such file or directory\n"
+    )
+
+
+def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
+    def run(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("train.loop.run", run)
+    status, said = complaint(capsys, "train")
+    assert "it ran out of memory: lower the batch size" in said
+    assert status == 1
 
 
 def _root():

@@ -47,7 +47,7 @@ def test_resumed_file_has_no_step_twice_and_no_broken_line(tmp_path):
         writer.write({"step": step, "ce": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "c')
+        file.write('[1]\n{}\n{"step": 6, "c')
     writer = MetricsWriter(tmp_path, start=3, tensorboard=False)
     writer.write({"step": 4, "ce": 40.0})
     writer.close()

@@ -1,6 +1,7 @@
 """The lines of a run."""
 
 import io
+import sys
 
 import pytest
 import tiny_runs
@@ -36,11 +37,31 @@ def test_line_is_plain_and_whole_where_there_is_no_terminal(config):
     )
 
 
-def test_next_commands_quote_the_directory(config, tmp_path):
+def test_next_commands_quote_the_directory(config):
     output = io.StringIO()
     console = Console(file=output, width=40, highlight=False, soft_wrap=True)
-    Reporter(config, console=console).next_commands(tmp_path / "some dir")
-    assert f"sparse-lm evaluate --checkpoint '{tmp_path / 'some dir'}'\n" in output.getvalue()
+    Reporter(config, console=console).next_commands()
+    assert "sparse-lm evaluate --checkpoint 'some dir'\n" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("started", "python", "typed"),
+    [
+        ("/usr/local/bin/sparse-lm", "/usr/local/bin/python", "sparse-lm"),
+        (".venv/bin/sparse-lm", "{here}/.venv/bin/python", ".venv/bin/sparse-lm"),
+        ("{here}/.venv/bin/sparse-lm", "{here}/.venv/bin/python", ".venv/bin/sparse-lm"),
+        ("/my envs/bin/sparse-lm", "/my envs/bin/python", "'/my envs/bin/sparse-lm'"),
+        ("/lib/train/__main__.py", "/usr/local/bin/python", "python -m train"),
+        ("/lib/train/__main__.py", "{here}/.venv/bin/python", ".venv/bin/python -m train"),
+        ("/lib/pytest/__main__.py", "/usr/local/bin/python", "sparse-lm"),
+    ],
+)
+def test_program_is_named_as_it_was_started(monkeypatch, tmp_path, started, python, typed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [started.format(here=tmp_path)])
+    monkeypatch.setattr(sys, "executable", python.format(here=tmp_path))
+    monkeypatch.setattr(report.shutil, "which", lambda name: f"/usr/local/bin/{name}")
+    assert report.program_as_typed() == typed
 
 
 def test_other_processes_are_silent(config, capsys):
