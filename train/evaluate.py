@@ -32,6 +32,8 @@ class EvaluationReport:
       step: optimizer steps behind the model.
       tokens: target tokens evaluated.
       ce: mean cross-entropy in nats per token.
+      unigram_entropy: entropy of the evaluated tokens' own frequencies in nats: the least CE that a model could
+        reach that knew these and looked at no context. From this process's share of the text.
       bits_per_byte: the same text's code length per UTF-8 byte, which does not depend on the tokenizer.
       d_ff: F, neurons of each layer.
       l0_per_layer: mean active neurons per token.
@@ -42,6 +44,7 @@ class EvaluationReport:
     step: int
     tokens: int
     ce: float
+    unigram_entropy: float
     bits_per_byte: float
     d_ff: int
     l0_per_layer: tuple[float, ...]
@@ -65,8 +68,9 @@ class EvaluationReport:
     def table(self) -> Group:
         """For people: the figures of the whole model on one line, then a table with a row a layer."""
         headline = (
-            f"step {self.step}, {self.tokens} held-out tokens: CE {self.ce:.4f}, perplexity "
-            f"{self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte"
+            f"step {self.step}, {self.tokens} held-out tokens: CE {self.ce:.4f} (token frequencies alone: "
+            f"{self.unigram_entropy:.4f}), perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits per byte"
         )
         table = Table()
         for name in ("layer", "l0", f"% of {self.d_ff}", "max nnz", "dead"):
@@ -136,12 +140,19 @@ def evaluate(
         step=step,
         tokens=tokens,
         ce=ce,
+        unigram_entropy=_entropy(np.concatenate([batch["tokens"][:, 1:].ravel() for batch in batches])),
         bits_per_byte=ce * tokens / size / math.log(2),
         d_ff=d_ff,
         l0_per_layer=tuple(map(float, layers["l0"])),
         max_nnz_per_layer=tuple(map(int, layers["max_nnz"])),
         dead_fraction_per_layer=tuple(map(float, layers["dead_fraction"])),
     )
+
+
+def _entropy(tokens: np.ndarray) -> float:
+    """Nats of the frequencies of integers."""
+    frequencies = np.unique(tokens, return_counts=True)[1] / tokens.size
+    return float(-np.sum(frequencies * np.log(frequencies)))
 
 
 def evaluate_checkpoint(

@@ -29,6 +29,8 @@ def test_figures_are_what_they_are_called(finished, report):
     assert report.tokens == nats.size
     assert report.ce == pytest.approx(nats.mean(), rel=1e-5)
     assert report.perplexity == pytest.approx(math.exp(report.ce))
+    share = np.bincount(tokens[:, 1:].ravel())[tokens[:, 1:]] / nats.size  # of each token's own kind
+    assert report.unigram_entropy == pytest.approx(-np.log(share).mean())
     size = sum(batch["bytes"] for batch in batches)
     assert report.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / size, rel=1e-5)
     np.testing.assert_allclose(report.l0_per_layer, stats.l0, rtol=1e-5)
