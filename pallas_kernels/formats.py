@@ -61,7 +61,7 @@ class TwELL:
     count of active gates of that row in that tile, also where it exceeds S - 1. Words 1 to min(count, S - 1)
     hold one active gate each: the column in the low 16 bits and, for 16-bit types, the value's bits in the high
     16; their order within the tile is free. For f32 gates the values stand in ``values`` at the same place.
-    A row with a count over S - 1 *overflows*: its words are incomplete and its counts are not.
+    A row with a count over S - 1 *overflows*: its counts are true, and its other words mean nothing.
 
     Attributes:
       words: (M, n_tiles * S) uint32.
@@ -123,7 +123,7 @@ class TwELL:
         return _bytes(self.words, self.values)
 
     def to_dense(self) -> jax.Array:
-        """(M, F) gates; exact for every row that does not overflow, the stored part of one that does."""
+        """(M, F) gates; exact for every row that does not overflow, meaningless for one that does."""
         tokens, n_tiles = self.words.shape[0], self.n_tiles
         words = self.words.reshape(tokens, n_tiles, self.slots)
         stored = words[..., 1:]

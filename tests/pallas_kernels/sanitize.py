@@ -1,5 +1,9 @@
 """A program for NVIDIA's compute-sanitizer: small TwELL calls, with rows that fit and rows that overflow.
 
+Compiling under the sanitizer takes many times as long, so compile first, into a cache:
+
+export JAX_COMPILATION_CACHE_DIR=$(mktemp -d) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+python tests/pallas_kernels/sanitize.py
 compute-sanitizer --tool memcheck  python tests/pallas_kernels/sanitize.py
 compute-sanitizer --tool racecheck python tests/pallas_kernels/sanitize.py
 """
