@@ -1,7 +1,6 @@
 """Is a result as good as the dense path's? Errors against an f32 truth, on a sample of rows."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import reference
-from pallas_kernels.ffn import sparse_ffn, sparse_mlp
 from pallas_kernels.formats import TwELL
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.options import FFNStats
 
 ALLOWED = 1.5
 """How many times the dense path's own error a sparse path may have."""
@@ -86,32 +83,3 @@ def stats_failures(stats: FFNStats, dense: FFNStats) -> list[str]:
     if abs(int(stats.max_nnz) - int(dense.max_nnz)) > 1 + _COUNTER_TOLERANCE * int(dense.max_nnz):
         failures.append(f"max_nnz is {stats.max_nnz}, the dense path's {dense.max_nnz}")
     return failures
-
-
-def check_call(inputs: Mapping[str, jax.Array], options: FFNOptions) -> tuple[float, float, list[str]]:
-    """Runs one layer as ``options`` say and densely, on arguments such as `ffn_inputs` gives.
-
-    Returns:
-      The relative errors of y and of the dense path's y against an f32 truth, and what is wrong with the call,
-      one sentence each: nothing, for a call that is right.
-    """
-    y, stats = _sparse(dict(inputs), options)
-    dense_y, dense_stats = _dense(dict(inputs))
-    rows = sample_rows(inputs["x"].shape[0])
-    _, expected = truth(inputs, rows)
-    error, dense_error = relative_error(y[rows], expected), relative_error(dense_y[rows], expected)
-    failures = stats_failures(stats, dense_stats)
-    if not acceptable(error, dense_error):
-        failures.append(f"y has a relative error of {error:.2e}, the dense path's is {dense_error:.2e}")
-    return error, dense_error, failures
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sparse(inputs, options):
-    layer = sparse_ffn if "w_gate" in inputs else sparse_mlp
-    return layer(**inputs, options=options)
-
-
-@jax.jit
-def _dense(inputs):
-    return reference.ffn(inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"])

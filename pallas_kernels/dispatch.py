@@ -44,8 +44,6 @@ class Choice(NamedTuple):
 
 def unsupported_reason(format: str, backend: str, call: Call, device: Device) -> str | None:
     """Why ``format`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence; None if it can."""
-    if format not in _BACKENDS:
-        return f"format={format!r} has no kernels in this version; choose {_or(_BACKENDS)}"
     if backend not in _BACKENDS[format]:
         return f"format={format!r} runs on backend {_or(_BACKENDS[format])}; got backend={backend!r}"
     if format == "twell" and call.d_ff > MAX_INDEX:
@@ -63,9 +61,8 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
                 "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
                 f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
             )
-        from pallas_kernels.twell import (
-            pallas_mosaic_gpu,
-        )  # imported where it runs: it takes a third of a second
+        # Imported where it runs: it takes a third of a second.
+        from pallas_kernels.twell import pallas_mosaic_gpu
 
         return pallas_mosaic_gpu.unsupported_reason(*call)
     return None
@@ -85,7 +82,7 @@ def choose(options: FFNOptions, call: Call) -> Choice:
     format = "dense" if options.format == "auto" else options.format
     candidates: tuple[str, ...] = (options.backend,)
     if options.backend == "auto":
-        candidates = tuple(b for b in _BACKENDS.get(format, ("auto",)) if b != "interpret")
+        candidates = tuple(b for b in _BACKENDS[format] if b != "interpret")
     reasons = [unsupported_reason(format, backend, call, device) for backend in candidates]
     for backend, reason in zip(candidates, reasons, strict=True):
         if reason is None:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
+Format = Literal["auto", "twell", "dense"]
 Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
 
 
@@ -15,10 +15,11 @@ class FFNOptions:
     """Choices that change how a result is computed, never what it is.
 
     Attributes:
-      format: how the gate activations are stored between the projections. ``"auto"`` takes the fastest
-        path that supports the call; naming a format that cannot run raises the reason.
-      backend: what runs the call. ``"auto"`` means GPU kernels on a supported GPU and XLA elsewhere;
-        ``"interpret"`` runs the GPU kernels' own code slowly on any device, for tests.
+      format: how the gate activations are stored between the projections. ``"auto"`` is ``"dense"``, the one
+        that needs no knowledge of how sparse they are; a format that cannot run a call raises the reason.
+      backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
+        ``"dense"``, Mosaic GPU and then Triton for ``"twell"``. ``"interpret"`` runs Triton kernels' own code
+        slowly on any device, for tests.
       tile: T, columns in a TwELL tile (paper section 3.1: 256).
       compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
         more than S - 1 non-zeros sends its row to the dense backup.

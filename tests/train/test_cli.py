@@ -111,8 +111,8 @@ def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
         jax.jit(lambda x: sparse_ffn(x, weight, weight, weight, options=config.model.ffn))(x)
 
     monkeypatch.setattr("train.loop.run", run)
-    status, said = complaint(capsys, "train", "--model.ffn.format", "panel")
-    assert said.startswith("format='panel'")
+    status, said = complaint(capsys, "train", "--model.ffn.format", "twell")
+    assert said.startswith("backend='triton' needs an NVIDIA GPU")
     assert status == 1
 
 
