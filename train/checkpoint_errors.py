@@ -56,8 +56,12 @@ def _silence_what_is_raised_too() -> None:
         return
 
     def hook(unraisable: Any) -> None:
-        # A read or write that is still under way when the first error ends orbax's event loop.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # Reads and writes still under way when the first error ends orbax's event loop: some notice that it is
+        # closed, others are cut off (GeneratorExit) when they are collected.
+        error = unraisable.exc_value
+        if str(error) != "Event loop is closed" and not isinstance(
+            getattr(error, "__cause__", None), GeneratorExit
+        ):
             previous(unraisable)
 
     sys.unraisablehook = hook
