@@ -35,9 +35,15 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def multiply(a: jax.Array, b: jax.Array, dimensions: lax.DotDimensionNumbers = _MATRICES) -> jax.Array:
-    """A product of two arrays of one type, rounded once to that type; by default (M, F) times (F, D)."""
+    """A product of two arrays of one type, rounded once to that type; by default (M, F) times (F, D).
+
+    XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum: there
+    the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.
+    """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=a.dtype)
+    output = jnp.float32 if a.shape[0] == 1 else a.dtype
+    product = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=output)
+    return product.astype(a.dtype)
 
 
 def active(gate: jax.Array) -> jax.Array:

@@ -1,9 +1,6 @@
-"""The packing gate GEMM for Hopper: TMA, wgmma and warp specialisation on Pallas Mosaic GPU.
+"""The packing gate GEMM for Hopper: the epilogue that turns a tile of `hopper_gemm` into TwELL words.
 
-Why it exists. Triton's GEMM loads through the threads that also compute and runs some 15 % behind a GEMM fed by
-the copy engine. Here one warpgroup feeds a ring of shared-memory stages and two compute, each 64 rows of one
-TwELL tile; programs are persistent, so the next tile's loads run while this one is packed. FLOPs and bytes are
-those of `gate_pack` on Triton.
+Why it exists: `hopper_gemm`; FLOPs and bytes are those of `gate_pack` on Triton.
 
 How. The epilogue is written per thread, in PTX, because what a thread does depends on what it finds: a thread
 makes a bit mask of its 128 gates and counts them, learns from the three other lanes of its rows where its slots
@@ -13,48 +10,30 @@ once a tile as bytes: nothing is added in global memory, so the same input gives
 
 Numerics. As `gate_pack` on Triton: f32 accumulation, rounded before the sign is read.
 
-Limits. Compute capability 9.0; bf16 or f16; T of 128 or 256; M and F multiples of 8 and D of 64, the shared-memory
-tiles that TMA fills. The interpreter cannot run PTX: this kernel is checked by its lowering on a CPU and by its results on a GPU.
+Limits. Those of `hopper_gemm`; T of 128 or 256. The interpreter cannot run PTX: this kernel is checked by its
+lowering on a CPU and by its results on a GPU.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels import axes, device
+from pallas_kernels import axes, hopper_gemm
 from pallas_kernels.formats import TwELL
+from pallas_kernels.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, WARPGROUP, address, assemble
 
-_WARPGROUP = 128
-_ROWS = 64  # of one warpgroup: wgmma's M
-_COMPUTE_WARPGROUPS = 2
-_TILE_M = _ROWS * _COMPUTE_WARPGROUPS
-_TILE_K = 64
 _STAGES = {128: 5, 256: 4}  # of T: what shared memory holds beside the epilogue's
-_GROUP_M = 8
-_PRODUCER_REGISTERS = 40
 
 
 def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, tile: int) -> str | None:
     """What of a call's shape this kernel cannot do, in one sentence; None if it can."""
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"backend='mosaic_gpu' packs bfloat16 or float16 gates; got {jnp.dtype(dtype).name}"
     if tile not in _STAGES:
         return (
             f"backend='mosaic_gpu' packs tiles of {' or '.join(map(str, _STAGES))} columns; got tile={tile}"
         )
-    if tokens % 8 or d_ff % 8 or d_model % _TILE_K:
-        return (
-            f"backend='mosaic_gpu' needs tokens and F to be multiples of 8 and D of {_TILE_K}; "
-            f"got {tokens} tokens, F={d_ff}, D={d_model}"
-        )
-    return None
+    return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
 
 
 def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tuple[TwELL, jax.Array]:
@@ -63,93 +42,43 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
     Returns:
       The packed gates, and neuron_hits (F,) int32.
     """
-    tokens, d_ff = x.shape[0], w_gate.shape[0]
-    n_tiles, n_blocks = pl.cdiv(d_ff, tile), pl.cdiv(tokens, _TILE_M)
-    programs = min(device.current().cores or 1, n_tiles * n_blocks)
-    words, hits = plgpu.kernel(
-        partial(_kernel, tile=tile, slots=slots),
+    (tokens, _), d_ff = x.shape, w_gate.shape[0]
+    n_tiles, n_blocks = pl.cdiv(d_ff, tile), pl.cdiv(tokens, TILE_M)
+
+    def epilogue(acc, place, words, hits, *, counters, gates):
+        column = place.tile_id * tile
+        _pack(
+            acc,
+            words.at[pl.ds(place.row, ROWS), pl.ds(place.tile_id * slots, slots)],
+            hits.at[place.row_block * COMPUTE_WARPGROUPS + place.warpgroup, pl.ds(column, tile)],
+            counters,
+            gates,
+            column,
+            jnp.minimum(tokens - place.row, ROWS),
+            jnp.minimum(d_ff - column, tile),
+            slots=slots,
+            row_bytes=n_tiles * slots * 4,
+            dtype=x.dtype,
+        )
+
+    words, hits = hopper_gemm.gemm(
+        epilogue,
+        x,
+        w_gate,
         out_type=(
             jax.ShapeDtypeStruct((tokens, n_tiles * slots), jnp.uint32),
-            jax.ShapeDtypeStruct((n_blocks * _COMPUTE_WARPGROUPS, n_tiles * tile), jnp.uint8),
+            jax.ShapeDtypeStruct((n_blocks * COMPUTE_WARPGROUPS, n_tiles * tile), jnp.uint8),
         ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=_COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x, w_gate)
+        tile=tile,
+        stages=_STAGES[tile],
+        scratch={
+            "counters": plgpu.SMEM((COMPUTE_WARPGROUPS, tile), jnp.int32),
+            "gates": plgpu.SMEM((COMPUTE_WARPGROUPS, tile // 8 * WARPGROUP), jnp.uint32),
+        },
+    )
     _, words, hits = axes.vary_alike(x, words, hits)  # Mosaic GPU's outputs do not say so themselves
     packed = TwELL(words, None, d_ff, tile, slots, x.dtype)
     return packed, jnp.sum(hits, axis=0, dtype=jnp.int32)[:d_ff]
-
-
-def _kernel(x_gmem, w_gmem, words_gmem, hits_gmem, *, tile, slots):
-    (tokens, d_model), d_ff = x_gmem.shape, w_gmem.shape[0]
-    n_blocks, n_tiles = pl.cdiv(tokens, _TILE_M), pl.cdiv(d_ff, tile)
-
-    def pipeline(body, compute_context):
-        swizzle = 128
-        transforms = (
-            plgpu.TilingTransform((8, swizzle // x_gmem.dtype.itemsize)),
-            plgpu.SwizzleTransform(swizzle),
-        )
-        operand = partial(plgpu.BlockSpec, index_map=lambda k: (0, k), transforms=transforms, delay_release=1)
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(pl.cdiv(d_model, _TILE_K),),
-            in_specs=[operand((_TILE_M, _TILE_K)), operand((tile, _TILE_K))],
-            memory_registers=_PRODUCER_REGISTERS,
-            wg_axis="warpgroup",
-            num_compute_wgs=_COMPUTE_WARPGROUPS,
-            max_concurrent_steps=_STAGES[tile],
-            compute_context=compute_context,
-        )
-
-    def nothing(*_, **__):
-        pass
-
-    stages = pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem)
-    counters = plgpu.SMEM((_COMPUTE_WARPGROUPS, tile), jnp.int32)
-    gates = plgpu.SMEM((_COMPUTE_WARPGROUPS, tile // 8 * _WARPGROUP), jnp.uint32)
-
-    @partial(pl.run_scoped, stages=stages, counters=counters, gates=gates, collective_axes="warpgroup")
-    def _program(stages, counters, gates):
-        warpgroup = lax.axis_index("warpgroup")
-
-        @plgpu.nd_loop((n_blocks * n_tiles,), collective_axes="program")
-        def _tile(loop):
-            row_block, tile_id = plgpu.planar_snake(loop.index[0], (n_blocks, n_tiles), 0, _GROUP_M)
-            row, column = row_block * _TILE_M + warpgroup * _ROWS, tile_id * tile
-
-            def multiply(_, x_smem, w_smem, acc):
-                plgpu.wgmma(acc, x_smem.at[pl.ds(warpgroup * _ROWS, _ROWS)], w_smem.T)
-                plgpu.wgmma_wait(1)
-                return acc
-
-            def compute(run_pipeline):
-                def with_accumulator(acc):
-                    run_pipeline(acc)
-                    _pack(
-                        plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA),
-                        words_gmem.at[pl.ds(row, _ROWS), pl.ds(tile_id * slots, slots)],
-                        hits_gmem.at[row_block * _COMPUTE_WARPGROUPS + warpgroup, pl.ds(column, tile)],
-                        counters.at[warpgroup],
-                        gates.at[warpgroup],
-                        column,
-                        jnp.minimum(tokens - row, _ROWS),
-                        jnp.minimum(d_ff - column, tile),
-                        slots=slots,
-                        row_bytes=n_tiles * slots * 4,
-                        dtype=x_gmem.dtype,
-                    )
-
-                pl.run_scoped(with_accumulator, plgpu.ACC((_ROWS, tile), jnp.float32))
-
-            pipeline(multiply, compute)(
-                x_gmem.at[pl.ds(row_block * _TILE_M, _TILE_M), :],
-                w_gmem.at[pl.ds(column, tile), :],
-                allocations=stages,
-            )
 
 
 def _pack(acc, words, hits, counters, gates, column, rows_left, columns_left, *, slots, row_bytes, dtype):
@@ -160,46 +89,28 @@ def _pack(acc, words, hits, counters, gates, column, rows_left, columns_left, *,
     def pack(_, acc, words, hits, counters, gates, column, rows_left, columns_left):
         tile = acc.shape[1]
         scalars = [value.registers.flat[0] for value in (column, rows_left, columns_left)]
-        pointers = [_address(words, 64), _address(hits, 64), _address(counters, 32), _address(gates, 32)]
-        _assemble(_zero_counters(tile), [pointers[2]], "r")
+        pointers = [address(words, 64), address(hits, 64), address(counters, 32), address(gates, 32)]
+        assemble(_zero_counters(tile), [pointers[2]], "r")
         mgpu_utils.warpgroup_barrier()
         constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "r", "r", "r", "r", "r"])
-        _assemble(_walk(tile, slots, row_bytes, dtype), [*_values(acc), *pointers, *scalars], constraints)
+        assemble(
+            _walk(tile, slots, row_bytes, dtype), [*hopper_gemm.values(acc), *pointers, *scalars], constraints
+        )
         mgpu_utils.warpgroup_barrier()
-        _assemble(_flush_counters(tile), [pointers[1], pointers[2]], "l,r")
+        assemble(_flush_counters(tile), [pointers[1], pointers[2]], "l,r")
         mgpu_utils.warpgroup_barrier()
 
     pack(acc, words, hits, counters, gates, column, rows_left, columns_left)
 
 
-def _address(ref, bits):
-    return llvm.ptrtoint(ir.IntegerType.get_signless(bits), mgpu_utils.memref_ptr(ref))
-
-
-def _assemble(text, operands, constraints):
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
-
-
-def _values(acc):
-    """A thread's T / 2 gates: first those of its upper row, then those eight rows below, by ascending column."""
-    i32 = ir.IntegerType.get_signless(32)
-    pairs = acc.registers.reshape(-1, 2)  # (T / 8 groups of columns, 2 rows) of two neighbouring columns
-    return [
-        llvm.extractelement(pair, mgpu_utils.c(nth, i32))
-        for half in range(2)
-        for pair in pairs[:, half]
-        for nth in range(2)
-    ]
-
-
 def _zero_counters(tile):
-    stores = " ".join(f"st.shared.b32 [a+{4 * i}], 0;" for i in range(0, tile, _WARPGROUP))
+    stores = " ".join(f"st.shared.b32 [a+{4 * i}], 0;" for i in range(0, tile, WARPGROUP))
     return f"{{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 127; mad.lo.u32 a, a, 4, $0; {stores} }}"
 
 
 def _flush_counters(tile):
     moves = " ".join(
-        f"ld.shared.b32 v, [a+{4 * i}]; st.global.u8 [g+{i}], v;" for i in range(0, tile, _WARPGROUP)
+        f"ld.shared.b32 v, [a+{4 * i}]; st.global.u8 [g+{i}], v;" for i in range(0, tile, WARPGROUP)
     )
     return f"""{{ .reg .b32 t, a, v; .reg .b64 g;
         mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 a, t, 4, $1; mad.wide.u32 g, t, 1, $0; {moves} }}"""
@@ -208,8 +119,8 @@ def _flush_counters(tile):
 def _walk(tile, slots, row_bytes, dtype):
     """The epilogue of one thread, as PTX.
 
-    Operands: the T / 2 values of `_values`; addresses of words, hits, counters and gates; the tile's first
-    column; rows and columns of it that exist. A thread's column k is ``8 (k / 2) + 2 (lane % 4) + k % 2``.
+    Operands: the T / 2 `hopper_gemm.values`; addresses of words, hits, counters and gates; the tile's first column;
+    rows and columns of it that exist.
     """
     each = tile // 4  # columns of a thread in one row
     n_words = each // 32  # of its mask
@@ -218,10 +129,9 @@ def _walk(tile, slots, row_bytes, dtype):
         return f"${half * each + k}"
 
     words, _, counters, gates, column, rows_left, columns_left = (f"${2 * each + i}" for i in range(7))
-    threshold, convert = {
-        "bfloat16": ("0f00008000", "cvt.rn.bf16x2.f32"),  # half of the least subnormal: more rounds to active
-        "float16": ("0f33000000", "cvt.rn.f16x2.f32"),
-    }[jnp.dtype(dtype).name]
+    threshold, convert = (
+        table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
+    )
     masks = [(half, word) for half in range(2) for word in range(n_words)]
     lines = [
         "{ .reg .pred p, q; .reg .b16 h; .reg .b64 wide;",
@@ -278,7 +188,7 @@ def _walk(tile, slots, row_bytes, dtype):
     for half in range(2):
         for pair in range(each // 2):
             lines.append(f"{convert} w, {value(half, 2 * pair + 1)}, {value(half, 2 * pair)};")
-            lines.append(f"st.shared.b32 [at+{4 * _WARPGROUP * pair}], w;")
+            lines.append(f"st.shared.b32 [at+{4 * WARPGROUP * pair}], w;")
         lines.append(f"NEXT{half}: mov.b32 any, 0;")
         lines += [f"or.b32 any, any, m{half}_{word};" for word in range(n_words)]
         lines.append(f"setp.eq.u32 q, any, 0; @q bra DONE{half};")
@@ -287,8 +197,8 @@ def _walk(tile, slots, row_bytes, dtype):
             lines += [
                 f"setp.ne.u32 p, {mask}, 0; brev.b32 t, {mask}; clz.b32 t, t;",
                 f"sub.u32 w, {mask}, 1; and.b32 {mask}, {mask}, w; shr.u32 pair, t, 1; and.b32 odd, t, 1;",
-                f"mad.lo.u32 t, pair, {4 * _WARPGROUP}, at; mad.lo.u32 t, odd, 2, t; mad.lo.u32 odd, pair, 8, odd;",
-                f"@p ld.shared.u16 h, [t+{4 * _WARPGROUP * 16 * word}]; cvt.u32.u16 w, h; shl.b32 w, w, 16;",
+                f"mad.lo.u32 t, pair, {4 * WARPGROUP}, at; mad.lo.u32 t, odd, 2, t; mad.lo.u32 odd, pair, 8, odd;",
+                f"@p ld.shared.u16 h, [t+{4 * WARPGROUP * 16 * word}]; cvt.u32.u16 w, h; shl.b32 w, w, 16;",
                 f"add.u32 t, odd, own; add.u32 w, w, t; add.u32 w, w, {128 * word}; @p st.global.b32 [{to}], w;",
                 f"@p add.s64 {to}, {to}, step{half}; mad.lo.u32 t, odd, 4, hit;",
                 f"@p red.shared.add.u32 [t+{4 * 128 * word}], 1;",
