@@ -13,6 +13,7 @@ from pallas_kernels.options import FFNOptions
 _BACKENDS = {
     "dense": ("xla",),
     "twell": ("mosaic_gpu", "triton", "interpret"),
+    "panel": ("mosaic_gpu", "triton", "interpret"),
 }  # the first that can is "auto"
 _MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
 _TRITON_CAPABILITY = 80
@@ -27,12 +28,13 @@ class Call(NamedTuple):
     d_ff: int
     dtype: jnp.dtype
     tile: int
+    panel: int = 128
 
     @classmethod
     def of(cls, x: jax.Array, w_up: jax.Array, options: FFNOptions) -> "Call":
         """The call of x (M, D) and a weight (F, D)."""
         tokens, d_model = x.shape
-        return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype), options.tile)
+        return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype), options.tile, options.panel)
 
 
 class Choice(NamedTuple):
@@ -62,9 +64,14 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
                 f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
             )
         # Imported where it runs: it takes a third of a second.
-        from pallas_kernels.twell import pallas_mosaic_gpu
+        size = (call.tokens, call.d_model, call.d_ff, call.dtype)
+        if format == "panel":
+            from pallas_kernels.panel import pallas_mosaic_gpu as panel_gpu
 
-        return pallas_mosaic_gpu.unsupported_reason(*call)
+            return panel_gpu.unsupported_reason(*size, call.panel)
+        from pallas_kernels.twell import pallas_mosaic_gpu as twell_gpu
+
+        return twell_gpu.unsupported_reason(*size, call.tile)
     return None
 
 

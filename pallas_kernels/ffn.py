@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels import dispatch, reference, twell
+from pallas_kernels import dispatch, panel, reference, twell
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.options import FFNOptions, FFNStats
 
@@ -52,5 +52,6 @@ def _layer(
     if choice.format == "dense":
         y, stats = reference.ffn(tokens, w_gate, w_up, w_down)
     else:
-        y, stats = twell.ffn(tokens, w_gate, w_up, w_down, options, choice.backend)
+        layer = {"twell": twell.ffn, "panel": panel.ffn}[choice.format]
+        y, stats = layer(tokens, w_gate, w_up, w_down, options, choice.backend)
     return y.reshape(x.shape), stats

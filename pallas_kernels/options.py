@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-Format = Literal["auto", "twell", "dense"]
+Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
 Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
 
 
@@ -23,8 +23,13 @@ class FFNOptions:
       tile: T, columns in a TwELL tile (paper section 3.1: 256).
       compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
         more than S - 1 non-zeros sends its row to the dense backup.
+      width: W, non-zeros of a HybridELL row (paper section 3.3). A row with more goes to the dense backup.
       backup_rows: B, how many overflowing rows the dense backup computes at a time; it takes as many rounds as
         there are rows. ``None`` picks a bound from the number of tokens.
+      panel: P, consecutive tokens that share one list of neurons in PanelELL; fewer where the call has fewer.
+      capacity: share of all (panel, neuron) pairs that PanelELL has room to keep between forward and backward. A
+        call with more active pairs keeps nothing and takes the dense path there; without a gradient to compute
+        there is room for all.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
@@ -34,7 +39,10 @@ class FFNOptions:
     backend: Backend = "auto"
     tile: int = 256
     compression: int = 8
+    width: int = 128
     backup_rows: int | None = None
+    panel: int = 128
+    capacity: float = 0.25
 
     def __post_init__(self) -> None:
         for name, choices in (("format", get_args(Format)), ("backend", get_args(Backend))):
@@ -48,8 +56,14 @@ class FFNOptions:
                 f"FFNOptions.compression must divide tile={self.tile} and leave at least 2 slots a tile; "
                 f"got {self.compression}"
             )
+        if self.width < 1:
+            raise ValueError(f"FFNOptions.width must be at least 1; got {self.width}")
         if self.backup_rows is not None and self.backup_rows < 1:
             raise ValueError(f"FFNOptions.backup_rows must be at least 1; got {self.backup_rows}")
+        if not 16 <= self.panel <= 128 or self.panel & (self.panel - 1):
+            raise ValueError(f"FFNOptions.panel must be a power of two from 16 to 128; got {self.panel}")
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"FFNOptions.capacity must be above 0 and at most 1; got {self.capacity}")
 
     @property
     def slots(self) -> int:

@@ -78,3 +78,15 @@ def ffn(
         overflow_rows=jnp.zeros((), jnp.int32),
     )
     return y, stats
+
+
+def pull_back(
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, dy: jax.Array, dl1: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """Cotangents of x and the weights from those of y (M, D) and of l1: `ffn` recomputed and differentiated."""
+
+    def differentiable(*arguments):
+        y, stats = ffn(*arguments)
+        return y, stats.l1
+
+    return jax.vjp(differentiable, x, w_gate, w_up, w_down)[1]((dy, dl1))

@@ -1,0 +1,170 @@
+"""Tile sizes of the PanelELL kernels: their laws, what to choose where nothing was tuned, and what to try.
+
+Every stage is a GEMM whose tile has P tokens, or P tokens in a slice of its sum, on one side. Shared memory holds
+``num_stages`` slices of both operands, registers the f32 accumulators.
+"""
+
+import dataclasses
+
+import jax
+
+from pallas_kernels import device as device_lib
+from pallas_kernels import tuning
+from pallas_kernels.device import Device
+from pallas_kernels.options import FFNOptions
+
+_SHARED_MEMORY_ROOM = 8 * 1024
+_UNKNOWN_CORES = 108
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """How one stage cuts its GEMM.
+
+    Attributes:
+      tile: neurons of a tile for the gate, list entries for the up projection and its gradient, columns of D for
+        the down projection and the gradient of x.
+      tile_k: slice of the sum in one pipeline stage.
+      num_warps: warps of a program.
+      num_stages: slices in flight.
+      per_core: programs of a core that share the work list between them; 0 for one program an entry.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    tile: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    per_core: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("tile", 16, 256), ("tile_k", 16, 128), ("num_warps", 1, 16)):
+            value = getattr(self, name)
+            if not low <= value <= high or value & (value - 1):
+                raise ValueError(
+                    f"StageConfig.{name} must be a power of two from {low} to {high}; got {value}"
+                )
+        if self.num_stages < 1 or self.per_core < 0:
+            raise ValueError(
+                "StageConfig.num_stages must be at least 1 and per_core at least 0; "
+                f"got {self.num_stages} and {self.per_core}"
+            )
+
+    def shared_memory(self, panel: int, itemsize: int, operands: int = 1) -> int:
+        """Bytes of the pipeline's slices, for ``operands`` pairs of them."""
+        return (self.tile + panel) * self.tile_k * itemsize * self.num_stages * operands
+
+    def misfit(self, panel: int, itemsize: int, device: Device, operands: int = 1) -> str | None:
+        """Why it cannot run panels of ``panel`` tokens on a device; None if it can."""
+        needed = self.shared_memory(panel, itemsize, operands)
+        room = device.shared_memory - _SHARED_MEMORY_ROOM
+        if needed > room:
+            return (
+                f"(tile + panel) * tile_k * {itemsize} bytes * num_stages * {operands} must fit {room} bytes of shared "
+                f"memory on {device.kind}; got {needed} with panel={panel} and {self}"
+            )
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    """How the weight gradients are cut: tiles of ``tile`` neurons and ``tile_d`` columns, ``tile_k`` tokens a slice.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    tile: int
+    tile_d: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        limits = (("tile", 256), ("tile_d", 256), ("tile_k", 128), ("num_warps", 16))
+        for name, high in limits:
+            value, low = getattr(self, name), 1 if name == "num_warps" else 16
+            if not low <= value <= high or value & (value - 1):
+                raise ValueError(
+                    f"WeightsConfig.{name} must be a power of two from {low} to {high}; got {value}"
+                )
+        if self.num_stages < 1:
+            raise ValueError(f"WeightsConfig.num_stages must be at least 1; got {self.num_stages}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PanelConfig:
+    """Configs of all stages of a call; ``panel`` is P.
+
+    The tile of ``up`` is also what a panel's list is padded to, so the tile_k of ``down`` and ``dx`` must divide it.
+
+    Raises:
+      ValueError: a slice of the list that does not divide its padding, or of a panel that does not divide it.
+    """
+
+    panel: int
+    gate: StageConfig
+    up: StageConfig
+    down: StageConfig
+    dx: StageConfig
+    dw: WeightsConfig
+
+    def __post_init__(self) -> None:
+        for name in ("down", "dx"):
+            if self.up.tile % getattr(self, name).tile_k:
+                raise ValueError(
+                    f"PanelConfig.{name}.tile_k must divide up.tile={self.up.tile}, the padding of a panel's list; "
+                    f"got {getattr(self, name).tile_k}"
+                )
+        if self.panel % self.dw.tile_k:
+            raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
+
+
+def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:
+    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes, else a heuristic."""
+    device = device_lib.current() if device is None else device
+    panel = min(options.panel, max(16, _power_of_2_above(x.shape[0])))
+    itemsize = x.dtype.itemsize
+    config = _for_tensor_cores(panel, device) if itemsize == 2 else _for_f32(panel)
+    entry = tuning.lookup(device.table_name, "panel", bucket(x, w, panel))
+    if entry is not None:
+        return _with_entry(config, entry)
+    return config
+
+
+def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:
+    """The call's bucket in the tuning table ``panel``."""
+    return tuning.bucket(
+        tokens=x.shape[0], d_model=x.shape[1], d_ff=w.shape[0], itemsize=x.dtype.itemsize, panel=panel
+    )
+
+
+def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
+    stages = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in entry.items()}
+    return dataclasses.replace(config, **stages)
+
+
+def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
+    """Two programs a core for the projections, so that one's epilogue hides behind the other's loads."""
+    large = device.shared_memory >= 160 * 1024
+    warps = 8 if panel == 128 else 4
+    return PanelConfig(
+        panel,
+        gate=StageConfig(256 if large and panel == 128 else 128, 64 if large else 32, warps, 3),
+        up=StageConfig(128, 64, 4 if panel < 128 else 8, 3 if large else 2, per_core=2),
+        down=StageConfig(256 if large else 128, 64 if large else 32, warps, 3),
+        dx=StageConfig(128, 64 if large else 32, warps, 3 if large else 2),
+        dw=WeightsConfig(128, 128, min(64 if large else 32, panel), 8, 3 if large else 2),
+    )
+
+
+def _for_f32(panel: int) -> PanelConfig:
+    """f32 multiplies without tensor cores: a thread also keeps its operands in registers."""
+    small = StageConfig(32, 16, 4, 2)
+    return PanelConfig(panel, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
+
+
+def _power_of_2_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

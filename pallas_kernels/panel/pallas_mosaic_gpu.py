@@ -1,0 +1,163 @@
+"""The gate stage of PanelELL for Hopper: the epilogue that turns a tile of `hopper_gemm` into panels.
+
+Why it exists: `hopper_gemm`. Bytes written: 2 M union of values, in 32-byte sectors, and M F / 16 of hit counts.
+
+How. A warp holds 16 rows of a tile, 8 columns at a time, and needs nothing from any other warp: a *segment* of 16
+tokens counts its own hits, and its values are written only where it has one. Votes tell all lanes which of the 128
+gates of a group of columns are active. If none is, nothing is done. Otherwise ``movmatrix`` turns the group on its
+side, which gives every four lanes one neuron's 16 tokens, one memory sector, and the neurons with a hit are written.
+Lane n keeps the votes of group n, so that the counts of all columns leave as one row of words.
+
+Numerics. As `gate_panel` on Triton: f32 accumulation, rounded before the sign is read.
+
+Limits. Those of `hopper_gemm`; P of 128. The interpreter cannot run PTX: this kernel is checked by its lowering on a CPU
+and by its results on a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import axes, hopper_gemm
+from pallas_kernels.hopper_gemm import TILE_M, address, assemble
+from pallas_kernels.panel.pallas_triton import GatePanel
+
+SEGMENT = 16
+"""Tokens of a segment: the rows of one warp."""
+
+_TILE = 256
+_STAGES = 4
+_GROUPS = _TILE // 8
+
+
+def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, panel: int) -> str | None:
+    """What of a call's shape this kernel cannot do, in one sentence; None if it can."""
+    if panel != TILE_M:
+        return f"backend='mosaic_gpu' has panels of {TILE_M} tokens; got panel={panel}"
+    if tokens < TILE_M:
+        return f"backend='mosaic_gpu' needs at least {TILE_M} tokens, one panel; got {tokens} tokens"
+    return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
+
+
+def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
+    """``relu(x Wg^T)`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type."""
+    tokens, d_ff = x.shape[0], w_gate.shape[0]
+    n_panels, n_tiles = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, _TILE)
+    width, segments = n_tiles * _TILE, TILE_M // SEGMENT
+
+    def epilogue(acc, place, values, hits, nnz):
+        column = place.tile_id * _TILE
+        _write(
+            acc,
+            values.at[
+                place.row_block,
+                pl.ds(column, _TILE),
+                pl.ds(place.warpgroup * hopper_gemm.ROWS, hopper_gemm.ROWS),
+            ],
+            hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, _TILE)],
+            nnz.at[place.tile_id, pl.ds(place.row, hopper_gemm.ROWS)],
+            jnp.minimum(d_ff - column, _TILE),
+            width=width,
+            dtype=x.dtype,
+        )
+
+    values, hits, nnz = hopper_gemm.gemm(
+        epilogue,
+        x,
+        w_gate,
+        out_type=(
+            jax.ShapeDtypeStruct((n_panels, width, TILE_M), x.dtype),
+            jax.ShapeDtypeStruct((n_panels * segments, width), jnp.uint8),
+            jax.ShapeDtypeStruct((n_tiles, n_panels * TILE_M), jnp.int32),
+        ),
+        tile=_TILE,
+        stages=_STAGES,
+        scratch={},
+    )
+    _, values, hits, nnz = axes.vary_alike(
+        x, values, hits, nnz
+    )  # Mosaic GPU's outputs do not say so themselves
+    return GatePanel(values, hits, jnp.sum(nnz, axis=0)[:tokens])
+
+
+def _write(acc, values, hits, nnz, columns_left, *, width, dtype):
+    """Writes a warpgroup's (64, 256) accumulator to its values, hit counts and counts of each token."""
+    ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, scalar))
+    def write(_, acc, values, hits, nnz, columns_left):
+        operands = [address(values, 64), address(hits, 64), address(nnz, 64), columns_left.registers.flat[0]]
+        constraints = ",".join(["f"] * (_TILE // 2) + ["l", "l", "l", "r"])
+        assemble(_epilogue(width, dtype), [*hopper_gemm.values(acc), *operands], constraints)
+
+    write(acc, values, hits, nnz, columns_left)
+
+
+def _epilogue(width, dtype):
+    """The epilogue of one thread, as PTX.
+
+    Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; columns of the tile that exist.
+    """
+    each = _TILE // 4  # values of a thread in one row
+    values, hits, nnz, columns_left = (f"${2 * each + i}" for i in range(4))
+    threshold, convert = (
+        table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
+    )
+    lines = [
+        "{ .reg .pred p, q, a0, a1, a2, a3; .reg .b64 to, wide;",
+        ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, odd, column;",
+        ".reg .b32 b0, b1, b2, b3, k0, k1, k2, k3; .reg .f32 z0, z1;",
+        "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
+        "shr.u32 warp, tid, 5; shr.u32 column, lane, 2; shr.u32 left, " + columns_left + ", 3;",
+        # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are those of
+        # the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
+        "and.b32 odd, column, 1; shr.u32 t, column, 1; mov.b32 own, 0x11111111; shl.b32 own, own, t;",
+        "setp.ne.u32 q, odd, 0;",
+        f"mad.lo.u32 t, warp, {SEGMENT}, 0; mad.lo.u32 t, quarter, 2, t; mul.wide.u32 wide, t, 2;",
+        f"add.s64 to, {values}, wide; mul.wide.u32 wide, column, {2 * TILE_M}; add.s64 to, to, wide;",
+        "mov.b32 n0, 0; mov.b32 n1, 0; mov.b32 k0, 0; mov.b32 k1, 0; mov.b32 k2, 0; mov.b32 k3, 0;",
+    ]
+    for group in range(_GROUPS):
+        gates = [f"${half * each + 2 * group + nth}" for half in range(2) for nth in range(2)]
+        # Active unless at or under the threshold, so NaN is active; columns past F are not.
+        lines.append(f"setp.gt.u32 p, left, {group};")
+        lines += [f"setp.gtu.and.f32 a{i}, {gate}, {threshold}, p;" for i, gate in enumerate(gates)]
+        lines += [f"vote.sync.ballot.b32 b{i}, a{i}, -1;" for i in range(4)]
+        lines.append(
+            "@a0 add.u32 n0, n0, 1; @a1 add.u32 n0, n0, 1; @a2 add.u32 n1, n1, 1; @a3 add.u32 n1, n1, 1;"
+        )
+        lines.append("or.b32 t, b0, b1; or.b32 low, b2, b3; or.b32 t, t, low; setp.eq.u32 p, t, 0;")
+        lines.append(f"@p bra SKIP{group};")
+        lines.append(f"setp.eq.u32 p, lane, {group};")
+        lines += [f"@p mov.b32 k{i}, b{i};" for i in range(4)]
+        for i, word in ((0, "v0"), (2, "v1")):
+            lines.append(f"selp.f32 z0, {gates[i]}, 0f00000000, a{i};")
+            lines.append(f"selp.f32 z1, {gates[i + 1]}, 0f00000000, a{i + 1}; {convert} {word}, z1, z0;")
+            lines.append(f"movmatrix.sync.aligned.m8n8.trans.b16 {word}, {word};")
+        lines.append("or.b32 low, b0, b2; or.b32 high, b1, b3; selp.b32 t, high, low, q; and.b32 t, t, own;")
+        lines.append("setp.ne.u32 p, t, 0;")
+        offset = group * 8 * 2 * TILE_M
+        lines.append(f"@p st.global.b32 [to+{offset}], v0; @p st.global.b32 [to+{offset + 16}], v1;")
+        lines.append(f"SKIP{group}:")
+    # Lane n has the votes of columns 8 n to 8 n + 7: column 2 q + i is bit q of each nibble of votes i and i + 2.
+    for word, quarters in (("low", (0, 1)), ("high", (2, 3))):
+        lines.append(f"mov.b32 {word}, 0;")
+        for byte, (q, i) in enumerate((q, i) for q in quarters for i in range(2)):
+            mask = 0x11111111 << q
+            for votes in (i, i + 2):
+                lines.append(
+                    f"and.b32 t, k{votes}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; add.u32 {word}, {word}, t;"
+                )
+    lines += [
+        f"mul.wide.u32 wide, warp, {width}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",
+        "add.s64 to, to, wide; st.global.v2.b32 [to], {low, high};",
+        # Counts of both rows in the halves of one word, summed over the four lanes that share them.
+        "shl.b32 n1, n1, 16; add.u32 n0, n0, n1;",
+        "shfl.sync.bfly.b32 t, n0, 1, 31, -1; add.u32 n0, n0, t;",
+        "shfl.sync.bfly.b32 t, n0, 2, 31, -1; add.u32 n0, n0, t;",
+        "mad.lo.u32 row, warp, 16, column; mul.wide.u32 wide, row, 4; add.s64 to, " + nnz + ", wide;",
+        "and.b32 t, n0, 65535; shr.u32 n1, n0, 16; setp.eq.u32 p, quarter, 0;",
+        "@p st.global.b32 [to], t; @p st.global.b32 [to+32], n1; }",
+    ]
+    return "\n".join(lines)

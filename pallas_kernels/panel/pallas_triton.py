@@ -1,0 +1,395 @@
+"""The forward stages of PanelELL in Pallas Triton: gate with its lists, up projection, down projection.
+
+Why they exist. At n active gates a token, a kernel that works token by token gathers 4 n D bytes of weights for 4 n D
+FLOPs and is bound by L2. P = 128 neighbouring tokens share most of their neurons: of F = 5632, 30 to 45 active gates a
+token make a union of about 590. Over that union the up and down projections are dense GEMMs with gathered weight
+rows, on tensor cores, at an intensity of P / 2 FLOPs a byte.
+
+A panel's values stand *transposed*, (neuron, P): a neuron's P values are contiguous. So the gate stage writes only
+neurons that some token of the panel activates, the up projection reads them with full-width loads, and the down
+projection and the weight gradients take them as operands without a gather of single values.
+
+**`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes and M F / P of hit counts.
+**`build_lists`**: reads the hit counts, writes 4 bytes an active (panel, neuron) pair.
+**`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly however
+uneven the panels are.
+**`panel_down`**: 2 M union D FLOPs; writes y.
+
+**Numerics.** f32 accumulation; g, u, h and y are rounded to the input type, where the reference rounds them. f32
+inputs multiply as IEEE f32.
+
+**Limits.** Tiles are powers of two; an NVIDIA GPU of compute capability 8.0 or newer.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import axes, device
+from pallas_kernels.panel.config import StageConfig
+from pallas_kernels.reference import active
+
+_CONTRACT_LAST = (((1,), (1,)), ((), ()))
+_CONTRACT_FIRST = (((0,), (0,)), ((), ()))
+OUT_OF_RANGE = 1 << 30
+"""An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
+_LIST_BLOCK = 2048
+_GROUP_M = 8
+
+
+class GatePanel(NamedTuple):
+    """What a gate stage gives of the panels.
+
+    Attributes:
+      values: (n_panels, F', P), F' of at least F: the rectified gates, written where ``hits`` is above 0.
+      hits: (n_panels * segments, F') uint8: for how many of a segment's P / segments tokens a neuron is active.
+      nnz: (M,) int32, active gates of each token.
+    """
+
+    values: jax.Array
+    hits: jax.Array
+    nnz: jax.Array
+
+
+class Lists(NamedTuple):
+    """Which neurons each panel has, as one array of slots that all panels share.
+
+    Panel p owns the slots ``offsets[p]`` to ``offsets[p + 1]``, a multiple of the chunk; the first ``counts[p]`` hold
+    neurons in ascending order, the rest neuron 0.
+
+    Attributes:
+      neurons: (n_slots,) int32.
+      owner: (n_slots / chunk,) int32, the panel of each chunk in use.
+      offsets: (n_panels + 1,) int32.
+      counts: (n_panels,) int32.
+      slots: (n_panels, F) int32, the slot of a neuron in a panel, or -1.
+    """
+
+    neurons: jax.Array
+    owner: jax.Array
+    offsets: jax.Array
+    counts: jax.Array
+    slots: jax.Array
+
+
+def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
+    """Chunks that hold every neuron of every panel."""
+    return n_panels * pl.cdiv(d_ff, chunk)
+
+
+# -- gate ------------------------------------------------------------------------------------------------------
+
+
+def gate_panel(
+    x: jax.Array, w_gate: jax.Array, *, panel: int, config: StageConfig, interpret: bool = False
+) -> GatePanel:
+    """``relu(x Wg^T)`` by panels of ``panel`` tokens: x (M, D), w_gate (F, D) of one type."""
+    tokens, d_ff = x.shape[0], w_gate.shape[0]
+    n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
+    width = n_tiles * config.tile
+    values, hits, nnz = pl.pallas_call(
+        partial(_gate_kernel, panel=panel, config=config),
+        out_shape=(
+            axes.output(x, (n_panels, width, panel), x.dtype),
+            axes.output(x, (n_panels, width), jnp.uint8),
+            axes.output(x, (n_tiles, n_panels * panel), jnp.int32),
+        ),
+        grid=(n_panels * n_tiles,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        name="panel_gate",
+    )(x, w_gate)
+    return GatePanel(values, hits, jnp.sum(nnz, axis=0)[:tokens])
+
+
+def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
+    tokens, d_ff = x_ref.shape[0], w_ref.shape[0]
+    n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
+    which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
+    rows = which * panel + lax.iota(jnp.int32, panel)
+    columns = tile_id * config.tile + lax.iota(jnp.int32, config.tile)
+    acc = product(w_ref, jnp.minimum(columns, d_ff - 1), x_ref, jnp.minimum(rows, tokens - 1), config.tile_k)
+    gate = acc.astype(x_ref.dtype)
+    mask = active(gate.astype(jnp.float32))
+    if tokens % panel:
+        mask &= (rows < tokens)[None, :]
+    if d_ff % config.tile:
+        mask &= (columns < d_ff)[:, None]
+    counted = mask.astype(jnp.int32)
+    hits = jnp.sum(counted, axis=1)
+    plt.store(hits_ref.at[which, columns], hits.astype(jnp.uint8))
+    plt.store(nnz_ref.at[tile_id, rows], jnp.sum(counted, axis=0))
+    place = values_ref.at[which, columns[:, None], lax.iota(jnp.int32, panel)[None, :]]
+    kept = jnp.broadcast_to((hits > 0)[:, None], mask.shape)
+    plt.store(place, jnp.where(mask, gate, jnp.zeros_like(gate)), mask=kept)
+
+
+def product(a_ref, a_rows, b_ref, b_rows, tile_k):
+    """Rows of a (., D) times rows of b (., D), summed over D in f32: (len(a_rows), len(b_rows))."""
+    depth = a_ref.shape[1]
+
+    def step(k, acc, masked):
+        columns = (k + lax.iota(jnp.int32, tile_k))[None, :]
+
+        def load(ref, rows):
+            place = ref.at[rows[:, None], columns]
+            if not masked:
+                return plt.load(place)
+            inside = jnp.broadcast_to(columns < depth, (rows.shape[0], tile_k))
+            return plt.load(place, mask=inside, other=0)
+
+        return acc + _dot(load(a_ref, a_rows), load(b_ref, b_rows), _CONTRACT_LAST)
+
+    acc = jnp.zeros((a_rows.shape[0], b_rows.shape[0]), jnp.float32)
+    whole = depth // tile_k
+    acc = lax.fori_loop(0, whole, lambda i, acc: step(i * tile_k, acc, False), acc)
+    return step(whole * tile_k, acc, True) if depth % tile_k else acc
+
+
+def _dot(a, b, dimensions):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _grouped_order(program, n_rows, n_columns):
+    """Programs in bands of row blocks, so that those running at one time share operands in L2."""
+    band = program // (_GROUP_M * n_columns)
+    height = jnp.minimum(n_rows - band * _GROUP_M, _GROUP_M)
+    within = program % (_GROUP_M * n_columns)
+    return band * _GROUP_M + within % height, within // height
+
+
+# -- lists -----------------------------------------------------------------------------------------------------
+
+
+def build_lists(
+    gate: GatePanel, *, d_ff: int, chunk: int, room: int | None = None, interpret: bool = False
+) -> tuple[Lists, jax.Array]:
+    """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
+
+    Returns:
+      The lists, and () int32 how many chunks are needed: with more than ``room``, the lists mean nothing.
+    """
+    n_panels = gate.values.shape[0]
+    segments = gate.hits.shape[0] // n_panels
+    hit = jnp.any(gate.hits.reshape(n_panels, segments, -1)[:, :, :d_ff] > 0, axis=1)
+    counts = jnp.sum(hit, axis=1, dtype=jnp.int32)
+    needed = jnp.cumsum((counts + chunk - 1) // chunk, dtype=jnp.int32)
+    offsets = jnp.concatenate([jnp.zeros_like(needed[:1]), needed]) * chunk
+    room = n_chunks(n_panels, d_ff, chunk) if room is None else room
+    neurons, owner, slots = pl.pallas_call(
+        partial(_lists_kernel, d_ff=d_ff, segments=segments, chunk=chunk),
+        out_shape=(
+            axes.output(gate.hits, (room * chunk,), jnp.int32),
+            axes.output(gate.hits, (room,), jnp.int32),
+            axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
+        ),
+        grid=(n_panels,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        name="panel_lists",
+    )(gate.hits, offsets, counts)
+    return Lists(neurons, owner, offsets, counts, slots), needed[-1]
+
+
+def _lists_kernel(
+    hits_ref, offsets_ref, counts_ref, neurons_ref, owner_ref, slots_ref, *, d_ff, segments, chunk
+):
+    which = pl.program_id(0)
+    start, end, count = offsets_ref[which], offsets_ref[which + 1], counts_ref[which]
+    room = neurons_ref.shape[0]
+
+    def put(ref, place, value, mask):
+        plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
+
+    def block(nth, found):
+        neuron = nth * _LIST_BLOCK + lax.iota(jnp.int32, _LIST_BLOCK)
+        hits = jnp.zeros((_LIST_BLOCK,), jnp.int32)
+        for segment in range(segments):
+            place = hits_ref.at[which * segments + segment, neuron]
+            hits |= plt.load(place, mask=neuron < d_ff, other=0).astype(jnp.int32)
+        listed = (hits > 0).astype(jnp.int32)
+        slot = start + found + jnp.cumsum(listed) - listed
+        put(neurons_ref, slot, neuron, (listed > 0) & (slot < room))
+        place = slots_ref.at[which, jnp.where(neuron < d_ff, neuron, OUT_OF_RANGE)]
+        plt.store(place, jnp.where(listed > 0, slot, -1), mask=neuron < d_ff)
+        return found + jnp.sum(listed)
+
+    blocks = jnp.int32(pl.cdiv(d_ff, _LIST_BLOCK))
+    lax.fori_loop(jnp.int32(0), blocks, block, jnp.int32(0))
+    tail = start + count + lax.iota(jnp.int32, chunk)
+    put(neurons_ref, tail, jnp.zeros((chunk,), jnp.int32), (tail < end) & (tail < room))
+    chunks = start // chunk + lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
+    put(owner_ref, chunks, jnp.full(chunks.shape, which), (chunks * chunk < end) & (chunks * chunk < room))
+
+
+# -- up --------------------------------------------------------------------------------------------------------
+
+
+class Hidden(NamedTuple):
+    """The hidden activations over the lists' slots.
+
+    Attributes:
+      h: (n_slots, P).
+      l1: () f32, sum of |h|.
+      gate, up: (n_slots, P), where they are kept for a backward.
+    """
+
+    h: jax.Array
+    l1: jax.Array
+    gate: jax.Array | None
+    up: jax.Array | None
+
+
+def panel_up(
+    gate: GatePanel,
+    lists: Lists,
+    x: jax.Array,
+    w_up: jax.Array | None,
+    *,
+    config: StageConfig,
+    keep: bool = False,
+    interpret: bool = False,
+) -> Hidden:
+    """``h = gate * (x Wu^T)`` over the lists, or ``h = gate`` without w_up: x (M, D), w_up (F, D)."""
+    panel, chunks = gate.values.shape[2], lists.owner.shape[0]
+    shape = (chunks * config.tile, panel)
+    kept = 2 if keep and w_up is not None else 0  # without a gate, h is all there is to keep
+    operands = [] if w_up is None else [x, w_up]
+    h, l1, *gate_and_up = pl.pallas_call(
+        partial(_up_kernel, panel=panel, config=config, gated=w_up is not None),
+        out_shape=(
+            axes.output(x, shape, x.dtype),
+            axes.output(x, (chunks,), jnp.float32),
+            *[axes.output(x, shape, x.dtype)] * kept,
+        ),
+        grid=(programs(chunks, config),),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        name="panel_up",
+    )(lists.neurons, lists.owner, lists.offsets, lists.counts, gate.values, gate.hits, *operands)
+    used = jnp.arange(chunks) < lists.offsets[-1] // config.tile
+    return Hidden(h, jnp.sum(jnp.where(used, l1, 0)), *(gate_and_up or (None, None)))
+
+
+def programs(chunks: int, config: StageConfig) -> int:
+    """Programs that share a list of chunks."""
+    cores = device.current().cores
+    return min(chunks, cores * config.per_core) if cores and config.per_core else chunks
+
+
+def over_chunks(lists_refs, panel, tile, body):
+    """Runs ``body(chunk, rows of the panel, slots, neurons, which of them are listed)`` for a program's share."""
+    neurons_ref, owner_ref, offsets_ref, counts_ref = lists_refs
+    first, step = pl.program_id(0), pl.num_programs(0)
+    total = offsets_ref[counts_ref.shape[0]] // tile
+
+    def one(nth, carry):
+        chunk = first + nth * step
+        which = owner_ref[chunk]
+        slots = chunk * tile + lax.iota(jnp.int32, tile)
+        neurons = plt.load(neurons_ref.at[slots])
+        listed = slots - offsets_ref[which] < counts_ref[which]
+        body(chunk, which, which * panel + lax.iota(jnp.int32, panel), slots, neurons, listed)
+        return carry
+
+    lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, jnp.int32(0))
+
+
+def _up_kernel(*refs, panel, config, gated):
+    lists_refs, (values_ref, hits_ref), refs = refs[:4], refs[4:6], refs[6:]
+    operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
+    segments = hits_ref.shape[0] // values_ref.shape[0]
+    within = lax.iota(jnp.int32, panel)[None, :]
+
+    def body(chunk, which, rows, slots, neurons, listed):
+        shape = (config.tile, panel)
+        written = jnp.broadcast_to(listed[:, None], shape)
+        if segments > 1:  # values stand only in segments with a hit
+            segment = which * segments + within // (panel // segments)
+            hits = plt.load(hits_ref.at[segment, neurons[:, None]], mask=written, other=0)
+            written &= hits > 0
+        gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
+        h = gate
+        if gated:
+            x_ref, w_ref = operands
+            up = product(w_ref, neurons, x_ref, jnp.minimum(rows, x_ref.shape[0] - 1), config.tile_k)
+            up = up.astype(gate.dtype)
+            h = hidden(gate, up)
+        place = (slots[:, None], within)
+        plt.store(h_ref.at[place], h)
+        if kept_refs:
+            gate_ref, up_ref = kept_refs
+            plt.store(gate_ref.at[place], gate)
+            plt.store(up_ref.at[place], up)
+        l1_ref[chunk] = jnp.sum(jnp.abs(h.astype(jnp.float32)))
+
+    over_chunks(lists_refs, panel, config.tile, body)
+
+
+def hidden(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """``round([active] g u)``."""
+    wide = gate.astype(jnp.float32)
+    h = (wide * up.astype(jnp.float32)).astype(gate.dtype)
+    return jnp.where(active(wide), h, jnp.zeros_like(h))
+
+
+# -- down ------------------------------------------------------------------------------------------------------
+
+
+def panel_down(
+    terms: list[tuple[jax.Array, jax.Array]],
+    lists: Lists,
+    *,
+    tokens: int,
+    config: StageConfig,
+    interpret: bool = False,
+    name: str = "panel_down",
+) -> jax.Array:
+    """``sum of h W`` over terms of h (n_slots, P) and W (F, D), each panel over its own neurons: (M, D) in h's type."""
+    (h, weight), panel = terms[0], terms[0][0].shape[1]
+    d_model = weight.shape[1]
+    n_panels, n_tiles = lists.counts.shape[0], pl.cdiv(d_model, config.tile)
+    return pl.pallas_call(
+        partial(_down_kernel, panel=panel, config=config),
+        out_shape=axes.output(h, (tokens, d_model), h.dtype),
+        grid=(n_panels * n_tiles,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        name=name,
+    )(lists.neurons, lists.offsets, lists.counts, *[array for term in terms for array in term])
+
+
+def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
+    *terms, y_ref = refs
+    tokens, d_model = y_ref.shape
+    n_tiles = pl.cdiv(d_model, config.tile)
+    which = pl.program_id(0) // n_tiles
+    start, count = offsets_ref[which], counts_ref[which]
+    within = lax.iota(jnp.int32, panel)
+    columns = (pl.program_id(0) % n_tiles * config.tile + lax.iota(jnp.int32, config.tile))[None, :]
+
+    def step(nth, acc):
+        slots = start + nth * config.tile_k + lax.iota(jnp.int32, config.tile_k)
+        neurons = plt.load(neurons_ref.at[slots])
+        for h_ref, w_ref in zip(terms[::2], terms[1::2], strict=True):
+            h = plt.load(h_ref.at[slots[:, None], within[None, :]])
+            place = w_ref.at[neurons[:, None], columns]
+            if d_model % config.tile:
+                inside = jnp.broadcast_to(columns < d_model, (config.tile_k, config.tile))
+                weight = plt.load(place, mask=inside, other=0)
+            else:
+                weight = plt.load(place)
+            acc += _dot(h, weight, _CONTRACT_FIRST)
+        return acc
+
+    steps = (count + config.tile_k - 1) // config.tile_k
+    acc = lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((panel, config.tile), jnp.float32))
+    rows = (which * panel + within)[:, None]
+    mask = jnp.broadcast_to((rows < tokens) & (columns < d_model), acc.shape)
+    plt.store(y_ref.at[rows, columns], acc.astype(y_ref.dtype), mask=mask)

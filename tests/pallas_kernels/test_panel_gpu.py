@@ -1,0 +1,148 @@
+"""The PanelELL kernels on an NVIDIA GPU: the contract, random layers with their gradients, adversarial inputs."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from op_contract import Contract, call, differentiate
+from panel_path import PanelPath
+from random_layers import random_layer
+
+from pallas_kernels import FFNOptions, device
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
+
+DENSE = FFNOptions(format="dense", backend="xla")
+
+
+class TestPanelOnGPU(Contract):
+    path = PanelPath(
+        FFNOptions(format="panel", backend="triton", tile=64, compression=4, panel=32, capacity=1.0),
+        d_model=136,
+        d_ff=200,
+        many_tokens=16385,
+        variants=({"panel": 16}, {"panel": 64, "capacity": 0.5}, {"capacity": 1e-6}),
+    )
+
+
+class TestPanelOnGPUAt128Tokens(Contract):
+    path = PanelPath(
+        FFNOptions(format="panel", backend="triton", tile=64, compression=4, panel=128, capacity=1.0),
+        d_model=1000,
+        d_ff=700,
+        many_tokens=1027,
+        variants=({"panel": 64}, {"capacity": 0.5}, {"capacity": 1e-6}),
+        tokens=130,
+        dtype="bfloat16",
+    )
+
+
+class TestPanelOnHopper(Contract):
+    """The Mosaic GPU gate, which takes only sizes that its tiles divide: all else is skipped with its reason."""
+
+    path = PanelPath(
+        FFNOptions(format="panel", backend="mosaic_gpu", tile=64, compression=4, capacity=1.0),
+        d_model=128,
+        d_ff=520,
+        many_tokens=1032,
+        variants=({"capacity": 0.5}, {"capacity": 1e-6}),
+        tokens=136,
+        dtype="bfloat16",
+        partial=True,
+    )
+
+    def test_the_plain_call_is_not_skipped(self):
+        if device.current().capability != 90:
+            pytest.skip("needs a Hopper GPU")
+        self.skip_unsupported = lambda inputs, options: None
+        self.test_pattern("uneven", "bfloat16", "gated")
+
+
+# -- random layers, forward and backward -------------------------------------------------------------------
+
+DRAWS = 8
+LAYERS = [
+    # backend, tokens, D, F, capacity, type, gated
+    ("triton", 1, 64, 200, 0.25, "bfloat16", True),
+    ("triton", 7, 1000, 2816, 0.5, "bfloat16", True),
+    ("triton", 100, 1024, 2816, 0.25, "bfloat16", True),
+    ("triton", 129, 72, 96, 1.0, "bfloat16", True),
+    ("triton", 255, 300, 1024, 0.25, "bfloat16", False),
+    ("triton", 777, 260, 777, 0.25, "bfloat16", True),
+    ("triton", 1024, 2048, 5632, 0.25, "bfloat16", True),
+    ("triton", 1025, 64, 20000, 0.1, "bfloat16", True),
+    ("triton", 2048, 640, 2560, 0.5, "bfloat16", False),
+    ("triton", 1031, 768, 3072, 0.25, "float16", True),
+    ("triton", 65, 200, 1500, 0.5, "float32", True),
+    ("mosaic_gpu", 136, 2048, 5632, 0.5, "bfloat16", True),
+    ("mosaic_gpu", 1000, 64, 2816, 0.25, "bfloat16", True),
+    ("mosaic_gpu", 4096, 2048, 5632, 0.25, "bfloat16", True),
+    ("mosaic_gpu", 2048, 1024, 4104, 1.0, "float16", False),
+]
+
+
+def errors(key, rate, *, options, **sizes):
+    """Largest and root-mean-square error of y and of every gradient against f32, ours and the dense path's."""
+    inputs = random_layer(key, rate, **sizes)
+    dy = jax.random.normal(jax.random.fold_in(key, 1), inputs["x"].shape).astype(sizes["dtype"])
+    dy, dl1 = dy.astype(jnp.float32), jnp.float32(0.25)
+    wide = {name: value.astype(jnp.float32) for name, value in inputs.items()}
+
+    def results(inputs, options):
+        (y, _), gradients = differentiate(inputs, dy, dl1, partial(call, options=options))
+        return {"y": y} | gradients
+
+    true = results(wide, DENSE)
+
+    def distances(values):
+        def one(value, truth):
+            error = value.astype(jnp.float32) - truth
+            return jnp.stack([jnp.max(jnp.abs(error)), jnp.sqrt(jnp.mean(error**2))])
+
+        return {name: one(values[name], true[name]) for name in true}
+
+    scale = {name: jnp.stack([jnp.max(jnp.abs(t)), jnp.sqrt(jnp.mean(t**2))]) for name, t in true.items()}
+    return distances(results(inputs, options)), distances(results(inputs, DENSE)), scale
+
+
+@pytest.fixture(scope="module")
+def compiled_layers():
+    """One program for each of `LAYERS` that this device can run, compiled side by side."""
+
+    def compile_one(case):
+        backend, tokens, d_model, d_ff, capacity, dtype, gated = case
+        if backend == "mosaic_gpu" and device.current().capability != 90:
+            return None
+        options = FFNOptions(format="panel", backend=backend, capacity=capacity)
+        sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
+        function = jax.jit(partial(errors, options=options, **sizes))
+        return function.lower(jax.random.key(0), jnp.float32(0)).compile()
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(compile_one, LAYERS))
+
+
+@pytest.mark.parametrize(("index", "draw"), list(product(range(len(LAYERS)), range(DRAWS))))
+def test_random_layers(compiled_layers, index, draw):
+    """No further from f32 than 1.5 times the dense path in the same type; sparsity from 99.9 % to none."""
+    if compiled_layers[index] is None:
+        pytest.skip("needs a Hopper GPU")
+    rng = np.random.default_rng([index, draw])
+    rate = 10 ** rng.uniform(-3, -0.05)
+    key = jax.random.key(int(rng.integers(2**31)))
+    ours, dense, scale = jax.device_get(compiled_layers[index](key, jnp.float32(rate)))
+    dtype = LAYERS[index][5]
+    # Where the dense error is by chance far smaller: what rounding once costs; in f32, the order of summation.
+    ulp = float(jnp.finfo(dtype).eps)
+    floors = np.array([32 * ulp, 4 * ulp] if dtype == "float32" else [ulp / 2, ulp / 4])
+    for name, error in ours.items():
+        allowed = 1.5 * np.maximum(dense[name], floors * scale[name])
+        assert (error <= allowed).all(), f"{name}: errors {error}, allowed {allowed}"
+
+
+def test_enough_random_layers():
+    assert len(LAYERS) * DRAWS >= 100
