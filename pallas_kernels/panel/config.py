@@ -98,7 +98,8 @@ class WeightsConfig:
 class PanelConfig:
     """Configs of all stages of a call; ``panel`` is P.
 
-    The tile of ``up`` is also what a panel's list is padded to, so the tile_k of ``down`` and ``dx`` must divide it.
+    The tile of ``up`` is also what a panel's list is padded to: ``dh`` has the same, and the tile_k of ``down`` and
+    ``dx`` must divide it.
 
     Raises:
       ValueError: a slice of the list that does not divide its padding, or of a panel that does not divide it.
@@ -108,10 +109,15 @@ class PanelConfig:
     gate: StageConfig
     up: StageConfig
     down: StageConfig
+    dh: StageConfig
     dx: StageConfig
     dw: WeightsConfig
 
     def __post_init__(self) -> None:
+        if self.dh.tile != self.up.tile:
+            raise ValueError(
+                f"PanelConfig.dh.tile must be up.tile={self.up.tile}, the padding of a panel's list; got {self.dh.tile}"
+            )
         for name in ("down", "dx"):
             if self.up.tile % getattr(self, name).tile_k:
                 raise ValueError(
@@ -147,23 +153,25 @@ def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
 
 
 def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
-    """Two programs a core for the projections, so that one's epilogue hides behind the other's loads."""
+    """As tuned on Hopper where shared memory allows, narrower slices elsewhere."""
     large = device.shared_memory >= 160 * 1024
+    tile_k, stages = (64, 3) if large else (32, 2)
     warps = 8 if panel == 128 else 4
     return PanelConfig(
         panel,
-        gate=StageConfig(256 if large and panel == 128 else 128, 64 if large else 32, warps, 3),
-        up=StageConfig(128, 64, 4 if panel < 128 else 8, 3 if large else 2, per_core=2),
-        down=StageConfig(256 if large else 128, 64 if large else 32, warps, 3),
-        dx=StageConfig(128, 64 if large else 32, warps, 3 if large else 2),
-        dw=WeightsConfig(128, 128, min(64 if large else 32, panel), 8, 3 if large else 2),
+        gate=StageConfig(256 if large and panel == 128 else 128, tile_k, warps, stages),
+        up=StageConfig(128, tile_k, warps, stages),
+        down=StageConfig(128, tile_k, 4, stages),
+        dh=StageConfig(128, tile_k, warps, stages),
+        dx=StageConfig(128, 32, 4, stages + 1),
+        dw=WeightsConfig(64, 128, min(tile_k, panel), 4, stages),
     )
 
 
 def _for_f32(panel: int) -> PanelConfig:
     """f32 multiplies without tensor cores: a thread also keeps its operands in registers."""
     small = StageConfig(32, 16, 4, 2)
-    return PanelConfig(panel, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
+    return PanelConfig(panel, small, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
 
 
 def _power_of_2_above(n: int) -> int:

@@ -28,7 +28,9 @@ SEGMENT = 16
 
 _TILE = 256
 _STAGES = 4
+_EACH = _TILE // 4  # values of a thread in one row
 _GROUPS = _TILE // 8
+_BATCH = 8  # groups whose votes are in registers together
 
 
 def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, panel: int) -> str | None:
@@ -94,52 +96,63 @@ def _write(acc, values, hits, nnz, columns_left, *, width, dtype):
     write(acc, values, hits, nnz, columns_left)
 
 
+def _gates(group):
+    """A thread's four gates of a group of 8 columns: two of its upper row, two of the one eight below."""
+    return [f"${half * _EACH + 2 * group + nth}" for half in range(2) for nth in range(2)]
+
+
 def _epilogue(width, dtype):
     """The epilogue of one thread, as PTX.
 
     Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; columns of the tile that exist.
     """
-    each = _TILE // 4  # values of a thread in one row
-    values, hits, nnz, columns_left = (f"${2 * each + i}" for i in range(4))
+    values, hits, nnz, columns_left = (f"${2 * _EACH + i}" for i in range(4))
     threshold, convert = (
         table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
     )
     lines = [
-        "{ .reg .pred p, q, a0, a1, a2, a3; .reg .b64 to, wide;",
-        ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, odd, column;",
-        ".reg .b32 b0, b1, b2, b3, k0, k1, k2, k3; .reg .f32 z0, z1;",
+        "{ .reg .pred p, q, odd; .reg .b64 to, wide; .reg .f32 z0, z1;",
+        ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, column, k0, k1, k2, k3;",
+        *(f".reg .b32 b{group}_{i};" for group in range(_BATCH) for i in range(4)),
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
         "shr.u32 warp, tid, 5; shr.u32 column, lane, 2; shr.u32 left, " + columns_left + ", 3;",
         # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are those of
         # the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
-        "and.b32 odd, column, 1; shr.u32 t, column, 1; mov.b32 own, 0x11111111; shl.b32 own, own, t;",
-        "setp.ne.u32 q, odd, 0;",
+        "and.b32 t, column, 1; setp.ne.u32 odd, t, 0;",
+        "shr.u32 t, column, 1; mov.b32 own, 0x11111111; shl.b32 own, own, t;",
         f"mad.lo.u32 t, warp, {SEGMENT}, 0; mad.lo.u32 t, quarter, 2, t; mul.wide.u32 wide, t, 2;",
         f"add.s64 to, {values}, wide; mul.wide.u32 wide, column, {2 * TILE_M}; add.s64 to, to, wide;",
         "mov.b32 n0, 0; mov.b32 n1, 0; mov.b32 k0, 0; mov.b32 k1, 0; mov.b32 k2, 0; mov.b32 k3, 0;",
     ]
-    for group in range(_GROUPS):
-        gates = [f"${half * each + 2 * group + nth}" for half in range(2) for nth in range(2)]
-        # Active unless at or under the threshold, so NaN is active; columns past F are not.
-        lines.append(f"setp.gt.u32 p, left, {group};")
-        lines += [f"setp.gtu.and.f32 a{i}, {gate}, {threshold}, p;" for i, gate in enumerate(gates)]
-        lines += [f"vote.sync.ballot.b32 b{i}, a{i}, -1;" for i in range(4)]
-        lines.append(
-            "@a0 add.u32 n0, n0, 1; @a1 add.u32 n0, n0, 1; @a2 add.u32 n1, n1, 1; @a3 add.u32 n1, n1, 1;"
-        )
-        lines.append("or.b32 t, b0, b1; or.b32 low, b2, b3; or.b32 t, t, low; setp.eq.u32 p, t, 0;")
-        lines.append(f"@p bra SKIP{group};")
-        lines.append(f"setp.eq.u32 p, lane, {group};")
-        lines += [f"@p mov.b32 k{i}, b{i};" for i in range(4)]
-        for i, word in ((0, "v0"), (2, "v1")):
-            lines.append(f"selp.f32 z0, {gates[i]}, 0f00000000, a{i};")
-            lines.append(f"selp.f32 z1, {gates[i + 1]}, 0f00000000, a{i + 1}; {convert} {word}, z1, z0;")
-            lines.append(f"movmatrix.sync.aligned.m8n8.trans.b16 {word}, {word};")
-        lines.append("or.b32 low, b0, b2; or.b32 high, b1, b3; selp.b32 t, high, low, q; and.b32 t, t, own;")
-        lines.append("setp.ne.u32 p, t, 0;")
-        offset = group * 8 * 2 * TILE_M
-        lines.append(f"@p st.global.b32 [to+{offset}], v0; @p st.global.b32 [to+{offset + 16}], v1;")
-        lines.append(f"SKIP{group}:")
+    for first in range(0, _GROUPS, _BATCH):
+        batch = range(first, first + _BATCH)
+        # Votes of a batch of groups before the first branch on one: their latencies overlap.
+        for group in batch:
+            # Active unless at or under the threshold, so NaN is active; columns past F are not.
+            lines.append(f"setp.gt.u32 p, left, {group};")
+            for i, gate in enumerate(_gates(group)):
+                lines.append(
+                    f"setp.gtu.and.f32 q, {gate}, {threshold}, p; @q add.u32 n{i // 2}, n{i // 2}, 1;"
+                )
+                lines.append(f"vote.sync.ballot.b32 b{group % _BATCH}_{i}, q, -1;")
+        for group in batch:
+            votes = [f"b{group % _BATCH}_{i}" for i in range(4)]
+            lines.append(f"or.b32 low, {votes[0]}, {votes[2]}; or.b32 high, {votes[1]}, {votes[3]};")
+            lines.append(
+                f"or.b32 t, low, high; setp.eq.u32 p, t, 0; @p bra SKIP{group}; setp.eq.u32 p, lane, {group};"
+            )
+            lines += [f"@p mov.b32 k{i}, {vote};" for i, vote in enumerate(votes)]
+            for i, word in ((0, "v0"), (2, "v1")):
+                for nth in (i, i + 1):
+                    lines.append(f"max.NaN.f32 z{nth - i}, {_gates(group)[nth]}, 0f00000000;")
+                lines.append(
+                    f"{convert} {word}, z1, z0; movmatrix.sync.aligned.m8n8.trans.b16 {word}, {word};"
+                )
+            lines.append("selp.b32 t, high, low, odd; and.b32 t, t, own; setp.ne.u32 p, t, 0;")
+            offset = group * 8 * 2 * TILE_M
+            lines.append(
+                f"@p st.global.b32 [to+{offset}], v0; @p st.global.b32 [to+{offset + 16}], v1; SKIP{group}:"
+            )
     # Lane n has the votes of columns 8 n to 8 n + 7: column 2 q + i is bit q of each nibble of votes i and i + 2.
     for word, quarters in (("low", (0, 1)), ("high", (2, 3))):
         lines.append(f"mov.b32 {word}, 0;")

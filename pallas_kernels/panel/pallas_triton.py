@@ -38,7 +38,7 @@ _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 _CONTRACT_FIRST = (((0,), (0,)), ((), ()))
 OUT_OF_RANGE = 1 << 30
 """An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
-_LIST_BLOCK = 2048
+_LIST_BLOCK = 8192
 _GROUP_M = 8
 
 
@@ -202,14 +202,14 @@ def _lists_kernel(
 ):
     which = pl.program_id(0)
     start, end, count = offsets_ref[which], offsets_ref[which + 1], counts_ref[which]
-    room = neurons_ref.shape[0]
+    room, width = neurons_ref.shape[0], min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
 
     def put(ref, place, value, mask):
         plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
 
     def block(nth, found):
-        neuron = nth * _LIST_BLOCK + lax.iota(jnp.int32, _LIST_BLOCK)
-        hits = jnp.zeros((_LIST_BLOCK,), jnp.int32)
+        neuron = nth * width + lax.iota(jnp.int32, width)
+        hits = jnp.zeros((width,), jnp.int32)
         for segment in range(segments):
             place = hits_ref.at[which * segments + segment, neuron]
             hits |= plt.load(place, mask=neuron < d_ff, other=0).astype(jnp.int32)
@@ -220,8 +220,7 @@ def _lists_kernel(
         plt.store(place, jnp.where(listed > 0, slot, -1), mask=neuron < d_ff)
         return found + jnp.sum(listed)
 
-    blocks = jnp.int32(pl.cdiv(d_ff, _LIST_BLOCK))
-    lax.fori_loop(jnp.int32(0), blocks, block, jnp.int32(0))
+    lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
     tail = start + count + lax.iota(jnp.int32, chunk)
     put(neurons_ref, tail, jnp.zeros((chunk,), jnp.int32), (tail < end) & (tail < room))
     chunks = start // chunk + lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
@@ -308,19 +307,17 @@ def _up_kernel(*refs, panel, config, gated):
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons, listed):
-        shape = (config.tile, panel)
-        written = jnp.broadcast_to(listed[:, None], shape)
+        if gated:
+            x_ref, w_ref = operands
+            up = product(w_ref, neurons, x_ref, jnp.minimum(rows, x_ref.shape[0] - 1), config.tile_k)
+            up = up.astype(h_ref.dtype)
+        written = jnp.broadcast_to(listed[:, None], (config.tile, panel))
         if segments > 1:  # values stand only in segments with a hit
             segment = which * segments + within // (panel // segments)
             hits = plt.load(hits_ref.at[segment, neurons[:, None]], mask=written, other=0)
             written &= hits > 0
         gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
-        h = gate
-        if gated:
-            x_ref, w_ref = operands
-            up = product(w_ref, neurons, x_ref, jnp.minimum(rows, x_ref.shape[0] - 1), config.tile_k)
-            up = up.astype(gate.dtype)
-            h = hidden(gate, up)
+        h = hidden(gate, up) if gated else gate
         place = (slots[:, None], within)
         plt.store(h_ref.at[place], h)
         if kept_refs:

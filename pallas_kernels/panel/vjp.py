@@ -102,7 +102,8 @@ def _stats(gate: GatePanel, l1: jax.Array, overflow_rows: jax.Array, d_ff: int) 
     )
 
 
-def _forward(x, w_gate, w_up, w_down, options, backend):
+def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
+    """The layer and what its backward needs: ((y, stats), (arguments, Residuals, None without a token))."""
     arguments = (x, w_gate, w_up, w_down)
     tokens, d_ff = x.shape[0], w_up.shape[0]
     if tokens == 0:
@@ -111,8 +112,8 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
     interpret = backend == "interpret"
     x, gate_weight, up_weight, down_weight = _operands(*arguments)
     gate = _gate(x, gate_weight, config, backend)
-    n_panels = gate.values.shape[0]
-    room = max(1, round(kernels.n_chunks(n_panels, d_ff, config.up.tile) * options.capacity))
+    chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.up.tile)
+    room = max(1, round(chunks * options.capacity))
     lists, needed = build_lists(gate, d_ff=d_ff, chunk=config.up.tile, room=room, interpret=interpret)
 
     def sparse(gate, lists):
@@ -125,27 +126,34 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
     def dense(gate, lists):
         y, stats = reference.ffn(x, None if up_weight is None else gate_weight, w_up, down_weight)
         like = jax.eval_shape(sparse, gate, lists)[2]
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-        return y, stats.l1 * tokens, _vary_like(empty, x)
+        return y, stats.l1 * tokens, _vary_like(empty(like), x)
 
     fits = needed <= room
-    y, l1, kept = lax.cond(fits, sparse, dense, gate, lists)
-    kept_gate, kept_up = kept
-    residuals = Residuals(
-        fits=fits,
-        lists=jax.tree.map(partial(checkpoint_name, name="sparse_ffn_lists"), lists),
-        gate=checkpoint_name(kept_gate, "sparse_ffn_gate"),
-        up=None if kept_up is None else checkpoint_name(kept_up, "sparse_ffn_up"),
-    )
+    y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, dense, gate, lists)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, l1, overflow_rows, d_ff)), (arguments, residuals)
+    return (y, _stats(gate, l1, overflow_rows, d_ff)), (arguments, _name(Residuals(fits, lists, *kept)))
+
+
+def _name(residuals: Residuals) -> Residuals:
+    """With names by which a remat policy may keep them."""
+    return dataclasses.replace(
+        residuals,
+        lists=jax.tree.map(partial(checkpoint_name, name="sparse_ffn_lists"), residuals.lists),
+        gate=checkpoint_name(residuals.gate, "sparse_ffn_gate"),
+        up=None if residuals.up is None else checkpoint_name(residuals.up, "sparse_ffn_up"),
+    )
+
+
+def empty(like):
+    """Arrays of some shapes whose values nobody reads."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
 def _vary_like(tree, like):
     return jax.tree.map(lambda leaf: axes.vary_alike(leaf, like)[0], tree)
 
 
-def _backward(options, backend, saved, cotangents):
+def backward(options: FFNOptions, backend: str, saved, cotangents):
     """Cotangents of x and the weights from those of y and l1; the counters have none."""
     arguments, residuals = saved
     dy, dl1 = cotangents[0], cotangents[1].l1
@@ -161,7 +169,7 @@ def _backward(options, backend, saved, cotangents):
         operands = axes.vary_alike(x, w_up if w_gate is None else w_gate, w_up, w_down, dy, scale)
         x_, gate_weight, up_weight, down_weight, dy, scale = operands
         gradients = panel_dh(
-            residuals.gate, residuals.up, lists, dy, down_weight, scale, config=config.up, interpret=interpret
+            residuals.gate, residuals.up, lists, dy, down_weight, scale, config=config.dh, interpret=interpret
         )
         terms = [(gradients.gate, gate_weight)]
         if gradients.up is not None:
@@ -177,7 +185,9 @@ def _backward(options, backend, saved, cotangents):
     def dense(residuals, dy, scale):
         return reference.pull_back(x, w_gate, w_up, w_down, dy, dl1)
 
+    if options.capacity == 1:
+        return sparse(residuals, dy, scale)
     return lax.cond(residuals.fits, sparse, dense, residuals, dy, scale)
 
 
-ffn.defvjp(_forward, _backward)
+ffn.defvjp(forward, backward)
