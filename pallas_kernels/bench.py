@@ -146,7 +146,7 @@ def _run_case(case, options, compiled, *, rounds, chain_ms) -> Result:
     times = timing.measure({name: partial(call, name) for name in entries}, rounds=rounds, chain_ms=chain_ms)
     works = work(case, options, measured["mean_nnz"])
     rows = {name: Row(name, times[name], works[name], errors.get(name)) for name in entries}
-    memory = {name: _temporary_bytes(compiled[name]) for name in ("dense_ffn", "sparse_ffn")}
+    memory = {name: timing.temporary_bytes(compiled[name]) for name in ("dense_ffn", "sparse_ffn")}
     return Result(
         case=case,
         options=options,
@@ -180,11 +180,6 @@ def _judge(arrays: Arrays, outputs: Arrays) -> tuple[dict[str, float | None], li
         if not accuracy.acceptable(errors[name], errors[judge])
     ]
     return dict(errors), failures
-
-
-def _temporary_bytes(compiled: Any) -> int:
-    analysis = compiled.memory_analysis()
-    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 
 
 def table(result: Result, limits: Ceilings) -> str:

@@ -1,5 +1,6 @@
 """Which path runs a call. A predicate with a reason decides, before anything is traced for a device."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,16 @@ _BACKENDS = {
     "dense": ("xla",),
     "twell": ("mosaic_gpu", "triton", "interpret"),
     "panel": ("mosaic_gpu", "triton", "interpret"),
+    "hybrid": ("triton", "interpret"),
+    "auto": ("mosaic_gpu", "triton", "interpret"),
 }  # the first that can is "auto"
 _MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
 _TRITON_CAPABILITY = 80
 _MOSAIC_CAPABILITY = 90
+_LEAST_TOKENS = 2048  # of a call whose probe costs little beside it
+
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 class Call(NamedTuple):
@@ -31,7 +38,7 @@ class Call(NamedTuple):
     panel: int = 128
 
     @classmethod
-    def of(cls, x: jax.Array, w_up: jax.Array, options: FFNOptions) -> "Call":
+    def of(cls, x: Shaped, w_up: Shaped, options: FFNOptions) -> "Call":
         """The call of x (M, D) and a weight (F, D)."""
         tokens, d_model = x.shape
         return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype), options.tile, options.panel)
@@ -52,6 +59,13 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
         return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={call.d_ff}"
     if format == "twell" and call.tile > _MAX_TILE:
         return f"format='twell' packs tiles of at most {_MAX_TILE} columns; got tile={call.tile}"
+    if format == "auto" and backend != "interpret":
+        if jnp.dtype(call.dtype).itemsize != 2:
+            return f"format='auto' is dense for types without tensor cores; got {jnp.dtype(call.dtype).name}"
+        if call.tokens < _LEAST_TOKENS:
+            return f"format='auto' is dense under {_LEAST_TOKENS} tokens; got {call.tokens}"
+    if format == "auto" and call.tokens < call.panel:
+        return f"format='auto' probes panels of {call.panel} tokens; got {call.tokens} tokens"
     if backend == "triton" and not (device.is_nvidia and device.capability >= _TRITON_CAPABILITY):
         return (
             "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
@@ -65,7 +79,7 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
             )
         # Imported where it runs: it takes a third of a second.
         size = (call.tokens, call.d_model, call.d_ff, call.dtype)
-        if format == "panel":
+        if format in ("panel", "auto"):
             from pallas_kernels.panel import pallas_mosaic_gpu as panel_gpu
 
             return panel_gpu.unsupported_reason(*size, call.panel)
@@ -78,23 +92,64 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
 def choose(options: FFNOptions, call: Call) -> Choice:
     """The path of a call under its options.
 
-    ``format="auto"`` is the dense path: it needs no knowledge of how sparse the activations are, and it is the
-    only one that is never slower than dense. A format asked for by name runs, on the first backend that can, or
-    raises the reason; so does a backend.
+    ``format="auto"`` on an NVIDIA GPU is a program that finds out by itself whether sparsity pays (`adaptive`), and the
+    dense path where that cannot run or would not be worth its probe. A format asked for by name runs, on the first
+    backend that can, or raises the reason; so does a backend.
 
     Raises:
       ValueError: the format or the backend asked for cannot run this call here.
     """
-    device = device_lib.current()
-    format = "dense" if options.format == "auto" else options.format
-    candidates: tuple[str, ...] = (options.backend,)
-    if options.backend == "auto":
-        candidates = tuple(b for b in _BACKENDS[format] if b != "interpret")
-    reasons = [unsupported_reason(format, backend, call, device) for backend in candidates]
-    for backend, reason in zip(candidates, reasons, strict=True):
+    considered = _consider(options, call)
+    for choice, reason in considered:
         if reason is None:
-            return Choice(format, backend)
-    raise ValueError(reasons[-1])
+            return choice
+    raise ValueError(considered[-1][1])
+
+
+def explain(
+    x: Shaped,
+    w_up: Shaped,
+    options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
+) -> str:
+    """What `sparse_ffn` or `sparse_mlp` would run for x (..., D) and weights like w_up (F, D), and why, in a few lines.
+
+    Nothing runs, and nothing is raised for a path that cannot: the reason is part of the answer.
+    """
+    tokens = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    call, device = Call.of(tokens, w_up, options), device_lib.current()
+    lines = [
+        f"{call.tokens} tokens, D={call.d_model}, F={call.d_ff}, {call.dtype.name}, on {device.kind} "
+        f"({device.platform}); format={options.format!r}, backend={options.backend!r}"
+    ]
+    for choice, reason in _consider(options, call):
+        name = f"{choice.format} on {choice.backend}"
+        if reason is None:
+            return "\n".join([*lines, f"runs {name}: {_MEANING[choice.format]}"])
+        lines.append(f"not {name}: {reason}")
+    return "\n".join([*lines, "raises: nothing that was asked for can run this call"])
+
+
+_MEANING = {
+    "dense": "the layer as XLA compiles it",
+    "twell": "the gate packed in tiles, then one pass over its non-zeros",
+    "hybrid": "rows of non-zeros with a dense backup, kept between forward and backward",
+    "panel": "tensor cores over the neurons that neighbouring tokens share",
+    "auto": "a probe inside the program takes PanelELL where panels of tokens share few enough neurons, dense elsewhere",
+}
+
+
+def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]]:
+    """The paths that would be tried, in order, each with the reason why it cannot run, or None."""
+    device = device_lib.current()
+    if options.backend == "auto":
+        backends = tuple(b for b in _BACKENDS[options.format] if b != "interpret")
+    else:
+        backends = (options.backend,)
+    choices = [Choice(options.format, backend) for backend in backends]
+    if options.format == "auto":
+        dense = Choice("dense", "xla")
+        choices = {"auto": [*choices, dense], "xla": [dense]}.get(options.backend, choices)
+    return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
 
 
 def _or(names) -> str:

@@ -2,9 +2,11 @@
 
 import jax
 
-from pallas_kernels import dispatch, panel, reference, twell
+from pallas_kernels import adaptive, axes, dispatch, hybrid, panel, reference, twell
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.options import FFNOptions, FFNStats
+
+_LAYERS = {"auto": adaptive.ffn, "hybrid": hybrid.ffn, "panel": panel.ffn, "twell": twell.ffn}
 
 
 def sparse_ffn(
@@ -52,6 +54,8 @@ def _layer(
     if choice.format == "dense":
         y, stats = reference.ffn(tokens, w_gate, w_up, w_down)
     else:
-        layer = {"twell": twell.ffn, "panel": panel.ffn}[choice.format]
-        y, stats = layer(tokens, w_gate, w_up, w_down, options, choice.backend)
+        # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
+        tokens, gate, w_up, w_down = axes.vary_alike(tokens, w_up if w_gate is None else w_gate, w_up, w_down)
+        weights = (None if w_gate is None else gate, w_up, w_down)
+        y, stats = _LAYERS[choice.format](tokens, *weights, options, choice.backend)
     return y.reshape(x.shape), stats

@@ -216,58 +216,85 @@ class HybridELL:
 class PanelELL:
     """Blocked ELLPACK with P x 1 blocks: the neurons active for at least one of P consecutive tokens.
 
-    Panel p covers tokens p P to (p + 1) P - 1 (the last one is padded with zero rows). ``neurons[p]`` lists, in
-    ascending order, the ``counts[p]`` neurons active for at least one of them; ``values[p]`` is the dense
-    (P, capacity) block of their gates. Unused list entries are 0 with value 0. A panel whose count exceeds the
-    capacity *overflows*: its list and values are incomplete and its count is not.
+    Panel p covers tokens p P to (p + 1) P - 1 (the last one is padded with zero rows). It owns the slots
+    ``offsets[p]`` to ``offsets[p + 1]``, its count rounded up to a multiple of the chunk. The first ``counts[p]`` of them
+    hold, in ascending order, the neurons active for at least one of its tokens, and in ``values`` the P gates of each:
+    transposed, because a neuron's P values are what the projections load together. The slots after them hold neuron 0
+    with value 0. Slots past the last panel's mean nothing. If the last offset exceeds the number of slots, the format
+    *overflows*: then only counts and offsets have a meaning.
 
     Attributes:
-      values: (n_panels, P, capacity).  neurons: (n_panels, capacity) int32.  counts: (n_panels,) int32.
-      tokens: M.  d_ff: F.
+      values: (n_slots, P).  neurons: (n_slots,) int32.  offsets: (n_panels + 1,) int32.  counts: (n_panels,) int32.
+      tokens: M.  d_ff: F.  chunk: what a panel's slots are a multiple of.
     """
 
     values: jax.Array
     neurons: jax.Array
+    offsets: jax.Array
     counts: jax.Array
     tokens: int = dataclasses.field(metadata=_STATIC)
     d_ff: int = dataclasses.field(metadata=_STATIC)
+    chunk: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
-    def from_dense(cls, gate: jax.Array, *, panel: int = 128, capacity: int | None = None) -> "PanelELL":
-        """Packs a dense gate (M, F) into panels of ``panel`` tokens; ``capacity=None`` keeps room for all of F."""
+    def from_dense(
+        cls, gate: jax.Array, *, panel: int = 128, chunk: int = 128, capacity: float = 1.0
+    ) -> "PanelELL":
+        """Packs a dense gate (M, F) into panels of ``panel`` tokens.
+
+        Args:
+          capacity: share of all (panel, neuron) pairs, in chunks, that there are slots for.
+
+        Raises:
+          ValueError: a panel or chunk under 1, a capacity outside (0, 1], or a gate that is no floating-point matrix.
+        """
         _check_gate(gate, None)
-        tokens, d_ff = gate.shape
-        capacity = d_ff if capacity is None else capacity
-        if panel < 1 or not 1 <= capacity <= d_ff:
+        if panel < 1 or chunk < 1 or not 0 < capacity <= 1:
             raise ValueError(
-                f"panel must be at least 1 and capacity between 1 and F = {d_ff}; got {panel}, {capacity}"
+                "panel and chunk must be at least 1 and capacity above 0 and at most 1; "
+                f"got {panel}, {chunk} and {capacity}"
             )
-        n_panels = -(-tokens // panel)
+        tokens, d_ff = gate.shape
+        n_panels, width = -(-tokens // panel), -(-d_ff // chunk) * chunk
+        n_slots = max(1, round(n_panels * width // chunk * capacity)) * chunk
         padded = jnp.pad(jnp.where(active(gate), gate, 0), ((0, n_panels * panel - tokens), (0, 0)))
         panels = padded.astype(gate.dtype).reshape(n_panels, panel, d_ff)
-        columns, counts = _slots_of_active(jnp.any(active(panels), axis=1), capacity)
-        values = _take(panels, jnp.broadcast_to(columns[:, None], (n_panels, panel, capacity)))
-        return cls(values, jnp.where(columns < d_ff, columns, 0), counts, tokens, d_ff)
+        columns, counts = _slots_of_active(jnp.any(active(panels), axis=1), width)
+        kept = _take(panels, jnp.broadcast_to(columns[:, None], (n_panels, panel, width)))
+        chunks = jnp.cumsum((counts + chunk - 1) // chunk, dtype=jnp.int32)
+        offsets = jnp.concatenate([jnp.zeros((1,), jnp.int32), chunks]) * chunk
+        place = offsets[:-1, None] + jnp.arange(width, dtype=jnp.int32)[None]
+        place = jnp.where(place < offsets[1:, None], place, n_slots)
+        neurons = (
+            jnp.zeros((n_slots,), jnp.int32).at[place].set(jnp.where(columns < d_ff, columns, 0), mode="drop")
+        )
+        values = jnp.zeros((n_slots, panel), gate.dtype).at[place].set(kept.transpose(0, 2, 1), mode="drop")
+        return cls(values, neurons, offsets, counts, tokens, d_ff, chunk)
 
     @property
-    def capacity(self) -> int:
-        return self.neurons.shape[1]
+    def overflows(self) -> jax.Array:
+        """() bool, whether the panels need more slots than there are."""
+        return self.offsets[-1] > self.neurons.shape[0]
 
     @property
     def overflow_count(self) -> jax.Array:
-        """() int32, panels with more active neurons than the capacity."""
-        return jnp.sum(self.counts > self.capacity, dtype=jnp.int32)
+        """() int32, chunks that found no slots."""
+        return jnp.maximum(self.offsets[-1] - self.neurons.shape[0], 0) // self.chunk
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.values, self.neurons, self.counts)
+        return _bytes(self.values, self.neurons, self.offsets, self.counts)
 
     def to_dense(self) -> jax.Array:
-        """(M, F); exact for every panel that does not overflow, the stored part of one that does."""
-        n_panels, panel, capacity = self.values.shape
-        used = jnp.arange(capacity)[None] < self.counts[:, None]
-        columns = jnp.where(used, self.neurons, self.d_ff)[:, None]
+        """(M, F) gates; meaningless if the format overflows."""
+        (n_slots, panel), n_panels = self.values.shape, self.counts.shape[0]
+        slot = jnp.arange(n_slots, dtype=jnp.int32)
+        owner = jnp.searchsorted(self.offsets[1:], slot, side="right")
+        owner = jnp.minimum(owner, n_panels - 1)
+        used = slot - self.offsets[owner] < self.counts[owner]
+        column = jnp.where(used, self.neurons, self.d_ff)
         dense = jnp.zeros((n_panels, panel, self.d_ff), self.values.dtype)
-        panels, rows = jnp.arange(n_panels)[:, None, None], jnp.arange(panel)[None, :, None]
-        dense = dense.at[panels, rows, columns].set(self.values, mode="drop")
+        dense = dense.at[owner[:, None], jnp.arange(panel)[None], column[:, None]].set(
+            self.values, mode="drop"
+        )
         return dense.reshape(n_panels * panel, self.d_ff)[: self.tokens]

@@ -57,9 +57,11 @@ PROFILES = {
     "layer-5": Activity(154, 0.54, 2.0, 0.2),
     "layer-6": Activity(273, 0.34, 2.0, 0.2),
     "layer-7": Activity(477, 0.01, 1.6, 0.4),
+    "no-l1": Activity(900, 0.0, 1.0, 0.3),
 }
 """Layers of a trained 8-layer model with F = 5632: mean nnz and dead share as measured, spreads fitted to the 99th
-percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together."""
+percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together. ``no-l1`` has the
+mean nnz of a layer trained without the L1 term, and spreads that nobody measured."""
 
 
 def ffn_inputs(

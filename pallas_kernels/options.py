@@ -15,11 +15,12 @@ class FFNOptions:
     """Choices that change how a result is computed, never what it is.
 
     Attributes:
-      format: how the gate activations are stored between the projections. ``"auto"`` is ``"dense"``, the one
-        that needs no knowledge of how sparse they are; a format that cannot run a call raises the reason.
+      format: how the gate activations are stored between the projections. ``"auto"`` decides inside the program,
+        call by call, between ``"panel"`` and ``"dense"``, and is ``"dense"`` where that cannot be; a format asked
+        for by name that cannot run a call raises the reason. `dispatch.explain` tells what would run.
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
-        ``"dense"``, Mosaic GPU and then Triton for ``"twell"``. ``"interpret"`` runs Triton kernels' own code
-        slowly on any device, for tests.
+        ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels' own
+        code slowly on any device, for tests.
       tile: T, columns in a TwELL tile (paper section 3.1: 256).
       compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
         more than S - 1 non-zeros sends its row to the dense backup.

@@ -67,26 +67,17 @@ def ffn(
     Gradients by JAX's own differentiation, through y and through ``stats.l1``; the counters have none.
     """
     h, mask = hidden(x, w_gate, w_up)
-    y = multiply(h, w_down)
-    tokens = max(x.shape[0], 1)
+    return multiply(h, w_down), statistics(h, mask)
+
+
+def statistics(h: jax.Array, mask: jax.Array) -> FFNStats:
+    """Of a call's hidden activations (M, F) and active neurons (M, F)."""
+    tokens = max(h.shape[0], 1)
     hits = jnp.sum(mask, axis=0, dtype=jnp.int32)
-    stats = FFNStats(
+    return FFNStats(
         l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / tokens,
         l0=jnp.sum(hits, dtype=jnp.float32) / tokens,
         neuron_hits=hits,
         max_nnz=jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32), initial=0),
         overflow_rows=jnp.zeros((), jnp.int32),
     )
-    return y, stats
-
-
-def pull_back(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, dy: jax.Array, dl1: jax.Array
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """Cotangents of x and the weights from those of y (M, D) and of l1: `ffn` recomputed and differentiated."""
-
-    def differentiable(*arguments):
-        y, stats = ffn(*arguments)
-        return y, stats.l1
-
-    return jax.vjp(differentiable, x, w_gate, w_up, w_down)[1]((dy, dl1))

@@ -79,6 +79,12 @@ def compile_all(
         return dict(zip(programs, pool.map(compile_one, programs.values()), strict=True))
 
 
+def temporary_bytes(compiled: Any) -> int:
+    """Device memory that a compiled program takes beside its arguments and outputs; 0 where it is not known."""
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+
 def ceilings(dtype: jax.typing.DTypeLike, *, size: int = 8192) -> Ceilings:
     """Measures a product of (size, size) matrices of a type and a copy of as many as 4 ``size``² f32 values."""
     key = jax.random.key(0)

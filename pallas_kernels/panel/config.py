@@ -98,8 +98,8 @@ class WeightsConfig:
 class PanelConfig:
     """Configs of all stages of a call; ``panel`` is P.
 
-    The tile of ``up`` is also what a panel's list is padded to: ``dh`` has the same, and the tile_k of ``down`` and
-    ``dx`` must divide it.
+    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. The tile of ``up`` is also what a
+    panel's list is padded to: ``up_keep`` and ``dh`` have the same, and the tile_k of ``down`` and ``dx`` divides it.
 
     Raises:
       ValueError: a slice of the list that does not divide its padding, or of a panel that does not divide it.
@@ -108,16 +108,19 @@ class PanelConfig:
     panel: int
     gate: StageConfig
     up: StageConfig
+    up_keep: StageConfig
     down: StageConfig
     dh: StageConfig
     dx: StageConfig
     dw: WeightsConfig
 
     def __post_init__(self) -> None:
-        if self.dh.tile != self.up.tile:
-            raise ValueError(
-                f"PanelConfig.dh.tile must be up.tile={self.up.tile}, the padding of a panel's list; got {self.dh.tile}"
-            )
+        for name in ("up_keep", "dh"):
+            if getattr(self, name).tile != self.up.tile:
+                raise ValueError(
+                    f"PanelConfig.{name}.tile must be up.tile={self.up.tile}, the padding of a panel's list; "
+                    f"got {getattr(self, name).tile}"
+                )
         for name in ("down", "dx"):
             if self.up.tile % getattr(self, name).tile_k:
                 raise ValueError(
@@ -126,6 +129,10 @@ class PanelConfig:
                 )
         if self.panel % self.dw.tile_k:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
+
+
+BREAK_EVEN = 0.55
+"""Share of the neurons that a panel of 128 tokens activates, up to which PanelELL is faster than the dense layer."""
 
 
 def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:
@@ -154,24 +161,36 @@ def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
 
 def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
     """As tuned on Hopper where shared memory allows, narrower slices elsewhere."""
-    large = device.shared_memory >= 160 * 1024
-    tile_k, stages = (64, 3) if large else (32, 2)
-    warps = 8 if panel == 128 else 4
+    if device.shared_memory >= 160 * 1024:
+        warps = 8 if panel == 128 else 4
+        per_core = 1 if warps == 8 else 2
+        return PanelConfig(
+            panel,
+            gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
+            up=StageConfig(128, 64, 4, 3),
+            up_keep=StageConfig(128, 64, warps, 4, per_core),
+            down=StageConfig(128, 32, 4, 6),
+            dh=StageConfig(128, 64, warps, 4, per_core),
+            dx=StageConfig(128, 32, 4, 5),
+            dw=WeightsConfig(64, 128, min(32, panel), 4, 6),
+        )
+    narrow = StageConfig(128, 32, 4, 3)
     return PanelConfig(
         panel,
-        gate=StageConfig(256 if large and panel == 128 else 128, tile_k, warps, stages),
-        up=StageConfig(128, tile_k, warps, stages),
-        down=StageConfig(128, tile_k, 4, stages),
-        dh=StageConfig(128, tile_k, warps, stages),
-        dx=StageConfig(128, 32, 4, stages + 1),
-        dw=WeightsConfig(64, 128, min(tile_k, panel), 4, stages),
+        narrow,
+        narrow,
+        narrow,
+        narrow,
+        narrow,
+        StageConfig(128, 32, 4, 2),
+        WeightsConfig(64, 128, 16, 4, 3),
     )
 
 
 def _for_f32(panel: int) -> PanelConfig:
     """f32 multiplies without tensor cores: a thread also keeps its operands in registers."""
     small = StageConfig(32, 16, 4, 2)
-    return PanelConfig(panel, small, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
+    return PanelConfig(panel, small, small, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
 
 
 def _power_of_2_above(n: int) -> int:

@@ -156,11 +156,11 @@ def _epilogue(width, dtype):
     # Lane n has the votes of columns 8 n to 8 n + 7: column 2 q + i is bit q of each nibble of votes i and i + 2.
     for word, quarters in (("low", (0, 1)), ("high", (2, 3))):
         lines.append(f"mov.b32 {word}, 0;")
-        for byte, (q, i) in enumerate((q, i) for q in quarters for i in range(2)):
-            mask = 0x11111111 << q
-            for votes in (i, i + 2):
+        for byte, (quarter, parity) in enumerate((q, i) for q in quarters for i in range(2)):
+            mask = 0x11111111 << quarter
+            for nth in (parity, parity + 2):
                 lines.append(
-                    f"and.b32 t, k{votes}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; add.u32 {word}, {word}, t;"
+                    f"and.b32 t, k{nth}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; add.u32 {word}, {word}, t;"
                 )
     lines += [
         f"mul.wide.u32 wide, warp, {width}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",

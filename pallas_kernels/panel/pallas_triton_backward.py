@@ -75,9 +75,8 @@ def panel_dh(
 
 def _dh_kernel(*refs, panel, config, gated):
     lists_refs, refs = refs[:4], refs[4:]
-    kept_refs, (dy_ref, w_ref, dl1_ref), outputs = (
-        (refs[:2], refs[2:5], refs[5:]) if gated else (refs[:1], refs[1:4], refs[4:])
-    )
+    kept = 2 if gated else 1
+    kept_refs, (dy_ref, w_ref, dl1_ref), outputs = refs[:kept], refs[kept : kept + 3], refs[kept + 3 :]
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons, listed):
@@ -97,9 +96,9 @@ def _dh_kernel(*refs, panel, config, gated):
             # An inactive gate has no gradient, whatever u is.
             dg = jnp.where(active(gate.astype(jnp.float32)), dg, jnp.zeros_like(dg))
             du = jnp.where(active(gate.astype(jnp.float32)), du, jnp.zeros_like(du))
-            results = (dg, du, h)
+            results = [dg, du, h]
         else:
-            results = (dh.astype(dtype),)
+            results = [dh.astype(dtype)]
         for ref, value in zip(outputs, results, strict=True):
             plt.store(ref.at[place], value)
 
@@ -112,7 +111,6 @@ def panel_dw(
     x: jax.Array,
     dy: jax.Array,
     *,
-    d_ff: int,
     config: WeightsConfig,
     interpret: bool = False,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import axes, reference
+from pallas_kernels import axes, dense, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
@@ -48,6 +48,15 @@ class Residuals:
     gate: jax.Array
     up: jax.Array | None
 
+    def named(self) -> "Residuals":
+        """The same under names by which a remat policy may keep them."""
+        return Residuals(
+            fits=checkpoint_name(self.fits, "sparse_ffn_lists"),
+            lists=jax.tree.map(partial(checkpoint_name, name="sparse_ffn_lists"), self.lists),
+            gate=checkpoint_name(self.gate, "sparse_ffn_gate"),
+            up=None if self.up is None else checkpoint_name(self.up, "sparse_ffn_up"),
+        )
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def ffn(
@@ -68,21 +77,21 @@ def ffn(
         return reference.ffn(x, w_gate, w_up, w_down)
     config = configs.choose(x, w_up, options)
     interpret = backend == "interpret"
-    x, gate_weight, up_weight, w_down = _operands(x, w_gate, w_up, w_down)
-    gate = _gate(x, gate_weight, config, backend)
+    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate = gate_stage(x, gate_weight, config, backend)
     lists, _ = build_lists(gate, d_ff=w_up.shape[0], chunk=config.up.tile, interpret=interpret)
     hidden = panel_up(gate, lists, x, up_weight, config=config.up, interpret=interpret)
     y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
     return y, _stats(gate, hidden.l1, jnp.zeros((), jnp.int32), w_up.shape[0])
 
 
-def _operands(x, w_gate, w_up, w_down):
-    """x, the gate's weight, the up projection's (None without a gate) and w_down, varying alike."""
-    x, gate, w_up, w_down = axes.vary_alike(x, w_up if w_gate is None else w_gate, w_up, w_down)
-    return x, gate, None if w_gate is None else w_up, w_down
+def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The weight whose product is rectified, and the up projection's, None without a gate."""
+    return (w_up, None) if w_gate is None else (w_gate, w_up)
 
 
-def _gate(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: str) -> GatePanel:
+def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: str) -> GatePanel:
+    """The gate stage of x (M, D) and weight (F, D) on a backend."""
     if backend == "mosaic_gpu":
         from pallas_kernels.panel import pallas_mosaic_gpu
 
@@ -110,38 +119,26 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
         return reference.ffn(*arguments), (arguments, None)
     config = configs.choose(x, w_up, options)
     interpret = backend == "interpret"
-    x, gate_weight, up_weight, down_weight = _operands(*arguments)
-    gate = _gate(x, gate_weight, config, backend)
+    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate = gate_stage(x, gate_weight, config, backend)
     chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.up.tile)
     room = max(1, round(chunks * options.capacity))
     lists, needed = build_lists(gate, d_ff=d_ff, chunk=config.up.tile, room=room, interpret=interpret)
 
     def sparse(gate, lists):
-        hidden = panel_up(gate, lists, x, up_weight, config=config.up, keep=True, interpret=interpret)
-        y = panel_down(
-            [(hidden.h, down_weight)], lists, tokens=tokens, config=config.down, interpret=interpret
-        )
+        hidden = panel_up(gate, lists, x, up_weight, config=config.up_keep, keep=True, interpret=interpret)
+        y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
         return y, hidden.l1, (hidden.h, None) if up_weight is None else (hidden.gate, hidden.up)
 
-    def dense(gate, lists):
-        y, stats = reference.ffn(x, None if up_weight is None else gate_weight, w_up, down_weight)
+    def instead(gate, lists):
+        y, stats = reference.ffn(*arguments)
         like = jax.eval_shape(sparse, gate, lists)[2]
         return y, stats.l1 * tokens, _vary_like(empty(like), x)
 
     fits = needed <= room
-    y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, dense, gate, lists)
+    y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, instead, gate, lists)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, l1, overflow_rows, d_ff)), (arguments, _name(Residuals(fits, lists, *kept)))
-
-
-def _name(residuals: Residuals) -> Residuals:
-    """With names by which a remat policy may keep them."""
-    return dataclasses.replace(
-        residuals,
-        lists=jax.tree.map(partial(checkpoint_name, name="sparse_ffn_lists"), residuals.lists),
-        gate=checkpoint_name(residuals.gate, "sparse_ffn_gate"),
-        up=None if residuals.up is None else checkpoint_name(residuals.up, "sparse_ffn_up"),
-    )
+    return (y, _stats(gate, l1, overflow_rows, d_ff)), (arguments, Residuals(fits, lists, *kept).named())
 
 
 def empty(like):
@@ -153,41 +150,40 @@ def _vary_like(tree, like):
     return jax.tree.map(lambda leaf: axes.vary_alike(leaf, like)[0], tree)
 
 
-def backward(options: FFNOptions, backend: str, saved, cotangents):
-    """Cotangents of x and the weights from those of y and l1; the counters have none."""
-    arguments, residuals = saved
-    dy, dl1 = cotangents[0], cotangents[1].l1
+def pull_back(
+    arguments: dense.Weights, residuals: Residuals, dy, dl1, options: FFNOptions, backend: str
+) -> dense.Weights:
+    """Cotangents of x and the weights from those of y (M, D) and l1, where the lists had room."""
     x, w_gate, w_up, w_down = arguments
-    if residuals is None:
-        return reference.pull_back(*arguments, dy, dl1)
-    config = configs.choose(x, w_up, options)
-    interpret = backend == "interpret"
+    config, interpret = configs.choose(x, w_up, options), backend == "interpret"
+    lists, (gate_weight, up_weight) = residuals.lists, _roles(w_gate, w_up)
     scale = (dl1 / x.shape[0]).astype(x.dtype).astype(jnp.float32).reshape(1)
+    kept = residuals.gate, residuals.up
+    gradients = panel_dh(*kept, lists, dy, w_down, scale, config=config.dh, interpret=interpret)
+    terms = [(gradients.gate, gate_weight)]
+    if up_weight is not None and gradients.up is not None:
+        terms.append((gradients.up, up_weight))
+    dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
+    return dx, *panel_dw(gradients, lists, x, dy, config=config.dw, interpret=interpret)
 
-    def sparse(residuals, dy, scale):
-        lists = residuals.lists
-        operands = axes.vary_alike(x, w_up if w_gate is None else w_gate, w_up, w_down, dy, scale)
-        x_, gate_weight, up_weight, down_weight, dy, scale = operands
-        gradients = panel_dh(
-            residuals.gate, residuals.up, lists, dy, down_weight, scale, config=config.dh, interpret=interpret
-        )
-        terms = [(gradients.gate, gate_weight)]
-        if gradients.up is not None:
-            terms.append((gradients.up, up_weight))
-        dx = panel_down(
-            terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx"
-        )
-        dw_gate, dw_up, dw_down = panel_dw(
-            gradients, lists, x_, dy, d_ff=w_up.shape[0], config=config.dw, interpret=interpret
-        )
-        return dx, dw_gate, dw_up, dw_down
 
-    def dense(residuals, dy, scale):
-        return reference.pull_back(x, w_gate, w_up, w_down, dy, dl1)
+def backward(options: FFNOptions, backend: str, saved, cotangents) -> dense.Weights:
+    """The cotangents of x and the weights; the counters have none."""
+    arguments: dense.Weights = saved[0]
+    residuals: Residuals | None = saved[1]
+    dy, dl1 = cotangents[0], cotangents[1].l1
+    if residuals is None:
+        return dense.recompute_backward(*arguments, dy, dl1)
+
+    def sparse(residuals, dy, dl1):
+        return pull_back(arguments, residuals, dy, dl1, options, backend)
+
+    def instead(residuals, dy, dl1):
+        return dense.recompute_backward(*arguments, dy, dl1)
 
     if options.capacity == 1:
-        return sparse(residuals, dy, scale)
-    return lax.cond(residuals.fits, sparse, dense, residuals, dy, scale)
+        return sparse(residuals, dy, dl1)
+    return lax.cond(residuals.fits, sparse, instead, residuals, dy, dl1)
 
 
 ffn.defvjp(forward, backward)

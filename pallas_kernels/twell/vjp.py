@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import axes, reference
+from pallas_kernels import dense, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
@@ -37,7 +37,7 @@ def ffn(
         return reference.ffn(x, w_gate, w_up, w_down)
     config = configs.choose(x, w_up, options)
     interpret = backend == "interpret"
-    x, gate_weight, w_up, w_down = axes.vary_alike(x, w_up if w_gate is None else w_gate, w_up, w_down)
+    gate_weight = w_up if w_gate is None else w_gate
     tiles = {"tile": options.tile, "slots": options.slots}
     if backend == "mosaic_gpu":
         from pallas_kernels.twell import pallas_mosaic_gpu
@@ -71,9 +71,9 @@ def _backup(rows, bound, x, w_gate, w_up, w_down):
         chosen = rows.overflows & (rank > done) & (rank <= done + bound)
         ids = jnp.nonzero(chosen, size=bound, fill_value=tokens)[0]
         h, _ = reference.hidden(x[jnp.minimum(ids, tokens - 1)], w_gate, w_up)
-        dense = reference.multiply(h, w_down)
+        whole = reference.multiply(h, w_down)
         row_l1 = jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
-        return done + bound, y.at[ids].set(dense, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
+        return done + bound, y.at[ids].set(whole, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
 
     _, y, l1 = lax.while_loop(lambda carry: carry[0] < rank[-1], one_round, (jnp.int32(0), rows.y, rows.l1))
     return y, l1
@@ -86,7 +86,8 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
 def _backward(options, backend, residuals, cotangents):
     """Cotangents of x and the weights from those of y and l1; the counters have none."""
     dy, dstats = cotangents
-    return reference.pull_back(*residuals, dy, dstats.l1)
+    arguments: dense.Weights = residuals
+    return dense.recompute_backward(*arguments, dy, dstats.l1)
 
 
 ffn.defvjp(_forward, _backward)

@@ -11,6 +11,11 @@ from op_contract import CASES
 FOLDER = Path(__file__).parent
 SUITES = {
     "test_dense.py": ["TestDense"],
+    "test_auto_interpret.py": ["TestAutoInterpreted"],
+    "test_hybrid_gpu.py": ["TestHybridOnGPU", "TestHybridOnGPUAtThePapersWidth"],
+    "test_hybrid_interpret.py": ["TestHybridInterpreted"],
+    "test_panel_gpu.py": ["TestPanelOnGPU", "TestPanelOnGPUAt128Tokens", "TestPanelOnHopper"],
+    "test_panel_interpret.py": ["TestPanelInterpreted"],
     "test_twell_interpret.py": ["TestTwELLInterpreted"],
     "test_twell_gpu.py": ["TestTwELLOnGPU", "TestTwELLOnGPUAtThePapersTile", "TestTwELLOnHopper"],
 }
@@ -36,9 +41,12 @@ def test_every_suite_runs_every_case(collected, file, suite):
 
 def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract are here by name, so that none is forgotten."""
-    others = {"checks", "collection", "dispatch", "formats", "reference", "twell_lowering"}
+    others = {
+        "bench", "checks", "collection", "config", "dispatch", "formats", "hybrid_lowering", "panel_lowering",
+        "reference", "reorder", "tuning", "twell_lowering",
+    }  # fmt: skip
     found = {path.name for path in FOLDER.glob("test_*.py")}
-    assert found - {f"test_{name}.py" for name in others} >= set(SUITES)
+    assert found == {f"test_{name}.py" for name in others} | set(SUITES)
 
 
 def test_gpu_tests_are_skipped_with_the_reason_elsewhere():

@@ -94,10 +94,56 @@ def test_combinations_that_do_not_exist(format, backend, sentence):
     assert sentence in reason(format, backend, H200)
 
 
-@pytest.mark.parametrize("found", [CPU, H200, A100, V100, AMD], ids=lambda d: d.kind)
-def test_auto_is_dense(found):
+MANY = PLAIN._replace(tokens=65536)
+
+
+@pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)
+def test_auto_is_dense_where_kernels_cannot_run(found):
     with on(found):
-        assert dispatch.choose(FFNOptions(), PLAIN) == ("dense", "xla")
+        assert dispatch.choose(FFNOptions(), MANY) == ("dense", "xla")
+
+
+def test_auto_decides_inside_the_program_where_they_can():
+    with on(H200):
+        assert dispatch.choose(FFNOptions(), MANY) == ("auto", "mosaic_gpu")
+        assert dispatch.choose(FFNOptions(), MANY._replace(d_model=100)) == ("auto", "triton")
+        assert dispatch.choose(FFNOptions(backend="triton"), MANY) == ("auto", "triton")
+        assert dispatch.choose(FFNOptions(backend="xla"), MANY) == ("dense", "xla")
+    with on(A100):
+        assert dispatch.choose(FFNOptions(), MANY) == ("auto", "triton")
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 2047}, {"dtype": jnp.dtype("float32")}], ids=str)
+def test_auto_is_dense_where_its_probe_would_not_pay(changes):
+    with on(H200):
+        assert dispatch.choose(FFNOptions(), MANY._replace(**changes)) == ("dense", "xla")
+
+
+def test_explain_tells_what_would_run_and_why():
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 2048, 2048), (5632, 2048)))
+    with on(H200):
+        auto, small = (
+            dispatch.explain(x, weight),
+            dispatch.explain(jax.ShapeDtypeStruct((7, 2048), x.dtype), weight),
+        )
+        named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
+    assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
+    assert "runs auto on mosaic_gpu: a probe inside the program" in auto
+    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 7" in small
+    assert "runs dense on xla" in small
+    assert "runs twell on triton" in named
+    with on(CPU):
+        refused = dispatch.explain(x, weight, FFNOptions(format="panel"))
+    assert NEEDS_GPU in refused
+    assert refused.endswith("raises: nothing that was asked for can run this call")
+
+
+def test_panels_of_hopper_are_128_tokens():
+    assert reason("panel", "mosaic_gpu", H200, tokens=128) is None
+    assert "has panels of 128 tokens; got panel=64" in reason(
+        "panel", "mosaic_gpu", H200, tokens=128, panel=64
+    )
+    assert "at least 128 tokens, one panel; got 64" in reason("panel", "mosaic_gpu", H200)
 
 
 def test_auto_backend_is_the_first_that_can():

@@ -13,7 +13,7 @@ ROWS, COLUMNS = 6, 72
 TILE, COMPRESSION = 32, 4
 SLOTS = TILE // COMPRESSION
 WIDTH, BACKUP = 8, 2
-PANEL, CAPACITY = 4, 24
+PANEL, CHUNK = 4, 8
 DTYPES = ("bfloat16", "float16", "float32")
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
@@ -61,7 +61,7 @@ def nbytes(*arrays):
 
 twell = jax.jit(TwELL.from_dense, static_argnames=("tile", "compression"))
 hybrid = jax.jit(HybridELL.from_dense, static_argnames=("width", "backup_rows"))
-panels = jax.jit(PanelELL.from_dense, static_argnames=("panel", "capacity"))
+panels = jax.jit(PanelELL.from_dense, static_argnames=("panel", "chunk", "capacity"))
 to_dense = jax.jit(lambda packed: packed.to_dense())
 
 
@@ -161,30 +161,35 @@ def test_hybrid_indices_are_as_narrow_as_f_allows(d_ff, index):
 @given(gates())
 @example(rows_of([0, 0, 0, 0, 0, 0]))
 @example(rows_of([COLUMNS] * ROWS))
-@example(rows_of([CAPACITY, 0, 0, 0, CAPACITY + 1, 0]))
+@example(rows_of([CHUNK, 0, 0, 0, CHUNK + 1, 0]))
 def test_panel(gate):
-    packed = panels(gate, panel=PANEL, capacity=CAPACITY)
+    packed = panels(gate, panel=PANEL, chunk=CHUNK, capacity=1.0)
     together = np.pad(active(gate), ((0, 2), (0, 0))).reshape(2, PANEL, COLUMNS).any(axis=1)
     counts = together.sum(axis=1)
     np.testing.assert_array_equal(packed.counts, counts)
-    assert packed.overflow_count == (counts > CAPACITY).sum()
+    np.testing.assert_array_equal(packed.offsets, np.cumsum([0, *-(-counts // CHUNK) * CHUNK]))
+    assert not packed.overflows
     for panel in range(2):
-        neurons = np.flatnonzero(together[panel])[:CAPACITY]
-        np.testing.assert_array_equal(packed.neurons[panel, : len(neurons)], neurons)
-        assert not np.asarray(packed.neurons[panel, len(neurons) :]).any()
+        owned = np.asarray(packed.neurons[packed.offsets[panel] : packed.offsets[panel + 1]])
+        np.testing.assert_array_equal(owned[: counts[panel]], np.flatnonzero(together[panel]))
+        assert not owned[counts[panel] :].any()
     dense = to_dense(packed)
     assert (dense.shape, dense.dtype) == (gate.shape, gate.dtype)
-    assert_rows_equal(dense, kept(gate), np.repeat(counts <= CAPACITY, PANEL)[:ROWS])
+    assert_rows_equal(dense, kept(gate))
+    assert packed.nbytes == nbytes(packed.values, packed.neurons, packed.offsets, packed.counts)
 
 
 @property_test
 @given(gates())
-def test_panel_with_room_for_all(gate):
-    packed = panels(gate, panel=PANEL, capacity=None)
-    assert packed.overflow_count == 0
-    assert packed.capacity == COLUMNS
-    assert_rows_equal(to_dense(packed), kept(gate))
-    assert packed.nbytes == nbytes(packed.values, packed.neurons, packed.counts)
+def test_a_panel_format_without_room_says_so(gate):
+    packed = panels(gate, panel=PANEL, chunk=CHUNK, capacity=0.25)
+    needed = packed.offsets[-1] // CHUNK
+    room = packed.neurons.shape[0] // CHUNK
+    assert room < 2 * -(-COLUMNS // CHUNK)
+    assert packed.overflow_count == max(int(needed) - room, 0)
+    assert bool(packed.overflows) == (needed > room)
+    if not packed.overflows:
+        assert_rows_equal(to_dense(packed), kept(gate))
 
 
 # -- all three ---------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def test_panel_with_room_for_all(gate):
 PACKERS = {
     "TwELL": lambda gate: TwELL.from_dense(gate, tile=TILE, compression=COMPRESSION),
     "HybridELL": lambda gate: HybridELL.from_dense(gate, width=WIDTH, backup_rows=BACKUP),
-    "PanelELL": lambda gate: PanelELL.from_dense(gate, panel=PANEL, capacity=CAPACITY),
+    "PanelELL": lambda gate: PanelELL.from_dense(gate, panel=PANEL, chunk=CHUNK),
 }
 
 
@@ -220,6 +225,6 @@ def test_capacities_out_of_range_are_refused():
         HybridELL.from_dense(gate, width=0, backup_rows=1)
     with pytest.raises(ValueError, match="width must be at least 1 and backup_rows at least 0; got 4, -1"):
         HybridELL.from_dense(gate, width=4, backup_rows=-1)
-    for panel, capacity in ((0, 4), (4, 0), (4, COLUMNS + 1)):
-        with pytest.raises(ValueError, match=f"between 1 and F = {COLUMNS}; got {panel}, {capacity}"):
-            PanelELL.from_dense(gate, panel=panel, capacity=capacity)
+    for panel, chunk, capacity in ((0, 8, 0.5), (4, 0, 0.5), (4, 8, 0.0), (4, 8, 1.5)):
+        with pytest.raises(ValueError, match=f"at most 1; got {panel}, {chunk} and {capacity}"):
+            PanelELL.from_dense(gate, panel=panel, chunk=chunk, capacity=capacity)

@@ -1,0 +1,107 @@
+"""``format="auto"`` on a GPU: the program itself finds out, call by call, whether sparsity pays.
+
+A probe computes the gates of four panels of tokens, spread over the call, and counts the neurons that each panel
+activates: 2 * 512 F D FLOPs, under one in a hundred of the gate stage at 65,536 tokens. A conditional then runs the
+PanelELL layer or the dense one. Both are exact, so the probe decides how long a call takes and never what it gives;
+it is part of the compiled program, and the host is not asked.
+
+Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL over its
+slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a training step costs no
+more memory than the dense layer, and no more time than it and the probe; ``format="panel"`` is what saves memory.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import dense as dense_layer
+from pallas_kernels import panel, reference
+from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import vjp as panel_vjp
+
+_PROBES = 4
+
+
+def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int) -> jax.Array:
+    """() bool: whether panels of x (M, D) activate few enough of the neurons of w_gate (F, D), on a sample."""
+    tokens = x.shape[0]
+    starts = [(tokens - panel_tokens) * nth // max(_PROBES - 1, 1) for nth in range(_PROBES)]
+    sample = jnp.concatenate([lax.slice_in_dim(x, start, start + panel_tokens) for start in starts])
+    active = reference.active(reference.project(sample, w_gate)).reshape(_PROBES, panel_tokens, -1)
+    return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN
+
+
+def _plan(x, w_gate, w_up, options: FFNOptions):
+    """The probe's answer, and the options of the PanelELL layer with room for every pair."""
+    options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
+    return pays(x, w_up if w_gate is None else w_gate, options.panel), options
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def ffn(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    backend: str,
+) -> tuple[jax.Array, FFNStats]:
+    """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel, weights (F, D)."""
+    decision, options = _plan(x, w_gate, w_up, options)
+
+    def sparse(*arguments):
+        return panel.ffn(*arguments, options, backend)
+
+    return lax.cond(decision, sparse, reference.ffn, x, w_gate, w_up, w_down)
+
+
+def _forward(x, w_gate, w_up, w_down, options, backend):
+    decision, options = _plan(x, w_gate, w_up, options)
+
+    def sparse(x, w_gate, w_up, w_down):
+        outputs, (_, residuals) = panel_vjp.forward(x, w_gate, w_up, w_down, options, backend)
+        return outputs, residuals
+
+    def dense(x, w_gate, w_up, w_down):
+        like = jax.eval_shape(sparse, x, w_gate, w_up, w_down)[1]
+        outputs, (gate, up) = dense_layer.forward(x, w_gate, w_up, w_down)
+        kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
+        return outputs, panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
+
+    outputs, residuals = lax.cond(decision, sparse, dense, x, w_gate, w_up, w_down)
+    return outputs, ((x, w_gate, w_up, w_down), residuals.named())
+
+
+def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Values in the first elements of an array of another shape."""
+    flat = values.reshape(-1)
+    return jnp.pad(flat, (0, like.size - flat.size)).reshape(like.shape)
+
+
+def _out_of(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """What `_into` put there."""
+    return values.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+
+
+def _backward(options, backend, saved, cotangents):
+    arguments: dense_layer.Weights = saved[0]
+    residuals: panel_vjp.Residuals = saved[1]
+    x, _, w_up, _ = arguments
+    options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
+
+    def sparse(residuals, dy, dl1):
+        return panel_vjp.pull_back(arguments, residuals, dy, dl1, options, backend)
+
+    def dense(residuals, dy, dl1):
+        shape = (x.shape[0], w_up.shape[0])
+        gate, up = residuals.gate, residuals.up
+        kept = _out_of(gate, shape), None if up is None else _out_of(up, shape)
+        return dense_layer.backward(*arguments, *kept, dy, dl1)
+
+    return lax.cond(residuals.fits, sparse, dense, residuals, cotangents[0], cotangents[1].l1)
+
+
+ffn.defvjp(_forward, _backward)

@@ -1,0 +1,170 @@
+"""Tile sizes of the HybridELL kernels: their laws, and what to choose where nothing was tuned.
+
+The kernels gather: what bounds a tile is how many weight rows a program can have in flight in its registers.
+The gate GEMM is TwELL's, with TwELL's config.
+"""
+
+import dataclasses
+
+import jax
+
+from pallas_kernels import device as device_lib
+from pallas_kernels import tuning
+from pallas_kernels.device import Device
+from pallas_kernels.options import FFNOptions
+from pallas_kernels.twell import config as twell
+from pallas_kernels.twell.config import GatePackConfig
+
+_WARP = 32
+_SECTOR_WORDS = 8
+_LARGEST_TILE = 256
+"""The gate counts a tile's non-zeros in bytes."""
+_L2_FOR_SLICES = 32 << 20
+"""Bytes of x and dy that the weight gradients may walk at a time and find again in L2 (50 MiB on Hopper)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """How a program walks the non-zeros of its token.
+
+    Attributes:
+      entries: non-zeros, and so rows of each weight, that are in flight together.
+      num_warps: warps of a program, which is one token.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    entries: int = 2
+    num_warps: int = 2
+
+    def __post_init__(self) -> None:
+        _check_powers_of_2(self, entries=(1, 32), num_warps=(1, 32))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    """How the weight gradients are summed.
+
+    Attributes:
+      slice_d: columns of D of a program, which is one neuron.
+      entries: tokens of a neuron that are in flight together.
+      num_warps: warps of a program.
+      hot: K, the most active neurons, whose gradients are a dense product on tensor cores; 0 for none. The
+        longest list that remains holds at most W / (K + 1) of all tokens.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    slice_d: int = 512
+    entries: int = 4
+    num_warps: int = 2
+    hot: int = 0
+
+    def __post_init__(self) -> None:
+        _check_powers_of_2(self, slice_d=(16, 4096), entries=(1, 32), num_warps=(1, 32))
+        if self.hot < 0:
+            raise ValueError(f"WeightsConfig.hot must be at least 0; got {self.hot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridConfig:
+    """Configs of all stages of a call.
+
+    Attributes:
+      tile, slots: T and S of the packed gates, which live between two kernels.
+      backup_rows: B, overflowing rows of a round of the dense backup.
+      gate_pack: of the gate GEMM.
+      up_down, dx: of the kernels that walk a token's non-zeros, forward and backward.
+      weights: of the kernel that walks a neuron's tokens.
+    """
+
+    tile: int
+    slots: int
+    backup_rows: int
+    gate_pack: GatePackConfig
+    up_down: RowsConfig
+    dx: RowsConfig
+    weights: WeightsConfig
+
+
+def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> HybridConfig:
+    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device, else a heuristic.
+
+    Raises:
+      ValueError: no tile of ``options.tile`` columns fits the device.
+    """
+    device = device_lib.current() if device is None else device
+    tile = min(options.tile, _LARGEST_TILE)
+    gate_options = dataclasses.replace(options, tile=tile, compression=1)
+    config = HybridConfig(
+        tile=tile,
+        slots=slots(tile, options.width),
+        backup_rows=min(options.backup_rows or twell.backup_rows(x.shape[0]), x.shape[0]),
+        gate_pack=twell.choose(x, w, gate_options, device).gate_pack,
+        up_down=_rows(x, columns_of_thread=32),
+        dx=_rows(x, columns_of_thread=16),
+        weights=_weights(x, w),
+    )
+    entry = tuning.lookup(device.table_name, "hybrid", bucket(x, w, options))
+    return _with_entry(config, entry) if entry else config
+
+
+def slots(tile: int, width: int) -> int:
+    """S, words of a packed tile: one count and all non-zeros of a row that fits W, in whole sectors.
+
+    So a tile overflows only in a row that has more than W non-zeros, which goes to the backup anyway.
+    """
+    return -(-(min(tile, width) + 1) // _SECTOR_WORDS) * _SECTOR_WORDS
+
+
+def bucket(x: jax.Array, w: jax.Array, options: FFNOptions) -> str:
+    """The call's bucket in the tuning table ``hybrid``."""
+    return tuning.bucket(
+        tokens=x.shape[0],
+        d_model=x.shape[1],
+        d_ff=w.shape[0],
+        itemsize=x.dtype.itemsize,
+        width=options.width,
+    )
+
+
+def _with_entry(config: HybridConfig, entry: dict) -> HybridConfig:
+    """A config with a tuned entry's fields, which are those of some stages: {stage: {field: value}}."""
+    stages = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in entry.items()}
+    return dataclasses.replace(config, **stages)
+
+
+def _rows(x: jax.Array, columns_of_thread: int) -> RowsConfig:
+    """Two rows of each weight in flight, and few enough columns a thread that they stay in registers.
+
+    The backward gathers from three weights where the forward gathers from two: half the columns a thread.
+    """
+    columns_of_thread = columns_of_thread * 2 // x.dtype.itemsize
+    num_warps = _power_of_2_above(x.shape[1]) // (columns_of_thread * _WARP)
+    return RowsConfig(entries=2, num_warps=min(max(num_warps, 1), 32))
+
+
+def _weights(x: jax.Array, w: jax.Array) -> WeightsConfig:
+    """Slices of x and dy that stay in L2 while all neurons walk them; the hottest neurons on tensor cores."""
+    (tokens, d_model), itemsize = x.shape, x.dtype.itemsize
+    room = _L2_FOR_SLICES // (2 * tokens * itemsize)
+    slice_d = min(max(_power_of_2_above(room + 1) // 2, 128), 512, max(_power_of_2_above(d_model), 16))
+    num_warps = max(slice_d * itemsize // (16 * _WARP), 1)  # 16 bytes a thread
+    # Dense columns pay where there are many tokens, and where they are few of all neurons.
+    hot = 256 if tokens >= 4096 and w.shape[0] >= 2048 else 0
+    return WeightsConfig(slice_d=slice_d, entries=4, num_warps=num_warps, hot=hot)
+
+
+def _power_of_2_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _check_powers_of_2(config: RowsConfig | WeightsConfig, **ranges: tuple[int, int]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high or value & (value - 1):
+            raise ValueError(
+                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}; got {value}"
+            )

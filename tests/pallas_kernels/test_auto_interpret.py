@@ -1,0 +1,60 @@
+"""The contract on ``format="auto"``, whose kernels Pallas' interpreter runs on a CPU, and what its probe decides."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from op_contract import DL1, Contract, check_everything, compiled, cotangent, run
+from panel_path import PanelPath
+
+from pallas_kernels import FFNOptions, adaptive
+
+
+class TestAutoInterpreted(Contract):
+    path = PanelPath(
+        FFNOptions(format="auto", backend="interpret", tile=32, compression=4, panel=16, capacity=1.0),
+        d_model=40,
+        d_ff=72,
+        many_tokens=301,
+        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
+        variants=({"panel": 32},),
+        tokens=40,
+        partial=True,
+    )
+
+    def test_the_plain_call_is_not_skipped(self):
+        self.skip_unsupported = lambda inputs, options: None
+        self.test_pattern("uneven", "bfloat16", "gated")
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [("all-zero", True), ("few", True), ("fully-dense", False)])
+def test_the_probe_takes_the_sparse_layer_where_panels_are_sparse(pattern, expected):
+    path = dataclasses.replace(TestAutoInterpreted.path, d_ff=1000)
+    inputs, _ = path.layer(pattern, 64, "bfloat16")
+    decision = adaptive.pays(jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"]), 16)
+    assert bool(decision) is expected
+
+
+def test_the_probe_sees_the_whole_call():
+    """Tokens that are dense only at the end count as much as those at the start."""
+    gate = np.zeros((100, 8))
+    gate[:, 0] = 1
+    for dense_from, expected in ((640, True), (320, True), (100, False), (0, False)):
+        x = np.zeros((640, 8))
+        x[:, 0] = np.where(np.arange(640) < dense_from, -1, 1)
+        assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), 16)) is expected, dense_from
+
+
+@pytest.mark.parametrize("pattern", ["few", "fully-dense"])
+@pytest.mark.parametrize("break_even", [0.0, 2.0])
+def test_either_decision_gives_the_same_result(monkeypatch, pattern, break_even):
+    """The probe decides how long a call takes, never what it gives."""
+    monkeypatch.setattr("pallas_kernels.panel.config.BREAK_EVEN", break_even)
+    path = TestAutoInterpreted.path
+    inputs, active = path.layer(pattern, 48, "bfloat16")
+    dy = cotangent(inputs)
+    compiled.cache_clear()
+    result = run(compiled(path.options), inputs, dy, DL1)
+    compiled.cache_clear()
+    check_everything(result, inputs, dy, active, 0)

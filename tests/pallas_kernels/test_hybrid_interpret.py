@@ -1,0 +1,243 @@
+"""The contract on the HybridELL kernels, run by Pallas' interpreter on a CPU, and the format's own tests."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hybrid_path import HybridPath
+from op_contract import DL1, DTYPES, LAYERS, Contract, check_everything, cotangent, differentiate, run
+
+from pallas_kernels import FFNOptions, HybridELL, hybrid
+from pallas_kernels.hybrid import config as configs
+from pallas_kernels.hybrid import pallas_triton_backward as backward
+from pallas_kernels.hybrid.pallas_triton import gate_pack, up_down
+from pallas_kernels.reference import project
+
+
+class TestHybridInterpreted(Contract):
+    """At W 30 two whole tiles of 15 fill a row exactly; at W 15 every row of 16 overflows."""
+
+    path = HybridPath(
+        FFNOptions(format="hybrid", backend="interpret", tile=32, compression=2, width=30),
+        d_model=40,
+        d_ff=72,
+        many_tokens=301,
+        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
+        variants=(
+            {"width": 15, "backup_rows": 1},
+            {"width": 16, "tile": 64, "compression": 4, "backup_rows": 2},
+            {"width": 1, "backup_rows": 3},
+            {"width": 128},
+        ),
+    )
+
+
+PATH = TestHybridInterpreted.path
+
+
+def call(inputs, options=PATH.options):
+    return hybrid.ffn(
+        inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"], options, "interpret"
+    )
+
+
+@pytest.fixture
+def of_stages(monkeypatch):
+    """Sets fields of a stage's config, whatever the call."""
+    choose = configs.choose
+
+    def set_fields(**stages):
+        def chosen(*arguments, **keywords):
+            config = choose(*arguments, **keywords)
+            fields = {name: dataclasses.replace(getattr(config, name), **f) for name, f in stages.items()}
+            return dataclasses.replace(config, **fields)
+
+        monkeypatch.setattr(configs, "choose", chosen)
+
+    return set_fields
+
+
+# -- the format --------------------------------------------------------------------------------------------
+
+
+def stored(inputs, options=PATH.options):
+    """The residuals of a call, and its gate."""
+    x, weight = inputs["x"], inputs.get("w_gate", inputs["w_up"])
+    config = configs.choose(x, weight, options)
+    packed, _ = gate_pack(x, weight, config=config, interpret=True)
+    up = inputs["w_up"] if "w_gate" in inputs else None
+    rows = up_down(
+        packed,
+        x,
+        up,
+        inputs["w_down"],
+        width=options.width,
+        keep=True,
+        config=config.up_down,
+        interpret=True,
+    )
+    return rows.ell, project(x, weight), None if up is None else project(x, up)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", ["all-zero", "exactly-full", "one-over", "uneven"])
+def test_residuals_are_the_format(pattern, dtype, kind):
+    """The triples are `HybridELL`, twice: rows that fit as `from_dense` has them, the rest empty."""
+    inputs, active = PATH.layer(pattern, 7, dtype, kind)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    ell, gate, up = stored(inputs)
+    expected = HybridELL.from_dense(gate, width=PATH.options.width, backup_rows=0)
+    assert (ell.indices.dtype, ell.gate.dtype) == (jnp.uint16, gate.dtype)
+    np.testing.assert_array_equal(ell.nnz, expected.nnz)
+
+    def dense(values):
+        whole = HybridELL(values, ell.indices, ell.nnz, expected.backup, expected.backup_ids, PATH.d_ff)
+        return np.asarray(whole.to_dense(), np.float64)
+
+    np.testing.assert_array_equal(dense(ell.gate), np.asarray(expected.to_dense(), np.float64))
+    fits = active.sum(axis=1) <= PATH.options.width
+    if up is not None:
+        true = np.where(active & fits[:, None], np.asarray(up, np.float64), 0)
+        np.testing.assert_allclose(dense(ell.up), true, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-6)
+    unused = np.arange(PATH.options.width)[None] >= np.where(fits, active.sum(axis=1), 0)[:, None]
+    for leaf in (ell.indices, ell.gate, *([] if ell.up is None else [ell.up])):
+        assert not np.asarray(leaf, np.float64)[unused].any()
+
+
+def test_a_neuron_past_16_bits():
+    """Its index takes 32 bits, and its gate a second piece of the packed words."""
+    tokens, d_model, d_ff = 2, 16, (1 << 16) + 40
+    where = [5, 65535, 65536, d_ff - 1]
+    rng = np.random.default_rng(0)
+    inputs = {name: np.zeros((d_ff, d_model), np.float32) for name in ("w_gate", "w_up", "w_down")}
+    inputs["w_gate"][where, 0] = [1, 2, 3, 4]
+    inputs["w_up"][where] = rng.standard_normal((4, d_model))
+    inputs["w_down"][where] = rng.standard_normal((4, d_model))
+    inputs["x"] = rng.standard_normal((tokens, d_model)).astype(np.float32)
+    inputs["x"][:, 0] = 1
+    active = np.zeros((tokens, d_ff), bool)
+    active[:, where] = True
+    options = dataclasses.replace(PATH.options, tile=256, compression=2, width=4)
+    dy = cotangent(inputs)
+    step = jax.jit(partial(differentiate, apply=partial(call, options=options)))
+    check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 0)
+
+
+# -- the transposed structure ------------------------------------------------------------------------------
+
+
+def test_lists_by_neuron():
+    """Each neuron's tokens in ascending order, those of rows that fit only, the longest list first."""
+    inputs, active = PATH.layer("uneven", 33, "bfloat16")
+    ell, *_ = stored(jax.tree.map(jnp.asarray, inputs))
+    lists = jax.device_get(backward.by_neuron(ell, PATH.d_ff))
+    active &= (active.sum(axis=1) <= PATH.options.width)[:, None]
+    np.testing.assert_array_equal(lists.counts, active.sum(axis=0))
+    for neuron, (start, count) in enumerate(zip(lists.starts, lists.counts, strict=True)):
+        rows, slots = np.divmod(lists.places[start : start + count], PATH.options.width)
+        np.testing.assert_array_equal(rows, np.flatnonzero(active[:, neuron]))
+        assert (np.asarray(ell.indices)[rows, slots] == neuron).all()
+    assert sorted(lists.order) == list(range(PATH.d_ff))
+    assert (np.diff(lists.counts[lists.order]) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hot", [1, 5, 72, 100])
+def test_hot_neurons(of_stages, hot, dtype, kind):
+    """The hottest neurons' weight gradients by a dense product, the others' by lists: one result."""
+    of_stages(weights={"hot": hot})
+    inputs, active = PATH.layer("uneven", 33, dtype, kind)
+    dy = cotangent(inputs)
+    result = run(jax.jit(partial(differentiate, apply=call)), inputs, dy, DL1)
+    check_everything(result, inputs, dy, active, PATH.overflow_rows(active))
+
+
+@pytest.mark.parametrize("stage", [{"slice_d": 16}, {"entries": 16}, {"slice_d": 32, "entries": 1}], ids=str)
+def test_cuts_of_the_weight_gradients(of_stages, stage):
+    of_stages(weights=stage, up_down={"entries": 8}, dx={"entries": 1})
+    inputs, active = PATH.layer("uneven", 33, "float32")
+    dy = cotangent(inputs)
+    result = run(jax.jit(partial(differentiate, apply=call)), inputs, dy, DL1)
+    check_everything(result, inputs, dy, active, PATH.overflow_rows(active))
+
+
+def test_a_neuron_of_all_tokens():
+    """One neuron is active for every token, so one list is as long as the batch."""
+    inputs, _ = PATH.layer("all-zero", 301, "bfloat16")
+    inputs["w_gate"][7] = np.abs(inputs["w_gate"][7]) + 1
+    inputs["w_gate"][7, 8:] = 0
+    active = np.zeros((301, PATH.d_ff), bool)
+    active[:, 7] = True
+    dy = cotangent(inputs)
+    result = run(jax.jit(partial(differentiate, apply=call)), inputs, dy, DL1)
+    check_everything(result, inputs, dy, active, 0)
+
+
+# -- the backup --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [1, 3, 4, 5, 8, None])
+def test_backup_bounds(bound):
+    """Four rows of eight overflow: fewer, as many and more than a round holds."""
+    options = dataclasses.replace(PATH.options, backup_rows=bound)
+    inputs, active = PATH.layer("one-over", 8, "bfloat16")
+    assert PATH.overflow_rows(active) == 4
+    dy = cotangent(inputs)
+    step = jax.jit(partial(differentiate, apply=partial(call, options=options)))
+    check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 4)
+
+
+def test_inference_keeps_nothing():
+    """Without a gradient to compute, the kernel writes y and statistics only."""
+    inputs = jax.tree.map(jnp.asarray, PATH.layer("few", 7, "bfloat16")[0])
+    assert "sparse_ffn_gate" not in str(jax.make_jaxpr(call)(inputs))
+    assert "sparse_ffn_gate" in str(jax.make_jaxpr(jax.grad(lambda i: call(i)[1].l1))(inputs))
+
+
+# -- configs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: configs.RowsConfig(entries=3), "RowsConfig.entries must be a power of two from 1"),
+        (lambda: configs.RowsConfig(num_warps=64), "num_warps must be a power of two from 1 to 32; got 64"),
+        (lambda: configs.WeightsConfig(slice_d=8), "WeightsConfig.slice_d must be a power of two from 16"),
+        (lambda: configs.WeightsConfig(hot=-1), "WeightsConfig.hot must be at least 0; got -1"),
+    ],
+)  # fmt: skip
+def test_laws_of_configs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 128, 255, 256, 1000])
+@pytest.mark.parametrize("tile", [32, 256])
+def test_a_tile_holds_what_a_row_may(tile, width):
+    slots = configs.slots(tile, width)
+    assert slots - 1 >= min(tile, width)
+    assert slots % 8 == 0
+
+
+def test_hot_neurons_need_many_tokens():
+    def hot(tokens, d_ff):
+        x, w = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (tokens, d_ff))
+        return configs.choose(x, w, FFNOptions()).weights.hot
+
+    assert [hot(16384, 5632), hot(64, 5632), hot(16384, 512)] == [256, 0, 0]
+
+
+def test_a_tuned_entry_replaces_fields(monkeypatch):
+    x, w = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (128, 600))
+    usual = configs.choose(x, w, FFNOptions())
+    entries = {"hybrid": {"weights": {"entries": 16}, "dx": {"num_warps": 8}}}
+    monkeypatch.setattr(configs.tuning, "lookup", lambda device, op, key: entries.get(op))
+    tuned = configs.choose(x, w, FFNOptions())
+    assert tuned.weights == dataclasses.replace(usual.weights, entries=16)
+    assert tuned.dx == dataclasses.replace(usual.dx, num_warps=8)
+    assert tuned.up_down == usual.up_down

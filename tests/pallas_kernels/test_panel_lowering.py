@@ -1,0 +1,94 @@
+"""The PanelELL kernels and ``format="auto"`` lowered for CUDA with no GPU at hand, through an abstract H200."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from op_contract import DTYPES, LAYERS, call, differentiate
+from test_twell_lowering import lowered, shapes
+
+from pallas_kernels import FFNOptions
+from pallas_kernels.panel import vjp
+from pallas_kernels.shapes import SHAPES
+
+OPTIONS = FFNOptions(format="panel", backend="triton")
+FORWARD = ("panel_gate", "panel_lists", "panel_up", "panel_down")
+BACKWARD = ("panel_dh", "panel_dx", "panel_dw_down")
+
+
+def assert_kernels(text, names):
+    for name in names:
+        assert name in text
+
+
+def step(options):
+    return partial(differentiate, dl1=1.0, apply=partial(call, options=options))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 40, 200), (130, 129, 65), (16385, 1000, 5633)], ids=str)
+def test_types_and_odd_sizes(sizes, dtype, kind):
+    inputs, dy = shapes(*sizes, dtype, kind), jax.ShapeDtypeStruct(sizes[:2], jnp.float32)
+    assert_kernels(lowered(step(OPTIONS), inputs, dy), FORWARD + BACKWARD)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("backend", ["triton", "mosaic_gpu"])
+def test_shapes_of_published_models(name, backend):
+    shape = SHAPES[name]
+    inputs = shapes(65536, shape.d_model, shape.d_ff, kind="gated" if shape.gated else "non-gated")
+    text = lowered(partial(call, options=FFNOptions(format="panel", backend=backend)), inputs)
+    assert_kernels(text, FORWARD[1:])
+    assert text.count("custom_call @mosaic_gpu_v2") == (backend == "mosaic_gpu")
+
+
+def test_the_largest_sizes():
+    """M of 2^20: x, the values and the slots pass 2^31 elements."""
+    assert_kernels(lowered(partial(call, options=OPTIONS), shapes(2**20, 4096, 14336)), FORWARD)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_auto_holds_both_layers_and_never_asks_the_host(kind):
+    options, inputs = FFNOptions(), shapes(16384, 2048, 5632, kind=kind)
+    text = lowered(step(options), inputs, jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
+    assert_kernels(text, FORWARD[1:] + BACKWARD)
+    assert "stablehlo.case" in text
+    assert not re.search(r"callback|infeed|outfeed|send|recv", text)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("gated", 6000), ("non-gated", 3200)])
+def test_bytes_kept_for_each_token(kind, most):
+    """At the default capacity, beside the call's own arguments; the dense layer keeps 3 F values, 33.8 KB."""
+    tokens = 16384
+    inputs = shapes(tokens, 2048, 5632, kind=kind)
+    arguments = (inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"])
+    kept = jax.eval_shape(lambda *a: vjp.forward(*a, OPTIONS, "triton")[1][1], *arguments)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    assert size / tokens <= most
+
+
+def test_remat_keeps_the_residuals_by_name():
+    """A policy by name spares the second gate stage."""
+    inputs, dy = shapes(1024, 256, 512), jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+
+    def gates(policy):
+        apply = jax.checkpoint(
+            partial(call, options=FFNOptions("panel", "triton", capacity=1.0)), policy=policy
+        )
+        return lowered(partial(differentiate, dl1=1.0, apply=apply), inputs, dy).count("panel_gate")
+
+    names = ("sparse_ffn_lists", "sparse_ffn_gate", "sparse_ffn_up")
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    assert gates(policy) < gates(jax.checkpoint_policies.nothing_saveable)
+
+
+def test_no_dense_intermediate_in_the_gradient():
+    """Beside the branch for calls that do not fit, nothing of shape (M, F) exists."""
+    options = FFNOptions(format="panel", backend="triton", capacity=1.0)
+    text = lowered(step(options), shapes(16384, 2048, 5632), jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
+    assert not re.search(r"tensor<16384x(5632|5888)x", text)
+    assert np.all([name in text for name in BACKWARD])
