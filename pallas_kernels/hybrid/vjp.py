@@ -27,10 +27,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import axes, reference
+from pallas_kernels import axes, backup, reference
 from pallas_kernels import dense as dense_layer
 from pallas_kernels.hybrid import config as configs
 from pallas_kernels.hybrid.pallas_triton import Ell, Rows, gate_pack, up_down
@@ -114,20 +113,6 @@ def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Ar
     return (w_up, None) if w_gate is None else (w_gate, w_up)
 
 
-def _rounds(overflows: jax.Array, bound: int, one_round, carry):
-    """Runs ``carry = one_round(ids, carry)`` over the overflowing rows; ids (bound,), M past the last."""
-    tokens = overflows.shape[0]
-    rank = jnp.cumsum(overflows, dtype=jnp.int32)
-
-    def body(state):
-        done, carry = state
-        chosen = overflows & (rank > done) & (rank <= done + bound)
-        ids = jnp.nonzero(chosen, size=bound, fill_value=tokens)[0]
-        return done + bound, one_round(ids, carry)
-
-    return lax.while_loop(lambda state: state[0] < rank[-1], body, (jnp.int32(0), carry))[1]
-
-
 def _rows_of(array: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of an array, zero where the id is out of range."""
     return array.at[ids].get(mode="fill", fill_value=0)
@@ -143,7 +128,7 @@ def _backup(rows: Rows, overflows, bound, x, w_gate, w_up, w_down):
         dense = reference.multiply(h, w_down)
         return y.at[ids].set(dense, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
 
-    return _rounds(overflows, bound, one_round, (rows.y, rows.l1))
+    return backup.rounds(overflows, bound, one_round, (rows.y, rows.l1))
 
 
 def _forward(x, w_gate, w_up, w_down, options, backend):
@@ -212,7 +197,7 @@ def _backup_gradients(overflows, bound, carry, x, dy, scale, w_gate, w_up, w_dow
         dense = [total + term for total, term in zip(dense, terms, strict=True)]
         return dx.at[ids].set(rows.astype(dx.dtype), mode="drop"), *dense
 
-    return _rounds(overflows, bound, one_round, carry)
+    return backup.rounds(overflows, bound, one_round, carry)
 
 
 ffn.defvjp(_forward, _backward)

@@ -21,9 +21,6 @@ DIRECTORY = Path(__file__).parent
 
 Entry = dict[str, Any]
 
-_SAME_CHIP = {"nvidia_h200": "nvidia_h100_80gb_hbm3", "nvidia_h100_80gb_hbm3": "nvidia_h200"}
-"""Devices that differ in memory alone: one's table serves the other where it has none of its own."""
-
 
 def bucket(*, tokens: int, d_model: int, d_ff: int, itemsize: int, **others: int) -> str:
     """Key of the problems that share an entry: rounded sizes, bits of a value, and what else an op depends on."""
@@ -38,11 +35,8 @@ def lookup(device: str, op: str, key: str, *, directory: Path | None = None) -> 
     Raises:
       ValueError: the table is not what `save` writes.
     """
-    for name in (device, _SAME_CHIP.get(device, device)):
-        entry = _read((directory or DIRECTORY) / name / f"{op}.json").get(key)
-        if entry is not None:
-            return dict(entry["config"])
-    return None
+    entry = _read((directory or DIRECTORY) / device / f"{op}.json").get(key)
+    return None if entry is None else dict(entry["config"])
 
 
 def save(device: str, op: str, entries: Mapping[str, Entry], *, directory: Path | None = None) -> Path:

@@ -10,9 +10,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels import dense, reference
+from pallas_kernels import backup, dense, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
@@ -64,19 +63,15 @@ def ffn(
 def _backup(rows, bound, x, w_gate, w_up, w_down):
     """y (M, D) and l1 (M,) with the overflowing rows computed densely, ``bound`` of them a round."""
     tokens = x.shape[0]
-    rank = jnp.cumsum(rows.overflows, dtype=jnp.int32)
 
-    def one_round(carry):
-        done, y, l1 = carry
-        chosen = rows.overflows & (rank > done) & (rank <= done + bound)
-        ids = jnp.nonzero(chosen, size=bound, fill_value=tokens)[0]
+    def one_round(ids, carry):
+        y, l1 = carry
         h, _ = reference.hidden(x[jnp.minimum(ids, tokens - 1)], w_gate, w_up)
-        whole = reference.multiply(h, w_down)
         row_l1 = jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
-        return done + bound, y.at[ids].set(whole, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
+        whole = reference.multiply(h, w_down)
+        return y.at[ids].set(whole, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
 
-    _, y, l1 = lax.while_loop(lambda carry: carry[0] < rank[-1], one_round, (jnp.int32(0), rows.y, rows.l1))
-    return y, l1
+    return backup.rounds(rows.overflows, bound, one_round, (rows.y, rows.l1))
 
 
 def _forward(x, w_gate, w_up, w_down, options, backend):
