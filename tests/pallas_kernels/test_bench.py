@@ -262,7 +262,7 @@ def test_a_wrong_result_fails_the_program(pretended_gpu, monkeypatch, capsys):
         (["--nnz", "0"], "mean_nnz must be above 0"),
         (["--shapes", "qwen1.5-0.5b", "--nnz", "2500"], "needs more than the 1971 live neurons"),
         (["--tokens", "0"], "at least 1"),
-        (["--dtype", "float32", "--backend", "mosaic_gpu"], "packs bfloat16 or float16 gates"),
+        (["--dtype", "float32", "--backend", "mosaic_gpu"], "multiplies bfloat16 or float16"),
     ],
 )
 def test_bad_arguments_end_the_program_with_a_sentence(pretended_gpu, capsys, arguments, sentence):
