@@ -28,7 +28,7 @@ _PROBES = 4
 def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int) -> jax.Array:
     """() bool: whether panels of x (M, D) activate few enough of the neurons of w_gate (F, D), on a sample."""
     tokens = x.shape[0]
-    starts = [(tokens - panel_tokens) * nth // max(_PROBES - 1, 1) for nth in range(_PROBES)]
+    starts = [(tokens - panel_tokens) * nth // (_PROBES - 1) for nth in range(_PROBES)]
     sample = jnp.concatenate([lax.slice_in_dim(x, start, start + panel_tokens) for start in starts])
     active = reference.active(reference.project(sample, w_gate)).reshape(_PROBES, panel_tokens, -1)
     return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN
