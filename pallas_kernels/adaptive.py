@@ -50,16 +50,19 @@ def ffn(
     backend: str,
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel, weights (F, D)."""
-    decision, options = _plan(x, w_gate, w_up, options)
+    arguments = dense_layer.rounded(x, w_gate, w_up, w_down)
+    decision, options = _plan(*arguments[:3], options)
 
     def sparse(*arguments):
         return panel.ffn(*arguments, options, backend)
 
-    return lax.cond(decision, sparse, reference.ffn, x, w_gate, w_up, w_down)
+    return lax.cond(decision, sparse, reference.ffn, *arguments)
 
 
 def _forward(x, w_gate, w_up, w_down, options, backend):
-    decision, options = _plan(x, w_gate, w_up, options)
+    saved = (x, w_gate, w_up, w_down)
+    arguments = dense_layer.rounded(*saved)
+    decision, options = _plan(*arguments[:3], options)
 
     def sparse(x, w_gate, w_up, w_down):
         outputs, (_, residuals) = panel_vjp.forward(x, w_gate, w_up, w_down, options, backend)
@@ -71,8 +74,8 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
         return outputs, panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
 
-    outputs, residuals = lax.cond(decision, sparse, dense, x, w_gate, w_up, w_down)
-    return outputs, ((x, w_gate, w_up, w_down), residuals.named())
+    outputs, residuals = lax.cond(decision, sparse, dense, *arguments)
+    return outputs, (saved, residuals.named())
 
 
 def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -87,19 +90,19 @@ def _out_of(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _backward(options, backend, saved, cotangents):
-    arguments: dense_layer.Weights = saved[0]
+    arguments, dtype = dense_layer.rounded(*saved[0]), saved[0][2].dtype
     residuals: panel_vjp.Residuals = saved[1]
     x, _, w_up, _ = arguments
     options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
 
     def sparse(residuals, dy, dl1):
-        return panel_vjp.pull_back(arguments, residuals, dy, dl1, options, backend)
+        return panel_vjp.pull_back(arguments, residuals, dy, dl1, options, backend, dtype=dtype)
 
     def dense(residuals, dy, dl1):
         shape = (x.shape[0], w_up.shape[0])
         gate, up = residuals.gate, residuals.up
         kept = _out_of(gate, shape), None if up is None else _out_of(up, shape)
-        return dense_layer.backward(*arguments, *kept, dy, dl1)
+        return dense_layer.backward(*arguments, *kept, dy, dl1, dtype=dtype)
 
     return lax.cond(residuals.fits, sparse, dense, residuals, cotangents[0], cotangents[1].l1)
 

@@ -1,16 +1,18 @@
 """What ``shard_map`` asks of a kernel under its check of varying axes: to say over which mesh axes outputs vary."""
 
+from typing import Any
+
 import jax
 from jax import lax
 
 
-def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays, each varying over every manual mesh axis that one of them varies over.
+def vary_alike(*trees: Any) -> Any:
+    """The arrays, or trees of them, each varying over every manual mesh axis that one of them varies over.
 
     A kernel reads local arrays: a weight that every device holds is, to it, one more local array.
     """
-    axes = frozenset[str]().union(*map(_varying, arrays))
-    return [_cast(array, axes - _varying(array)) for array in arrays]
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
+    return jax.tree.map(lambda array: _cast(array, axes - _varying(array)), trees)
 
 
 def output(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,20 @@
 """The two public calls: they check their arguments, choose a path and shape the tokens for it."""
 
+from collections.abc import Callable
+
 import jax
 
-from pallas_kernels import adaptive, axes, dispatch, hybrid, panel, reference, twell
+from pallas_kernels import adaptive, axes, dense, dispatch, hybrid, panel, twell
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.options import FFNOptions, FFNStats
 
-_LAYERS = {"auto": adaptive.ffn, "hybrid": hybrid.ffn, "panel": panel.ffn, "twell": twell.ffn}
+_LAYERS: dict[str, Callable[..., tuple[jax.Array, FFNStats]]] = {
+    "auto": adaptive.ffn,
+    "dense": dense.ffn,
+    "hybrid": hybrid.ffn,
+    "panel": panel.ffn,
+    "twell": twell.ffn,
+}
 
 
 def sparse_ffn(
@@ -21,12 +29,13 @@ def sparse_ffn(
 
     Args:
       x: (..., D) tokens in any leading shape; bf16, f16 or f32.
-      w_gate, w_up, w_down: (F, D), neuron-major, of the same type as x.
-      options: how the call runs; the result does not depend on it.
+      w_gate, w_up, w_down: (F, D), neuron-major, of the same type as x; or f32 master weights beside a 16-bit x,
+        which are rounded to x's type and get the f32 gradients that ``options.weight_gradients`` describes.
+      options: how the call runs; the result does not depend on it, but for how weight gradients are rounded.
 
     Returns:
       y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through y
-      and through ``stats.l1``.
+      and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's.
 
     Raises:
       ValueError, TypeError: arguments that do not fit, or options that cannot run here.
@@ -48,14 +57,13 @@ def sparse_mlp(
 def _layer(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, options: FFNOptions
 ) -> tuple[jax.Array, FFNStats]:
-    check_ffn_arguments(x, w_gate, w_up, w_down)
+    check_ffn_arguments(x, w_gate, w_up, w_down, options.weight_gradients)
     tokens = x.reshape(-1, x.shape[-1])
     choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up, options))
-    if choice.format == "dense":
-        y, stats = reference.ffn(tokens, w_gate, w_up, w_down)
-    else:
-        # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
-        tokens, gate, w_up, w_down = axes.vary_alike(tokens, w_up if w_gate is None else w_gate, w_up, w_down)
-        weights = (None if w_gate is None else gate, w_up, w_down)
-        y, stats = _LAYERS[choice.format](tokens, *weights, options, choice.backend)
+    arguments: dense.Weights = (tokens, w_gate, w_up, w_down)
+    if options.weight_gradients == "input":
+        arguments = dense.rounded(*arguments)
+    # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
+    arguments = axes.vary_alike(*arguments)
+    y, stats = _LAYERS[choice.format](*arguments, options, choice.backend)
     return y.reshape(x.shape), stats

@@ -18,6 +18,7 @@ evaluated in IEEE arithmetic. Weights are taken to be finite.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.options import FFNStats
 
@@ -34,16 +35,22 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     return multiply(x, weight, _CONTRACT_LAST)
 
 
-def multiply(a: jax.Array, b: jax.Array, dimensions: lax.DotDimensionNumbers = _MATRICES) -> jax.Array:
-    """A product of two arrays of one type, rounded once to that type; by default (M, F) times (F, D).
+def multiply(
+    a: jax.Array,
+    b: jax.Array,
+    dimensions: lax.DotDimensionNumbers = _MATRICES,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """A product of two arrays of one type, rounded once, to ``dtype`` or to that type; by default (M, F) times (F, D).
 
     XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum: there
     the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.
     """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    output = jnp.float32 if a.shape[0] == 1 else a.dtype
+    dtype = a.dtype if dtype is None else dtype
+    output = jnp.float32 if a.shape[0] == 1 else dtype
     product = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=output)
-    return product.astype(a.dtype)
+    return product.astype(dtype)
 
 
 def active(gate: jax.Array) -> jax.Array:

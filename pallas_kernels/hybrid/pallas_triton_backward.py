@@ -20,8 +20,8 @@ A few neurons hold most non-zeros (the top 5 % hold 34 to 100 % of them: MEASURE
 every token would be one long program. So the ``hot`` most active ones take another way: their columns of dg,
 du and h as dense (M, hot) matrices, and 6 M hot D FLOPs on tensor cores (`hot_gradients`).
 
-**Numerics.** f32 accumulation over all tokens, one rounding at the end; dh, dg and du are rounded to the
-input type, as in the reference; dx is rounded once, where the reference rounds each of its two terms.
+**Numerics.** f32 accumulation over all tokens, one rounding at the end, to the type asked for; dh, dg and du are
+rounded to the input type, as in the reference; dx is rounded once, where the reference rounds each of its two terms.
 
 **Limits.** As the forward; M W under 2^31.
 """
@@ -220,10 +220,11 @@ def pull_weights(
     dy: jax.Array,
     dense: list[jax.Array],
     *,
+    dtype: jax.typing.DTypeLike,
     config: WeightsConfig,
     interpret: bool = False,
 ) -> list[jax.Array]:
-    """Gradients (F, D) of Wg and Wu, or of the non-gated Wu, and of Wd, in x's type.
+    """Gradients (F, D) of Wg and Wu, or of the non-gated Wu, and of Wd, in ``dtype``.
 
     Args:
       dense: (F, D) f32, what other tokens or other ways add to each, before the rounding.
@@ -236,7 +237,7 @@ def pull_weights(
         counts = counts.at[neurons].set(0, unique_indices=True)
     begin = starts[lists.order]
     end = begin + counts[lists.order]
-    shape = axes.output(x, (d_ff, d_model), x.dtype)
+    shape = axes.output(x, (d_ff, d_model), dtype)
     return pl.pallas_call(
         partial(_weights_kernel, width=ell.width, config=config),
         out_shape=(shape,) * len(dense),

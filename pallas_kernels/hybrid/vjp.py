@@ -49,7 +49,8 @@ class Residuals:
     """What is kept between forward and backward.
 
     Attributes:
-      x: (M, D).  w_gate, w_up, w_down: (F, D); w_gate None for a non-gated layer. The call's own arguments.
+      x: (M, D).  w_gate, w_up, w_down: (F, D); w_gate None for a non-gated layer. The call's own arguments,
+        the weights as they came, not as they were rounded.
       ell: the non-zeros, named "sparse_ffn_indices", "sparse_ffn_gate", "sparse_ffn_up" and "sparse_ffn_nnz"
         for rematerialisation policies; None for a call without tokens.
     """
@@ -72,6 +73,7 @@ def ffn(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer through HybridELL: as `reference.ffn`, for x (M, D) and weights (F, D).
 
+    Weights of a wider type than x's are rounded to it; their gradients are not.
     ``backend`` is ``"triton"`` or ``"interpret"``.
     """
     return _layer(x, w_gate, w_up, w_down, options, backend, keep=False)[0]
@@ -79,6 +81,7 @@ def ffn(
 
 def _layer(x, w_gate, w_up, w_down, options, backend, *, keep):
     """((y, stats), what the backward needs if asked to ``keep`` it)."""
+    x, w_gate, w_up, w_down = dense_layer.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]
     if tokens == 0:
         return reference.ffn(x, w_gate, w_up, w_down), None
@@ -150,18 +153,19 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
 
 
 def _backward(options, backend, residuals, cotangents):
-    """Cotangents of x and the weights from those of y and l1; the counters have none."""
+    """Cotangents of x and the weights from those of y and l1, each in its own type; the counters have none."""
     dy, dl1 = cotangents[0], cotangents[1].l1
     saved, ell = residuals, residuals.ell
-    arguments = (saved.x, saved.w_gate, saved.w_up, saved.w_down)
+    dtype = saved.w_up.dtype
+    arguments = dense_layer.rounded(saved.x, saved.w_gate, saved.w_up, saved.w_down)
     if ell is None:
-        return dense_layer.recompute_backward(*arguments, dy, dl1)
-    config = configs.choose(saved.x, saved.w_up, options)
+        return dense_layer.recompute_backward(*arguments, dy, dl1, dtype=dtype)
+    x, *_, w_down = arguments
+    config = configs.choose(x, w_down, options)
     interpret = backend == "interpret"
     # The mean's cotangent reaches every |h| as a value of the input type.
-    scale = (dl1 / saved.x.shape[0]).astype(saved.x.dtype).astype(jnp.float32).reshape(1)
-    x, w_down = saved.x, saved.w_down
-    w_gate, w_up = _roles(saved.w_gate, saved.w_up)
+    scale = (dl1 / x.shape[0]).astype(x.dtype).astype(jnp.float32).reshape(1)
+    w_gate, w_up = _roles(*arguments[1:3])
     pulled = pull_rows(ell, dy, scale, w_gate, w_up, w_down, config=config.dx, interpret=interpret)
     zero, _ = axes.vary_alike(jnp.zeros(w_down.shape, jnp.float32), x)
     dense = [zero] * (2 if w_up is None else 3)
@@ -169,7 +173,9 @@ def _backward(options, backend, residuals, cotangents):
         ell.overflows, config.backup_rows, (pulled.dx, *dense), x, dy, scale, w_gate, w_up, w_down
     )
     lists = by_neuron(ell, w_down.shape[0])
-    weights = pull_weights(pulled, ell, lists, x, dy, dense, config=config.weights, interpret=interpret)
+    weights = pull_weights(
+        pulled, ell, lists, x, dy, dense, dtype=dtype, config=config.weights, interpret=interpret
+    )
     return (dx, None, *weights) if w_up is None else (dx, *weights)
 
 

@@ -10,7 +10,8 @@ neurons that some token of the batch activates; the others' rows are written as 
 neurons and of D, and walks all panels: what a panel has of its neurons is gathered by slot, P contiguous values a
 neuron. No two programs write one value and none is added in memory: the same input gives the same bits.
 
-**Numerics.** f32 accumulation over all tokens; dh, dg and du are rounded to the input type, as in the reference.
+**Numerics.** f32 accumulation over all tokens, rounded once to the type asked for; dh, dg and du are rounded to the
+input type, as in the reference.
 """
 
 import dataclasses
@@ -111,14 +112,21 @@ def panel_dw(
     x: jax.Array,
     dy: jax.Array,
     *,
+    dtype: jax.typing.DTypeLike,
     config: WeightsConfig,
     interpret: bool = False,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Gradients (F, D) of Wg, Wu and Wd; without a gate, of None, Wu and Wd."""
+    """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd."""
     live = jnp.any(lists.slots >= 0, axis=0)
     order, n_live = _live_first(live)
     call = partial(
-        _weight_gradients, order=order, n_live=n_live, slots=lists.slots, config=config, interpret=interpret
+        _weight_gradients,
+        order=order,
+        n_live=n_live,
+        slots=lists.slots,
+        dtype=dtype,
+        config=config,
+        interpret=interpret,
     )
     (dw_down,) = call((gradients.h,), dy, name="panel_dw_down")
     if gradients.up is None:
@@ -137,10 +145,10 @@ def _live_first(live: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order, before[-1:]
 
 
-def _weight_gradients(zs, x, *, order, n_live, slots, config, interpret, name):
+def _weight_gradients(zs, x, *, order, n_live, slots, dtype, config, interpret, name):
     """For each z (n_slots, P): ``dW[j] = sum over tokens of z[j] x`` for the neurons in order, (F, D)."""
     (d_ff,), d_model = order.shape, x.shape[1]
-    shape = axes.output(zs[0], (d_ff, d_model), x.dtype)
+    shape = axes.output(zs[0], (d_ff, d_model), dtype)
     if len(zs) == 1:  # one sum instead of two: as many accumulators in a tile twice as high
         config = dataclasses.replace(config, tile=min(2 * config.tile, 128))
     return pl.pallas_call(

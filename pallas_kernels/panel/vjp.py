@@ -69,9 +69,11 @@ def ffn(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer through PanelELL: as `reference.ffn`, for x (M, D) and weights (F, D).
 
+    Weights of a wider type than x's are rounded to it; their gradients are not.
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's, interpreted
     or not.
     """
+    x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]
     if tokens == 0:
         return reference.ffn(x, w_gate, w_up, w_down)
@@ -113,10 +115,11 @@ def _stats(gate: GatePanel, l1: jax.Array, overflow_rows: jax.Array, d_ff: int) 
 
 def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     """The layer and what its backward needs: ((y, stats), (arguments, Residuals, None without a token))."""
-    arguments = (x, w_gate, w_up, w_down)
+    saved = (x, w_gate, w_up, w_down)
+    arguments = x, w_gate, w_up, w_down = dense.rounded(*saved)
     tokens, d_ff = x.shape[0], w_up.shape[0]
     if tokens == 0:
-        return reference.ffn(*arguments), (arguments, None)
+        return reference.ffn(*arguments), (saved, None)
     config = configs.choose(x, w_up, options)
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
@@ -138,7 +141,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     fits = needed <= room
     y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, instead, gate, lists)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, l1, overflow_rows, d_ff)), (arguments, Residuals(fits, lists, *kept).named())
+    return (y, _stats(gate, l1, overflow_rows, d_ff)), (saved, Residuals(fits, lists, *kept).named())
 
 
 def empty(like):
@@ -151,9 +154,19 @@ def _vary_like(tree, like):
 
 
 def pull_back(
-    arguments: dense.Weights, residuals: Residuals, dy, dl1, options: FFNOptions, backend: str
+    arguments: dense.Weights,
+    residuals: Residuals,
+    dy,
+    dl1,
+    options: FFNOptions,
+    backend: str,
+    *,
+    dtype: jax.typing.DTypeLike,
 ) -> dense.Weights:
-    """Cotangents of x and the weights from those of y (M, D) and l1, where the lists had room."""
+    """Cotangents of x and, in ``dtype``, the weights from those of y (M, D) and l1, where the lists had room.
+
+    All of ``arguments`` are of x's type.
+    """
     x, w_gate, w_up, w_down = arguments
     config, interpret = configs.choose(x, w_up, options), backend == "interpret"
     lists, (gate_weight, up_weight) = residuals.lists, _roles(w_gate, w_up)
@@ -164,22 +177,22 @@ def pull_back(
     if up_weight is not None and gradients.up is not None:
         terms.append((gradients.up, up_weight))
     dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
-    return dx, *panel_dw(gradients, lists, x, dy, config=config.dw, interpret=interpret)
+    return dx, *panel_dw(gradients, lists, x, dy, dtype=dtype, config=config.dw, interpret=interpret)
 
 
 def backward(options: FFNOptions, backend: str, saved, cotangents) -> dense.Weights:
-    """The cotangents of x and the weights; the counters have none."""
-    arguments: dense.Weights = saved[0]
+    """The cotangents of x and the weights, each in its own type; the counters have none."""
+    arguments, dtype = dense.rounded(*saved[0]), saved[0][2].dtype
     residuals: Residuals | None = saved[1]
     dy, dl1 = cotangents[0], cotangents[1].l1
     if residuals is None:
-        return dense.recompute_backward(*arguments, dy, dl1)
+        return dense.recompute_backward(*arguments, dy, dl1, dtype=dtype)
 
     def sparse(residuals, dy, dl1):
-        return pull_back(arguments, residuals, dy, dl1, options, backend)
+        return pull_back(arguments, residuals, dy, dl1, options, backend, dtype=dtype)
 
     def instead(residuals, dy, dl1):
-        return dense.recompute_backward(*arguments, dy, dl1)
+        return dense.recompute_backward(*arguments, dy, dl1, dtype=dtype)
 
     if options.capacity == 1:
         return sparse(residuals, dy, dl1)

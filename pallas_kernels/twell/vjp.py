@@ -28,9 +28,11 @@ def ffn(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer through TwELL: as `reference.ffn`, for x (M, D) and weights (F, D).
 
+    Weights of a wider type than x's are rounded to it; their gradients are not.
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's, interpreted
     or not.
     """
+    x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]
     if tokens == 0:
         return reference.ffn(x, w_gate, w_up, w_down)
@@ -79,10 +81,9 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
 
 
 def _backward(options, backend, residuals, cotangents):
-    """Cotangents of x and the weights from those of y and l1; the counters have none."""
+    """Cotangents of x and the weights from those of y and l1, each in its own type; the counters have none."""
     dy, dstats = cotangents
-    arguments: dense.Weights = residuals
-    return dense.recompute_backward(*arguments, dy, dstats.l1)
+    return dense.recompute_backward(*dense.rounded(*residuals), dy, dstats.l1, dtype=residuals[2].dtype)
 
 
 ffn.defvjp(_forward, _backward)

@@ -62,10 +62,21 @@ BAD = {
         "D and F must be at least 1; got D=0, F=12",
     ),
     "no neurons": (dict.fromkeys(("w_gate", "w_up", "w_down"), shaped(0, D)), ValueError, "got D=8, F=0"),
-    "mixed types": (
-        {"x": shaped(M, D, dtype="bfloat16")},
+    "weights of two types": (
+        {"x": shaped(M, D, dtype="bfloat16"), "w_gate": shaped(F, D, dtype="bfloat16")},
         TypeError,
-        "must share one dtype; got x bfloat16 and w_gate float32: cast one of them",
+        "all weights must share one dtype; got w_up float32 and w_gate bfloat16: cast one of them",
+    ),
+    "weights narrower than x": (
+        dict.fromkeys(("w_gate", "w_up", "w_down"), shaped(F, D, dtype="bfloat16")),
+        TypeError,
+        "must have x's dtype, or float32 as master weights; got x float32 and w_up bfloat16: cast one of them",
+    ),
+    "two 16-bit types": (
+        {"x": shaped(M, D, dtype="float16")}
+        | dict.fromkeys(("w_gate", "w_up", "w_down"), shaped(F, D, dtype="bfloat16")),
+        TypeError,
+        "must have x's dtype, or float32 as master weights; got x float16 and w_up bfloat16: cast one of them",
     ),
     "integers": (
         {"x": shaped(M, D, dtype="int32")},
@@ -81,6 +92,15 @@ def test_bad_arguments(mistake):
     changes, error, sentence = BAD[mistake]
     with pytest.raises(error, match=sentence) as raised:
         sparse_ffn(**arguments(**changes))
+    assert_one_sentence(raised.value)
+
+
+def test_float32_gradients_of_narrow_weights():
+    narrow = {name: value.astype("bfloat16") for name, value in arguments().items()}
+    with pytest.raises(
+        ValueError, match=r"needs float32 weights, .*; got w_up bfloat16: pass float32 master"
+    ) as raised:
+        sparse_ffn(**narrow, options=FFNOptions(weight_gradients="float32"))
     assert_one_sentence(raised.value)
 
 
@@ -109,6 +129,10 @@ def test_tiles_that_the_kernels_cannot_pack():
     [
         ({"format": "ellpack"}, "FFNOptions.format must be one of auto, twell, .*; got 'ellpack'"),
         ({"backend": "cuda"}, "FFNOptions.backend must be one of auto, triton, .*; got 'cuda'"),
+        (
+            {"weight_gradients": "float16"},
+            "FFNOptions.weight_gradients must be one of auto, input, float32; got 'float16'",
+        ),
         ({"tile": 16}, "tile must be a power of two of at least 32; got 16"),
         ({"tile": 96}, "tile must be a power of two of at least 32; got 96"),
         ({"compression": 0}, "must divide tile=256 and leave at least 2 slots a tile; got 0"),
