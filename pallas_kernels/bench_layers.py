@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import accuracy, dispatch, reference, timing
+from pallas_kernels import accuracy, dispatch, recorded, reference, timing
 from pallas_kernels import device as device_lib
-from pallas_kernels.cases import Arrays, Case
+from pallas_kernels.cases import Case
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
-from pallas_kernels.inputs import PROFILES, Activity
+from pallas_kernels.inputs import PROFILES, Activity, like_trained, measure
 from pallas_kernels.options import FFNOptions
+from pallas_kernels.recorded import RecordedCase
 from pallas_kernels.shapes import PAPER, SHAPES
 from pallas_kernels.timing import Timing
 
@@ -45,7 +46,7 @@ class Row:
 class Result:
     """A case's rows, what its input was found to be, and what is wrong, one sentence each."""
 
-    case: Case
+    case: Case | RecordedCase
     direction: str
     measured: dict[str, float]
     rows: list[Row]
@@ -67,18 +68,31 @@ def gradients(options: FFNOptions, inputs: Mapping[str, jax.Array], dy: jax.Arra
     return jax.grad(objective)(inputs)
 
 
-def contestants(direction: str, formats: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Functions of the inputs and dy, by name; the forward has the stages of the gate beside the layers."""
-    programs: dict[str, Callable[..., Any]] = {}
+def layers(formats: Sequence[str], panels: Sequence[int] = (FFNOptions.panel,)) -> dict[str, FFNOptions]:
+    """The layers to compare, by name; ``"panel"`` at every P asked for, each but the usual one with P in its name."""
+    found: dict[str, FFNOptions] = {}
     for name in formats:
         options = FFNOptions(format=name)  # type: ignore[arg-type] # the parser's choices are formats
+        if name != "panel":
+            found[name] = options
+            continue
+        for panel in panels:
+            label = name if panel == FFNOptions.panel else f"{name}-{panel}"
+            found[label] = dataclasses.replace(options, panel=panel)
+    return found
+
+
+def contestants(direction: str, compared: Mapping[str, FFNOptions]) -> dict[str, Callable[..., Any]]:
+    """Functions of the inputs and dy, by name; the forward has the stages of the gate beside the layers."""
+    programs: dict[str, Callable[..., Any]] = {}
+    for name, options in compared.items():
         if direction == "train":
             programs[name] = partial(gradients, options)
         else:
             programs[name] = lambda inputs, dy, options=options: layer(options, inputs)
     if direction == "forward":
         programs["gate GEMM, XLA"] = lambda inputs, dy: reference.project(inputs["x"], _gate_weight(inputs))
-        if "panel" in formats:
+        if "panel" in compared:
             programs["gate_panel"] = lambda inputs, dy: _gate_panel(inputs)
     return programs
 
@@ -96,36 +110,38 @@ def _gate_panel(inputs):
     return vjp.gate_stage(x, weight, config.choose(x, weight, options), backend)
 
 
-def run(case: Case, direction: str, formats: Sequence[str], *, rounds: int, chain_ms: float) -> Result:
-    """Compiles, checks and times a case."""
-    inputs = jax.jit(case.make_inputs())(jax.random.key(0))
-    dy = jax.random.normal(jax.random.key(1), inputs["x"].shape, inputs["x"].dtype)
-    programs = contestants(direction, formats)
+def run(
+    case: Case | RecordedCase,
+    direction: str,
+    compared: Mapping[str, FFNOptions],
+    *,
+    rounds: int,
+    chain_ms: float,
+) -> Result:
+    """Compiles, checks and times a case.
+
+    Raises:
+      RuntimeError: the dense layer does not compile, or the device has no room for the case.
+    """
+    inputs = case.arrays()
+    dy = cotangent(inputs)
+    programs = contestants(direction, compared)
     compiled = timing.compile_all({name: (program, (inputs, dy)) for name, program in programs.items()})
+    if isinstance(compiled["dense"], Exception):
+        raise RuntimeError(f"the dense layer did not compile: {compiled['dense']}") from compiled["dense"]
     failures = [f"{name} did not compile: {p}" for name, p in compiled.items() if isinstance(p, Exception)]
     calls = {name: partial(p, inputs, dy) for name, p in compiled.items() if not isinstance(p, Exception)}
-    errors, wrong = _judge(calls, inputs, dy, direction, formats)
+    errors, wrong = _judge(calls, inputs, dy, direction, list(compared))
     times = timing.measure(calls, rounds=rounds, chain_ms=chain_ms)
     rows = [
         Row(name, times[name], errors.get(name), timing.temporary_bytes(compiled[name])) for name in calls
     ]
-    return Result(case, direction, _measured(inputs), rows, failures + wrong)
+    return Result(case, direction, measure(inputs["x"], _gate_weight(inputs)), rows, failures + wrong)
 
 
-def _measured(inputs: Arrays) -> dict[str, float]:
-    """Mean nnz, dead share, and how many neurons 128 tokens activate, over the dense layer's own gate."""
-
-    @jax.jit
-    def measure(x, weight):
-        mask = reference.active(reference.project(x, weight))
-        whole = mask[: max(len(mask) // 128, 1) * 128].reshape(-1, min(len(mask), 128), mask.shape[1])
-        return {
-            "mean_nnz": jnp.mean(jnp.sum(mask, axis=1, dtype=jnp.float32)),
-            "dead_fraction": jnp.mean(~jnp.any(mask, axis=0), dtype=jnp.float32),
-            "union_128": jnp.mean(jnp.sum(jnp.any(whole, axis=1), axis=1, dtype=jnp.float32)),
-        }
-
-    return {name: float(value) for name, value in measure(inputs["x"], _gate_weight(inputs)).items()}
+def cotangent(inputs: Mapping[str, jax.Array]) -> jax.Array:
+    """dy of a case: as x, standard normal."""
+    return jax.random.normal(jax.random.key(1), inputs["x"].shape, inputs["x"].dtype)
 
 
 def _judge(calls, inputs, dy, direction, formats) -> tuple[dict[str, float], list[str]]:
@@ -186,6 +202,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
         "jax": jax.__version__,
         "cases": [
             dataclasses.asdict(result)
+            | {"source": result.case.source}
             | {"rows": [dataclasses.asdict(row) | {"median_ms": row.timing.median_ms} for row in result.rows]}
             for result in results
         ],
@@ -198,26 +215,61 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"
     )
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=[PAPER.name], help="models")
+    parser.add_argument(
+        "--panels", nargs="+", type=int, choices=[16, 32, 64, 128], default=[FFNOptions.panel],
+        help="tokens of a panel",
+    )  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"models ({PAPER.name})")
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a call (65,536; 16,384 for train)")
+    parser.add_argument("--profile", nargs="+", choices=list(PROFILES), help="activity of a trained layer")
+    parser.add_argument("--nnz", nargs="+", type=float, help="mean active gates of a token instead")
     parser.add_argument(
-        "--profile", nargs="+", choices=list(PROFILES), default=[], help="activity of a trained layer"
+        "--like-trained",
+        action="store_true",
+        help="with --nnz: as uneven, dead and shared as in trained layers",
     )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(bfloat16)")
     parser.add_argument(
-        "--nnz", nargs="+", type=float, default=[], help="mean active gates of a token instead"
+        "--inputs", type=Path, metavar="FILE", help="layers recorded by sparse-lm layer-inputs instead"
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--layer", nargs="+", type=int, help="with --inputs: which layers (all)")
+    parser.add_argument(
+        "--tune", action="store_true", help="first search for the fastest panel configs and keep them"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time")
     parser.add_argument("--chain-ms", type=float, default=30.0, help="length of a sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     return parser
 
 
-def _cases(args: argparse.Namespace) -> Iterator[Case]:
-    activities = [PROFILES[name] for name in args.profile] + [Activity(nnz) for nnz in args.nnz]
+def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
+    """What was asked for.
+
+    Raises:
+      ValueError: options that exclude each other, or a layer that cannot be as active as asked.
+    """
+    if args.like_trained and not args.nnz:
+        raise ValueError("--like-trained goes with --nnz, which says how active the layers are; got none")
+    if args.inputs is not None:
+        for name in ("shapes", "profile", "nnz", "dtype"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--inputs brings shape, activity and type with it: leave out --{name}")
+        return recorded.cases(args.inputs, layers=args.layer or (), tokens=args.tokens or ())
+    if args.layer is not None:
+        raise ValueError("--layer goes with --inputs FILE, which holds the layers; got none")
     tokens = args.tokens or [65536 if args.direction == "forward" else 16384]
-    products = itertools.product(activities or [Activity()], args.shapes, tokens)
-    return (Case(SHAPES[shape], count, activity, args.dtype) for activity, shape, count in products)
+    trained, dtype = "like trained layers", args.dtype or "bfloat16"
+    cases = []
+    for shape in (SHAPES[name] for name in args.shapes or [PAPER.name]):
+        chosen = [(PROFILES[name], trained) for name in args.profile or ()]
+        if args.like_trained:
+            chosen += [(like_trained(nnz, shape.d_ff), trained) for nnz in args.nnz]
+        else:
+            chosen += [(Activity(nnz), Case.source) for nnz in args.nnz or ()]
+        for (activity, source), count in itertools.product(chosen or [(Activity(), Case.source)], tokens):
+            cases.append(Case(shape, count, activity, dtype, source))
+            cases[-1].input_shapes()
+    return cases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,17 +284,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    formats = ["dense", *args.formats] if args.formats else _FORMATS[args.direction]
+    compared = layers(["dense", *args.formats] if args.formats else _FORMATS[args.direction], args.panels)
+    try:
+        cases = _cases(args)
+    except ValueError as error:
+        parser.error(str(error))
     command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
     results: list[Result] = []
+    failures: list[str] = []
     print(f"{device.kind}, JAX {jax.__version__}", flush=True)
-    for case in _cases(args):
-        results.append(run(case, args.direction, formats, rounds=args.rounds, chain_ms=args.chain_ms))
+    for case in cases:
+        try:
+            results.append(run(case, args.direction, compared, rounds=args.rounds, chain_ms=args.chain_ms))
+        except RuntimeError as error:  # such as no room on the device: the other cases may have it
+            failures.append(f"{case} did not run: {error}")
+            continue
+        failures += [f"{case}: {failure}" for failure in results[-1].failures]
         print(f"\n{table(results[-1])}", flush=True)
         if args.json is not None:  # after every case: a run that is cut short keeps what it has
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(to_json(results, command), indent=1) + "\n")
-    failures = [failure for result in results for failure in result.failures]
     for failure in failures:
         print(f"WRONG: {failure}", file=sys.stderr)
     return 1 if failures else 0

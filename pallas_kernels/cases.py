@@ -21,12 +21,16 @@ Program = tuple[Callable[..., Any], tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer and its input: a model's shape, M tokens, how active its neurons are, and the type of it all."""
+    """One layer and its input: a model's shape, M tokens, how active its neurons are, and the type of it all.
+
+    ``source`` says in words what the activity is like: cases that differ in it belong to different curves.
+    """
 
     shape: FFNShape
     tokens: int
     activity: Activity = Activity()  # noqa: RUF009 - frozen
     dtype: str = "bfloat16"
+    source: str = "independent tokens"
 
     def make_inputs(self) -> Callable[[jax.Array], Arrays]:
         """A function of a random key that gives the layer's arguments by name."""
@@ -35,6 +39,10 @@ class Case:
             ffn_inputs, activity=self.activity, tokens=self.tokens, d_model=shape.d_model, d_ff=shape.d_ff,
             gated=shape.gated, dtype=jnp.dtype(self.dtype),
         )  # fmt: skip
+
+    def arrays(self) -> Arrays:
+        """The layer's arguments by name, from a fixed key."""
+        return dict(jax.jit(self.make_inputs())(jax.random.key(0)))
 
     def input_shapes(self) -> Arrays:
         """Shape and type of the layer's arguments by name.

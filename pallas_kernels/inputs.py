@@ -11,8 +11,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
+
+from pallas_kernels import reference
 
 _HIGHEST_RATE = 0.95
 _NEVER = -40.0
@@ -63,6 +66,30 @@ PROFILES = {
 percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together. ``no-l1`` has the
 mean nnz of a layer trained without the L1 term, and spreads that nobody measured."""
 
+_PROFILED_D_FF = 5632
+_LADDER = (Activity(5, 0.95, 1.8, 0.3), *(PROFILES[f"layer-{n}"] for n in (1, 3, 5, 6, 7)), PROFILES["no-l1"])
+"""By mean nnz: the sparsest middle layer of the same model under ten times the L1 term (130 neurons in 128 tokens), the
+profiles, and no L1. The first layer is left out: it reads embeddings, and shares less than its neighbours in nnz do."""
+
+
+def like_trained(mean_nnz: float, d_ff: int = _PROFILED_D_FF) -> Activity:
+    """The activity of a trained layer of that mean nnz: dead share and spreads between those of measured layers.
+
+    They follow straight lines over log nnz, and stay what they are at the ends beyond them. Layers of another F are
+    taken to be alike where the same share of their neurons is active.
+
+    Raises:
+      ValueError: ``mean_nnz`` is not above 0.
+    """
+    Activity(mean_nnz)
+    place = math.log(mean_nnz * _PROFILED_D_FF / d_ff)
+    rungs = [math.log(each.mean_nnz) for each in _LADDER]
+
+    def at(field: str) -> float:
+        return float(np.interp(place, rungs, [getattr(each, field) for each in _LADDER]))
+
+    return Activity(mean_nnz, at("dead"), at("rate_spread"), at("token_spread"))
+
 
 def ffn_inputs(
     key: jax.Array,
@@ -112,6 +139,36 @@ def ffn_inputs(
     if gated:
         inputs |= {"w_gate": gate, "w_up": _WEIGHT_STD * jax.random.normal(for_up, (d_ff, d_model))}
     return {name: value.astype(dtype) for name, value in inputs.items()}
+
+
+def measure(x: jax.Array, weight: jax.Array) -> dict[str, float]:
+    """What an input was found to be: x (M, D) and the weight (F, D) whose product is rectified.
+
+    Returns:
+      ``mean_nnz``, ``p99_nnz`` and ``max_nnz`` of a token, ``dead_fraction`` of the neurons, and ``union_32`` and
+      ``union_128``: how many neurons so many consecutive tokens activate, on average.
+    """
+    return {name: float(value) for name, value in _measure(x, weight).items()}
+
+
+@jax.jit
+def _measure(x, weight):
+    mask = reference.active(reference.project(x, weight))
+    nnz = jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+    def union(tokens):
+        tokens = min(tokens, len(mask))
+        groups = mask[: len(mask) // tokens * tokens].reshape(-1, tokens, mask.shape[1])
+        return jnp.mean(jnp.sum(jnp.any(groups, axis=1), axis=1, dtype=jnp.float32))
+
+    return {
+        "mean_nnz": jnp.mean(nnz.astype(jnp.float32)),
+        "p99_nnz": jnp.percentile(nnz.astype(jnp.float32), 99),
+        "max_nnz": jnp.max(nnz),
+        "dead_fraction": jnp.mean(~jnp.any(mask, axis=0), dtype=jnp.float32),
+        "union_32": union(32),
+        "union_128": union(128),
+    }
 
 
 def _normal_quantiles(n: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """The benchmark of whole layers on a tiny one: what it compares, what it prints, and its exit status."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,15 +11,16 @@ from pallas_kernels import bench_layers
 from pallas_kernels import device as device_lib
 from pallas_kernels.cases import Case
 from pallas_kernels.device import Device
-from pallas_kernels.inputs import Activity
+from pallas_kernels.inputs import PROFILES, Activity, ffn_inputs, like_trained, measure
 from pallas_kernels.shapes import FFNShape
 
 CASE = Case(FFNShape("tiny", 32, 64), 32, Activity(8.0))
+COMPARED = bench_layers.layers(["dense", "auto"])
 
 
 @pytest.mark.parametrize("direction", ["forward", "train"])
 def test_a_case_is_checked_timed_and_shown(direction):
-    result = bench_layers.run(CASE, direction, ["dense", "auto"], rounds=2, chain_ms=1.0)
+    result = bench_layers.run(CASE, direction, COMPARED, rounds=2, chain_ms=1.0)
     assert not result.failures
     rows = {row.name: row for row in result.rows}
     assert {"dense", "auto"} <= rows.keys()
@@ -35,8 +37,8 @@ def test_a_case_is_checked_timed_and_shown(direction):
 def test_a_wrong_format_is_reported(monkeypatch, direction):
     honest = bench_layers.contestants
 
-    def one_is_wrong(direction, formats):
-        programs = honest(direction, formats)
+    def one_is_wrong(direction, compared):
+        programs = honest(direction, compared)
         right = programs["auto"]
         programs["auto"] = lambda *arguments: jax.tree.map(
             lambda leaf: leaf * jnp.asarray(1.1, leaf.dtype), right(*arguments)
@@ -44,7 +46,7 @@ def test_a_wrong_format_is_reported(monkeypatch, direction):
         return programs
 
     monkeypatch.setattr(bench_layers, "contestants", one_is_wrong)
-    result = bench_layers.run(CASE, direction, ["dense", "auto"], rounds=1, chain_ms=1.0)
+    result = bench_layers.run(CASE, direction, COMPARED, rounds=1, chain_ms=1.0)
     assert result.failures
     assert all(failure.startswith("auto: ") for failure in result.failures)
 
@@ -55,7 +57,96 @@ def test_the_program_says_what_it_needs(monkeypatch, capsys):
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+def cases_of(*arguments):
+    return bench_layers._cases(bench_layers._parser().parse_args(list(arguments)))
+
+
 def test_cases_are_the_product_of_what_was_asked():
-    args = bench_layers._parser().parse_args(["train", "--nnz", "30", "100", "--tokens", "7", "9"])
-    cases = list(bench_layers._cases(args))
+    cases = cases_of("train", "--nnz", "30", "100", "--tokens", "7", "9")
     assert [(case.activity.mean_nnz, case.tokens) for case in cases] == [(30, 7), (30, 9), (100, 7), (100, 9)]
+    assert {case.source for case in cases} == {"independent tokens"}
+    assert [case.tokens for case in cases_of("forward") + cases_of("train")] == [65536, 16384]
+
+
+def test_profiles_and_like_trained_are_one_curve():
+    cases = cases_of("forward", "--profile", "layer-5", "--nnz", "60", "--like-trained")
+    assert [case.activity for case in cases] == [PROFILES["layer-5"], like_trained(60)]
+    assert {case.source for case in cases} == {"like trained layers"}
+    wider = cases_of("forward", "--nnz", "60", "--like-trained", "--shapes", "llama-3.2-1b")
+    assert wider[0].activity == like_trained(60, 8192)
+
+
+def test_panels_of_other_sizes_are_layers_of_their_own():
+    compared = bench_layers.layers(["dense", "panel", "auto"], [32, 128])
+    assert list(compared) == ["dense", "panel-32", "panel", "auto"]
+    assert (compared["panel-32"].panel, compared["panel"].panel, compared["auto"].panel) == (32, 128, 128)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(device_lib, "current", lambda: Device("gpu", "NVIDIA H100", 90, 132))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--like-trained", "--like-trained goes with --nnz, which says how active the layers are; got none"),
+        ("--layer 3", "--layer goes with --inputs FILE, which holds the layers; got none"),
+        ("--inputs x.npz --nnz 30", "--inputs brings shape, activity and type with it: leave out --nnz"),
+        ("--inputs none.npz", "there is none at none.npz"),
+        ("--nnz 9000", "a mean nnz of 9000 needs more than the"),
+        ("--tokens 0", "at least 1"),
+    ],
+)
+def test_bad_arguments_end_the_program_with_a_sentence(pretended_gpu, capsys, arguments, sentence):
+    with pytest.raises(SystemExit):
+        bench_layers.main(["forward", *arguments.split()])
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_case_without_room_leaves_the_others_running(pretended_gpu, monkeypatch, capsys, tmp_path):
+    honest = bench_layers.run(CASE, "forward", COMPARED, rounds=1, chain_ms=1.0)
+
+    def run(case, *arguments, **keywords):
+        if case.tokens == 8:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return honest
+
+    monkeypatch.setattr(bench_layers, "run", run)
+    path = tmp_path / "deep" / "out.json"
+    assert bench_layers.main(["forward", "--tokens", "8", "9", "--json", str(path)]) == 1
+    assert "8 tokens, D 2048, F 5632, gated, bfloat16 did not run: RESOURCE_EXH" in capsys.readouterr().err
+    assert [case["source"] for case in json.loads(path.read_text())["cases"]] == ["independent tokens"]
+
+
+SIZES = {"tokens": 2048, "d_model": 64}
+
+
+@pytest.mark.parametrize("nnz", [20, 60, 200, 400])
+def test_like_trained_is_as_active_and_as_shared_as_its_neighbours(nnz):
+    """Means of nnz as asked; the union of 128 tokens between those of the measured layers on either side."""
+    unions = {31: 594, 45: 590, 154: 1618, 273: 2435, 477: 4369, 5: 130}  # as measured on trained layers
+    inputs = ffn_inputs(jax.random.key(0), like_trained(nnz), d_ff=5632, **SIZES)
+    found = measure(inputs["x"], inputs["w_gate"])
+    assert found["mean_nnz"] == pytest.approx(nnz, rel=0.06)
+    below, above = max(n for n in unions if n <= nnz), min(n for n in unions if n >= nnz)
+    assert 0.88 * unions[below] <= found["union_128"] <= 1.12 * unions[above]
+    assert found["union_32"] < found["union_128"]
+    assert found["mean_nnz"] < found["p99_nnz"] <= found["max_nnz"]
+
+
+def test_like_trained_is_the_profile_where_there_is_one():
+    assert like_trained(154) == PROFILES["layer-5"]
+    assert like_trained(154 * 2, 5632 * 2) == dataclasses.replace(PROFILES["layer-5"], mean_nnz=308)
+    assert like_trained(2).dead == like_trained(5).dead
+    with pytest.raises(ValueError, match="must be above 0"):
+        like_trained(0)
+
+
+def test_what_is_measured_of_an_input():
+    x = jnp.eye(64, dtype=jnp.float32)
+    weight = jnp.concatenate([jnp.eye(64), jnp.full((1, 64), -1.0), jnp.ones((1, 64))])
+    found = measure(x, weight)  # each token has a neuron of its own and one that all share; one is dead
+    assert found == pytest.approx(
+        {"mean_nnz": 2, "p99_nnz": 2, "max_nnz": 2, "dead_fraction": 1 / 66, "union_32": 33, "union_128": 65}
+    )
