@@ -117,21 +117,19 @@ def _opened(file: str) -> Any:
       ValueError: it is missing, or no file of recorded layers.
     """
     wanted = "a file that `sparse-lm layer-inputs` has written"
-    try:
-        archive = np.load(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"expected {wanted}; there is none at {file}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"expected {wanted}; {file} cannot be read as one") from error
-    names = set(getattr(archive, "files", ()))
+    if not os.path.isfile(file):
+        raise ValueError(f"expected {wanted}; there is none at {file}")
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"expected {wanted}; {file} cannot be read as one")
+    archive = np.load(file, allow_pickle=False)
+    names = set(archive.files)
     layers = {name.partition("/")[0] for name in names - {"dtype"}}
     whole = all({f"{layer}/{name}" for name in ("x", "w_up", "w_down")} <= names for layer in layers)
     numbered = bool(layers) and all(layer.isdigit() for layer in layers)
     if numbered and whole and "dtype" in names and str(archive["dtype"]) in _DTYPES:
         return archive
-    if hasattr(archive, "close"):
-        archive.close()
-    raise ValueError(f"expected {wanted}; {file} holds other arrays: {', '.join(sorted(names)[:4]) or 'one'}")
+    archive.close()
+    raise ValueError(f"expected {wanted}; {file} holds other arrays: {', '.join(sorted(names)[:4])}")
 
 
 def _shape(archive: Any, name: str) -> tuple[int, ...]:

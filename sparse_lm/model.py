@@ -37,10 +37,17 @@ class Block(nnx.Module):
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
     ) -> tuple[jax.Array, FFNStats, KVCache | None]:
         """(B, S, D) to (B, S, D), the feed-forward statistics, and the cache with this layer written."""
+        x, entering, cache = self.attend(x, cache=cache, layer=layer)
+        y, stats = self.ffn(entering)
+        return x + y, stats, cache
+
+    def attend(
+        self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        """The first half: (B, S, D) with attention added, what then enters the feed-forward part, and the cache."""
         attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
         x = x + attended
-        y, stats = self.ffn(self.ffn_norm(x))
-        return x + y, stats, cache
+        return x, self.ffn_norm(x), cache
 
 
 class SparseLM(nnx.Module):
@@ -112,6 +119,18 @@ class SparseLM(nnx.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
         return self.final_norm(x), stats, cache
+
+    def ffn_inputs(self, tokens: jax.Array) -> jax.Array:
+        """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in the compute type."""
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run_layer(x, state):
+            block = nnx.merge(graphdef, state)
+            x, entering, _ = block.attend(x)
+            return x + block.ffn(entering)[0], entering
+
+        x = self.embedding[...][tokens].astype(self.config.dtype)
+        return jax.lax.scan(run_layer, x, layers)[1]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""

@@ -1,4 +1,4 @@
-"""The ``sparse-lm`` program: ``train``, ``generate`` and ``evaluate``.
+"""The ``sparse-lm`` program: its commands, their options, and what it says of mistakes.
 
 Whatever a user can mend is one sentence on stderr and a status of 2 (the command line) or 1 (anything else);
 only surprises, and ``--debug``, show a traceback. Nothing heavy is imported before a command needs it.
@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ commands:
   train      train a model, or take up a run where it stopped
   generate   continue prompts with a trained model
   evaluate   measure a trained model on its held-out text
+  layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
+  plot       draw break-even curves from the kernels' benchmark
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
 {PROGRAM} train, with no option, trains the preset {DEFAULT_PRESET} on the text that comes with the package.
@@ -86,6 +89,41 @@ class EvaluateOptions:
     debug: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerInputsOptions:
+    """Runs a checkpoint over its held-out text and saves, for each layer, what enters its feed-forward part and its
+    weights: a file for python -m pallas_kernels.bench_layers --inputs.
+
+    Attributes:
+      checkpoint: a run's work directory, or one checkpoint in it.
+      out: the file to write, .npz.
+      tokens: most tokens, in whole sequences (default: 65536, as far as the text reaches).
+      layers: numbers of the layers to save, from 0 (default: all).
+      debug: show the traceback of an error.
+    """
+
+    checkpoint: str
+    out: str
+    tokens: int | None = None
+    layers: tuple[int, ...] = ()
+    debug: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotOptions:
+    """Draws how long the formats take against nnz and against tokens, and where they break even with dense.
+
+    Attributes:
+      results: files that python -m pallas_kernels.bench_layers --json has written, of one GPU.
+      out: the picture to write: .png, .svg or .pdf.
+      debug: show the traceback of an error.
+    """
+
+    results: tyro.conf.Positional[tuple[str, ...]]
+    out: str
+    debug: bool = False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -112,6 +150,8 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "generate": _generate,
         "evaluate": _evaluate,
+        "layer-inputs": _layer_inputs,
+        "plot": _plot,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
@@ -267,6 +307,36 @@ def _evaluate(argv: list[str]) -> None:
             raise UserError(
                 f"--json must name a file that can be written; {options.json}: {error.strerror}"
             ) from error
+
+
+def _layer_inputs(argv: list[str]) -> None:
+    options = parse_options(LayerInputsOptions, argv, "layer-inputs")
+
+    from rich.console import Console
+
+    from train import layer_inputs
+
+    tokens, found = layer_inputs.save_layer_inputs(
+        options.checkpoint, options.out, tokens=options.tokens, layers=options.layers
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(layer_inputs.table(found))
+    console.print(
+        f"{tokens:,} tokens of each layer: {options.out}\n"
+        f"next: python -m pallas_kernels.bench_layers forward --inputs {shlex.quote(options.out)}",
+        markup=False,
+    )
+
+
+def _plot(argv: list[str]) -> None:
+    options = parse_options(PlotOptions, argv, "plot")
+    if not options.results:
+        raise UsageError("plot needs at least one file of results; got none")
+
+    from train.plot import plot
+
+    for line in plot(options.results, options.out):
+        print(line)
 
 
 def _sentence(error: Exception) -> str | None:

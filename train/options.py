@@ -22,7 +22,7 @@ _TYRO_PHRASES = (
         r"\2 must be one of \3; got \1",
     ),
     (r"^Missing value for argument '(\S+)'\..*", r"\1 needs a value; got none"),
-    (r"^Missing from \S+ (\w+): (--\S+) .*", r"\1 needs \2; got none"),
+    (r"^Missing from \S+ ([\w-]+): (--\S+) .*", r"\1 needs \2; got none"),
 )
 
 Options = TypeVar("Options")

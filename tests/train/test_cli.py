@@ -37,8 +37,8 @@ def complaint(capsys, *argv):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("", "expected a command, one of train, generate, evaluate; got none: see sparse-lm --help"),
-        ("trian", "expected a command, one of train, generate, evaluate; got 'trian'; did you mean train?"),
+        ("", "expected a command, one of train, generate, evaluate, layer-inputs, plot; got none: see sparse-lm --help"),
+        ("trian", "expected a command, one of train, generate, evaluate, layer-inputs, plot; got 'trian'; did you mean train?"),
         ("train --config tinny", "config must be one of 0p5b, 1b, 1p5b, 2b, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
@@ -68,6 +68,9 @@ def complaint(capsys, *argv):
         ("generate --checkpoint x --prompt \udcff", "--prompt must be UTF-8 text; prompt 1 is not"),
         ("evaluate", "evaluate needs --checkpoint; got none"),
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
+        ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
+        ("plot x.json", "plot needs --out; got none"),
+        ("plot --out x.png", "plot needs at least one file of results; got none"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, command, sentence):
@@ -92,6 +95,11 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("generate --checkpoint {run} --prompt x --max-new-tokens 0", "max_new_tokens must be at least 1; got 0"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
         ("evaluate --checkpoint {run} --batches 0", "batches must be at least 1; got 0"),
+        ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz", "--out must name a file in a directory that is there"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/x.npz --layers 2", "layers must be from 0 to 1, which the model has"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/x.npz --tokens 15", "tokens must be at least 16, one sequence"),
+        ("plot {tmp}/none.json --out {tmp}/x.png", "none.json: No such file or directory"),
     ],
 )  # fmt: skip
 def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command, sentence):
@@ -166,7 +174,7 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("--help", ["train", "generate", "evaluate"]),
+        ("--help", ["train", "generate", "evaluate", "layer-inputs", "plot"]),
         (
             "train --help",
             ["--config", "--steps", "--optimizer.learning-rate", "--model.sparsity.l1", "--workdir"],
@@ -174,6 +182,8 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("evaluate --help", ["--checkpoint", "--json", "--batches"]),
+        ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
+        ("plot --help", ["--out", "bench_layers"]),
     ],
 )
 def test_help_names_the_options(capsys, command, names):
