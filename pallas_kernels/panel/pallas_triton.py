@@ -55,6 +55,11 @@ class GatePanel(NamedTuple):
     hits: jax.Array
     nnz: jax.Array
 
+    @property
+    def segments(self) -> int:
+        """Segments of a panel: values stand only in those that the neuron is active in."""
+        return self.hits.shape[0] // self.values.shape[0]
+
 
 class Lists(NamedTuple):
     """Which neurons each panel has, as one array of slots that all panels share.
@@ -64,17 +69,21 @@ class Lists(NamedTuple):
 
     Attributes:
       neurons: (n_slots,) int32.
+      segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0 past the count.
       owner: (n_slots / chunk,) int32, the panel of each chunk in use.
       offsets: (n_panels + 1,) int32.
       counts: (n_panels,) int32.
       slots: (n_panels, F) int32, the slot of a neuron in a panel, or -1.
+      hits: (n_panels, F) uint8, for how many of a panel's tokens a neuron is active.
     """
 
     neurons: jax.Array
+    segments: jax.Array
     owner: jax.Array
     offsets: jax.Array
     counts: jax.Array
     slots: jax.Array
+    hits: jax.Array
 
 
 def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
@@ -176,16 +185,17 @@ def build_lists(
       The lists, and () int32 how many chunks are needed: with more than ``room``, the lists mean nothing.
     """
     n_panels = gate.values.shape[0]
-    segments = gate.hits.shape[0] // n_panels
-    hit = jnp.any(gate.hits.reshape(n_panels, segments, -1)[:, :, :d_ff] > 0, axis=1)
-    counts = jnp.sum(hit, axis=1, dtype=jnp.int32)
+    hits = gate.hits.reshape(n_panels, gate.segments, -1)[:, :, :d_ff]
+    hits = jnp.sum(hits, axis=1, dtype=jnp.uint8)  # at most P of 128
+    counts = jnp.sum(hits > 0, axis=1, dtype=jnp.int32)
     needed = jnp.cumsum((counts + chunk - 1) // chunk, dtype=jnp.int32)
     offsets = jnp.concatenate([jnp.zeros_like(needed[:1]), needed]) * chunk
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
-    neurons, owner, slots = pl.pallas_call(
-        partial(_lists_kernel, d_ff=d_ff, segments=segments, chunk=chunk),
+    neurons, segments, owner, slots = pl.pallas_call(
+        partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
             axes.output(gate.hits, (room * chunk,), jnp.int32),
+            axes.output(gate.hits, (room * chunk,), jnp.uint8),
             axes.output(gate.hits, (room,), jnp.int32),
             axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
         ),
@@ -194,11 +204,21 @@ def build_lists(
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
     )(gate.hits, offsets, counts)
-    return Lists(neurons, owner, offsets, counts, slots), needed[-1]
+    return Lists(neurons, segments, owner, offsets, counts, slots, hits), needed[-1]
 
 
 def _lists_kernel(
-    hits_ref, offsets_ref, counts_ref, neurons_ref, owner_ref, slots_ref, *, d_ff, segments, chunk
+    hits_ref,
+    offsets_ref,
+    counts_ref,
+    neurons_ref,
+    segments_ref,
+    owner_ref,
+    slots_ref,
+    *,
+    d_ff,
+    segments,
+    chunk,
 ):
     which = pl.program_id(0)
     start, end, count = offsets_ref[which], offsets_ref[which + 1], counts_ref[which]
@@ -209,20 +229,24 @@ def _lists_kernel(
 
     def block(nth, found):
         neuron = nth * width + lax.iota(jnp.int32, width)
-        hits = jnp.zeros((width,), jnp.int32)
+        bits = jnp.zeros((width,), jnp.int32)
         for segment in range(segments):
             place = hits_ref.at[which * segments + segment, neuron]
-            hits |= plt.load(place, mask=neuron < d_ff, other=0).astype(jnp.int32)
-        listed = (hits > 0).astype(jnp.int32)
+            hits = plt.load(place, mask=neuron < d_ff, other=0)
+            bits |= (hits > 0).astype(jnp.int32) << segment
+        listed = (bits > 0).astype(jnp.int32)
         slot = start + found + jnp.cumsum(listed) - listed
-        put(neurons_ref, slot, neuron, (listed > 0) & (slot < room))
+        here = (listed > 0) & (slot < room)
+        put(neurons_ref, slot, neuron, here)
+        put(segments_ref, slot, bits.astype(jnp.uint8), here)
         place = slots_ref.at[which, jnp.where(neuron < d_ff, neuron, OUT_OF_RANGE)]
         plt.store(place, jnp.where(listed > 0, slot, -1), mask=neuron < d_ff)
         return found + jnp.sum(listed)
 
     lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
     tail = start + count + lax.iota(jnp.int32, chunk)
-    put(neurons_ref, tail, jnp.zeros((chunk,), jnp.int32), (tail < end) & (tail < room))
+    for ref in (neurons_ref, segments_ref):
+        put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
     chunks = start // chunk + lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
     put(owner_ref, chunks, jnp.full(chunks.shape, which), (chunks * chunk < end) & (chunks * chunk < room))
 
@@ -261,7 +285,7 @@ def panel_up(
     kept = 2 if keep and w_up is not None else 0  # without a gate, h is all there is to keep
     operands = [] if w_up is None else [x, w_up]
     h, l1, *gate_and_up = pl.pallas_call(
-        partial(_up_kernel, panel=panel, config=config, gated=w_up is not None),
+        partial(_up_kernel, panel=panel, segments=gate.segments, config=config, gated=w_up is not None),
         out_shape=(
             axes.output(x, shape, x.dtype),
             axes.output(x, (chunks,), jnp.float32),
@@ -271,7 +295,7 @@ def panel_up(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_up",
-    )(lists.neurons, lists.owner, lists.offsets, lists.counts, gate.values, gate.hits, *operands)
+    )(lists.neurons, lists.owner, lists.offsets, lists.segments, gate.values, *operands)
     used = jnp.arange(chunks) < lists.offsets[-1] // config.tile
     return Hidden(h, jnp.sum(jnp.where(used, l1, 0)), *(gate_and_up or (None, None)))
 
@@ -283,39 +307,33 @@ def programs(chunks: int, config: StageConfig) -> int:
 
 
 def over_chunks(lists_refs, panel, tile, body):
-    """Runs ``body(chunk, rows of the panel, slots, neurons, which of them are listed)`` for a program's share."""
-    neurons_ref, owner_ref, offsets_ref, counts_ref = lists_refs
+    """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share."""
+    neurons_ref, owner_ref, offsets_ref = lists_refs
     first, step = pl.program_id(0), pl.num_programs(0)
-    total = offsets_ref[counts_ref.shape[0]] // tile
+    total = offsets_ref[offsets_ref.shape[0] - 1] // tile
 
     def one(nth, carry):
         chunk = first + nth * step
         which = owner_ref[chunk]
         slots = chunk * tile + lax.iota(jnp.int32, tile)
-        neurons = plt.load(neurons_ref.at[slots])
-        listed = slots - offsets_ref[which] < counts_ref[which]
-        body(chunk, which, which * panel + lax.iota(jnp.int32, panel), slots, neurons, listed)
+        body(chunk, which, which * panel + lax.iota(jnp.int32, panel), slots, plt.load(neurons_ref.at[slots]))
         return carry
 
     lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, jnp.int32(0))
 
 
-def _up_kernel(*refs, panel, config, gated):
-    lists_refs, (values_ref, hits_ref), refs = refs[:4], refs[4:6], refs[6:]
+def _up_kernel(*refs, panel, segments, config, gated):
+    lists_refs, (segments_ref, values_ref), refs = refs[:3], refs[3:5], refs[5:]
     operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
-    segments = hits_ref.shape[0] // values_ref.shape[0]
     within = lax.iota(jnp.int32, panel)[None, :]
 
-    def body(chunk, which, rows, slots, neurons, listed):
+    def body(chunk, which, rows, slots, neurons):
         if gated:
             x_ref, w_ref = operands
             up = product(w_ref, neurons, x_ref, jnp.minimum(rows, x_ref.shape[0] - 1), config.tile_k)
             up = up.astype(h_ref.dtype)
-        written = jnp.broadcast_to(listed[:, None], (config.tile, panel))
-        if segments > 1:  # values stand only in segments with a hit
-            segment = which * segments + within // (panel // segments)
-            hits = plt.load(hits_ref.at[segment, neurons[:, None]], mask=written, other=0)
-            written &= hits > 0
+        bits = plt.load(segments_ref.at[slots]).astype(jnp.int32)[:, None]
+        written = bits >> (within // (panel // segments)) & 1 > 0
         gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
         h = hidden(gate, up) if gated else gate
         place = (slots[:, None], within)

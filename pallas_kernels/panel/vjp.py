@@ -29,7 +29,8 @@ from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import GatePanel, Lists, build_lists, gate_panel, panel_down, panel_up
-from pallas_kernels.panel.pallas_triton_backward import panel_dh, panel_dw
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +178,18 @@ def pull_back(
     if up_weight is not None and gradients.up is not None:
         terms.append((gradients.up, up_weight))
     dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
-    return dx, *panel_dw(gradients, lists, x, dy, dtype=dtype, config=config.dw, interpret=interpret)
+    weights = panel_dw(
+        gradients,
+        residuals.gate,
+        lists,
+        x,
+        dy,
+        hot_config=config.dw,
+        rare_config=config.rare,
+        dtype=dtype,
+        interpret=interpret,
+    )
+    return dx, *weights
 
 
 def backward(options: FFNOptions, backend: str, saved, cotangents) -> dense.Weights:

@@ -1,0 +1,282 @@
+"""The weight gradients of PanelELL in Pallas Triton: frequent neurons on tensor cores, the others token by token.
+
+    dWg = dg^T x      dWu = du^T x      dWd = h^T dy      over the slots of all panels
+
+A neuron that is active for many tokens is worth a row of a dense product over all of them; one that is active for few
+is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430 neurons hold 60 %
+of all activity, and 3500 share the rest. The border is where both ways take the same time: `RareConfig.share`.
+
+**`hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. The gradients of Wg and Wu share x, so one program sums
+both. A program owns a tile of hot neurons and of D, and walks all panels: what a panel has of its neurons is gathered
+by slot, P contiguous values a neuron.
+
+**`token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit counts of the
+gate stage say where each panel's part of a neuron's list begins, so no program waits for another. Reads
+the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
+
+**`rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n tokens, all three gradients
+in registers. Programs run slice by slice, so that a slice of x and dy stays in L2. It also writes the
+rows of neurons that no token activated, which are zeros.
+
+No two programs write one value and none is added in memory: the same input gives the same bits.
+
+**Numerics.** f32 accumulation over all tokens, one rounding to the result's type at the end.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import axes
+from pallas_kernels.panel.config import RareConfig, WeightsConfig
+from pallas_kernels.panel.pallas_triton import OUT_OF_RANGE, Lists
+from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.reference import active
+
+_MATRICES = (((1,), (0,)), ((), ()))
+_LIST_TILE = 32
+_SHORTEST_LIMIT = 16
+_PREFIX_BLOCK = 128
+
+
+def panel_dw(
+    gradients: Gradients,
+    gate: jax.Array,
+    lists: Lists,
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    hot_config: WeightsConfig,
+    rare_config: RareConfig,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool = False,
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd.
+
+    Args:
+      gate: (n_slots, P) as kept by the forward, active where a token activates a slot's neuron; without a gate, h.
+      x, dy: (M, D).
+    """
+    inner = [gradients.gate] if gradients.up is None else [gradients.gate, gradients.up]
+    limit = max(x.shape[0] // rare_config.share, _SHORTEST_LIMIT)
+    totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
+    hot = partial(
+        _hot, hot_first(totals > limit), lists.slots, config=hot_config, dtype=dtype, interpret=interpret
+    )
+    rows = [*hot(inner, x, name="panel_dw_inner"), *hot([gradients.h], dy, name="panel_dw_down")]
+    tokens = token_lists(gate, lists, totals, limit=limit, interpret=interpret)
+    zs = [*inner, gradients.h]
+    *dw_gate, dw_up, dw_down = _rare(zs, tokens, x, dy, rows, config=rare_config, interpret=interpret)
+    return (dw_gate[0] if dw_gate else None), dw_up, dw_down
+
+
+# -- hot neurons -----------------------------------------------------------------------------------------------
+
+
+def hot_first(is_hot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All neurons, hot ones first, and (1,) how many those are."""
+    before = jnp.cumsum(is_hot, dtype=jnp.int32)
+    neuron = jnp.arange(is_hot.shape[0], dtype=jnp.int32)
+    place = jnp.where(is_hot, before - 1, before[-1] + neuron - before)
+    order = jnp.zeros_like(neuron).at[place].set(neuron, unique_indices=True)
+    return order, before[-1:]
+
+
+def _hot(ordered, slots, zs, x, *, config, dtype, interpret, name):
+    """For each z (n_slots, P): ``dW[j] = sum over tokens of z[j] x`` for hot j, (F, D); other rows are not written."""
+    order, n_hot = ordered
+    (d_ff,), d_model = order.shape, x.shape[1]
+    if len(zs) == 1:  # one sum instead of two: as many accumulators in a tile twice as high
+        config = dataclasses.replace(config, tile=min(2 * config.tile, 128))
+    return pl.pallas_call(
+        partial(_hot_kernel, panel=zs[0].shape[1], count=len(zs), config=config),
+        out_shape=(axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
+        grid=(pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d),),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        name=name,
+    )(order, n_hot, slots, *zs, x)
+
+
+def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
+    z_refs, x_ref, outputs = refs[:count], refs[count], refs[count + 1 :]
+    (tokens, d_model), (d_ff,) = x_ref.shape, order_ref.shape
+    n_columns = pl.cdiv(d_model, config.tile_d)
+    first = pl.program_id(0) // n_columns * config.tile
+    nth = first + lax.iota(jnp.int32, config.tile)
+    neurons = plt.load(order_ref.at[jnp.minimum(nth, d_ff - 1)])
+    columns = (pl.program_id(0) % n_columns * config.tile_d + lax.iota(jnp.int32, config.tile_d))[None, :]
+    hot = nth < n_hot_ref[0]
+    slices = panel // config.tile_k
+
+    def step(i, accs):
+        which, within = i // slices, i % slices * config.tile_k + lax.iota(jnp.int32, config.tile_k)
+        slot = plt.load(slots_ref.at[which, neurons])
+        present = jnp.broadcast_to(((slot >= 0) & hot)[:, None], (config.tile, config.tile_k))
+        rows = (which * panel + within)[:, None]
+        inside = jnp.broadcast_to((rows < tokens) & (columns < d_model), (config.tile_k, config.tile_d))
+        x = plt.load(x_ref.at[rows, columns], mask=inside, other=0)
+        place = (jnp.maximum(slot, 0)[:, None], within[None, :])
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return tuple(
+            acc
+            + lax.dot_general(
+                plt.load(z_ref.at[place], mask=present, other=0),
+                x,
+                _MATRICES,
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            for acc, z_ref in zip(accs, z_refs, strict=True)
+        )
+
+    # A tile without a hot neuron has nothing to add up.
+    steps = jnp.where(first < n_hot_ref[0], jnp.int32(slots_ref.shape[0] * slices), jnp.int32(0))
+    zero = jnp.zeros((config.tile, config.tile_d), jnp.float32)
+    accs = lax.fori_loop(jnp.int32(0), steps, step, (zero,) * count)
+    mask = jnp.broadcast_to(hot[:, None] & (columns < d_model), zero.shape)
+    target = jnp.where(hot, neurons, OUT_OF_RANGE)[:, None]  # the interpreter rewrites masked lanes
+    for acc, ref in zip(accs, outputs, strict=True):
+        plt.store(ref.at[target, columns], acc.astype(ref.dtype), mask=mask)
+
+
+# -- rare neurons ----------------------------------------------------------------------------------------------
+
+
+class TokenLists(NamedTuple):
+    """The tokens of every rare neuron, ascending.
+
+    Attributes:
+      rows: (F, limit) int32, tokens; the first ``totals[j]`` of a rare neuron j mean something.
+      slots: (F, limit) int32, the neuron's slot in the token's panel.
+      totals: (F,) int32, for how many tokens a neuron is active: it is rare up to ``limit``.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    totals: jax.Array
+
+    @property
+    def limit(self) -> int:
+        return self.rows.shape[1]
+
+
+def token_lists(
+    gate: jax.Array, lists: Lists, totals: jax.Array, *, limit: int, interpret: bool = False
+) -> TokenLists:
+    """The panels' lists transposed for the neurons of at most ``limit`` tokens: gate (n_slots, P), totals (F,)."""
+    chunk = gate.shape[0] // lists.owner.shape[0]
+    tile = min(_LIST_TILE, chunk)
+    begin = jnp.where(totals > limit, -1, _before(lists.hits))
+    shape = axes.output(gate, (totals.shape[0], limit), jnp.int32)
+    rows, slots = pl.pallas_call(
+        partial(_token_lists_kernel, chunk=chunk, tile=tile),
+        out_shape=(shape, shape),
+        grid=(gate.shape[0] // tile,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="panel_token_lists",
+    )(lists.neurons, lists.owner, lists.offsets, begin, gate)
+    return TokenLists(rows, slots, totals)
+
+
+def _before(hits: jax.Array) -> jax.Array:
+    """(n_panels, F) int32: how many tokens of earlier panels activate a neuron.
+
+    Within a block of panels it is a product with a triangle of ones, exact because all sums stay below 2^24.
+    """
+    n_panels, d_ff = hits.shape
+    block = min(_PREFIX_BLOCK, n_panels)
+    n_blocks = pl.cdiv(n_panels, block)
+    blocks = jnp.pad(hits, ((0, n_blocks * block - n_panels), (0, 0))).reshape(n_blocks, block, d_ff)
+    blocks = blocks.astype(jnp.bfloat16)  # counts up to 128 are exact in it
+    earlier = jnp.tril(jnp.ones((block, block), jnp.bfloat16), k=-1)
+    within = jnp.einsum("pq,bqf->bpf", earlier, blocks, preferred_element_type=jnp.float32).astype(jnp.int32)
+    if n_blocks > 1:
+        sums = jnp.sum(blocks, axis=1, dtype=jnp.float32).astype(jnp.int32)
+        within += (jnp.cumsum(sums, axis=0) - sums)[:, None]
+    return within.reshape(n_blocks * block, d_ff)[:n_panels]
+
+
+def _token_lists_kernel(
+    neurons_ref, owner_ref, offsets_ref, begin_ref, gate_ref, rows_ref, slots_ref, *, chunk, tile
+):
+    panel, first = gate_ref.shape[1], pl.program_id(0) * tile
+
+    @pl.when(first < offsets_ref[offsets_ref.shape[0] - 1])
+    def _():
+        which = owner_ref[first // chunk]
+        slots = first + lax.iota(jnp.int32, tile)
+        within = lax.iota(jnp.int32, panel)[None, :]
+        neurons = plt.load(neurons_ref.at[slots])
+        begin = plt.load(begin_ref.at[which, neurons])
+
+        @pl.when(jnp.max(begin) >= 0)
+        def _():
+            gate = plt.load(gate_ref.at[slots[:, None], within])
+            mask = active(gate.astype(jnp.float32)) & (begin >= 0)[:, None]
+            counted = mask.astype(jnp.int32)
+            place = begin[:, None] + jnp.cumsum(counted, axis=1) - counted
+            target = jnp.where(mask, neurons[:, None], OUT_OF_RANGE)
+            for ref, value in ((rows_ref, which * panel + within), (slots_ref, slots[:, None])):
+                plt.store(ref.at[target, place], jnp.broadcast_to(value, mask.shape), mask=mask)
+
+
+def _rare(zs, tokens: TokenLists, x, dy, rows, *, config, interpret):
+    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z; the last is of dy, others of x."""
+    d_ff, d_model = rows[0].shape
+    config = dataclasses.replace(config, slice_d=min(config.slice_d, pl.next_power_of_2(max(d_model, 16))))
+    operands = [tokens.totals, tokens.rows, tokens.slots, *zs, x, dy]
+    return pl.pallas_call(
+        partial(_rare_kernel, count=len(zs), panel=zs[0].shape[1], config=config),
+        out_shape=tuple(axes.output(x, row.shape, row.dtype) for row in rows),
+        grid=(d_ff * pl.cdiv(d_model, config.slice_d),),
+        input_output_aliases={len(operands) + nth: nth for nth in range(len(rows))},
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="panel_dw_rare",
+    )(*operands, *rows)
+
+
+def _rare_kernel(totals_ref, rows_ref, slots_ref, *refs, count, panel, config):
+    z_refs, (x_ref, dy_ref), outputs = refs[:count], refs[count : count + 2], refs[-count:]
+    (d_ff, limit), d_model, entries = rows_ref.shape, x_ref.shape[1], config.entries
+    neuron = pl.program_id(0) % d_ff
+    column = (pl.program_id(0) // d_ff * config.slice_d + lax.iota(jnp.int32, config.slice_d))[None, :]
+    inside, total = column < d_model, totals_ref[neuron]
+
+    def fetch(step):
+        """Token and coefficients of each entry of a step, 0 past the end."""
+        nth = step * entries + lax.iota(jnp.int32, entries)
+        used, place = nth < total, jnp.minimum(nth, limit - 1)
+        row, slot = (plt.load(ref.at[neuron, place], mask=used, other=0) for ref in (rows_ref, slots_ref))
+        return row, *[plt.load(ref.at[slot, row % panel], mask=used, other=0) for ref in z_refs]
+
+    def body(step, carry):
+        accs, row, zs = carry[:count], carry[count], carry[count + 1 :]
+        used = step * entries + lax.iota(jnp.int32, entries) < total
+        mask, following = used[:, None] & inside, fetch(step + 1)
+        x, dy = (
+            plt.load(ref.at[row[:, None], column], mask=mask, other=0).astype(jnp.float32)
+            for ref in (x_ref, dy_ref)
+        )
+        values = [x] * (count - 1) + [dy]
+        accs = [
+            acc + jnp.sum(z.astype(jnp.float32)[:, None] * value, axis=0)
+            for acc, z, value in zip(accs, zs, values, strict=True)
+        ]
+        return *accs, *following
+
+    @pl.when(total <= limit)
+    def _():
+        zero = jnp.zeros((config.slice_d,), jnp.float32)
+        steps = (total + entries - 1) // entries
+        carry = (zero,) * count + fetch(jnp.int32(0))
+        for acc, ref in zip(lax.fori_loop(jnp.int32(0), steps, body, carry), outputs, strict=False):
+            plt.store(ref.at[neuron, column[0]], acc.astype(ref.dtype), mask=inside[0])
