@@ -196,12 +196,13 @@ def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
     if device.shared_memory >= 160 * 1024:
         warps = 8 if panel == 128 else 4
         per_core = 1 if warps == 8 else 2
+        deep = panel == 128 and device.shared_memory >= 220 * 1024
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
             up=StageConfig(128, 64, 4, 3),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
-            down=StageConfig(128, 32, 4, 6),
+            down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),
             dx=StageConfig(128, 32, 4, 5),
             dw=WeightsConfig(64, 128, min(32, panel), 4, 6),

@@ -2,8 +2,8 @@
 
 Exactness. Without a gradient to compute, the lists have room for every neuron of every panel, so nothing can
 overflow. Between forward and backward they have ``FFNOptions.capacity`` of that: a call that needs more is known to
-after its gate stage, takes the dense path inside the same program, keeps nothing, and its backward is the dense
-path's.
+after its gate stage, takes the dense path inside the same program, block by block of tokens, and keeps nothing; so
+does its backward.
 
 Backward, from dy (M, D) and the cotangent dl1 of l1, over the slots of each panel's list:
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import axes, dense, reference
+from pallas_kernels import axes, blocks, dense, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
@@ -135,9 +135,8 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
         return y, hidden.l1, (hidden.h, None) if up_weight is None else (hidden.gate, hidden.up)
 
     def instead(gate, lists):
-        y, stats = reference.ffn(*arguments)
         like = jax.eval_shape(sparse, gate, lists)[2]
-        return y, stats.l1 * tokens, _vary_like(empty(like), x)
+        return *blocks.forward(*arguments), _vary_like(empty(like), x)
 
     fits = needed <= room
     y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, instead, gate, lists)
@@ -204,7 +203,7 @@ def backward(options: FFNOptions, backend: str, saved, cotangents) -> dense.Weig
         return pull_back(arguments, residuals, dy, dl1, options, backend, dtype=dtype)
 
     def instead(residuals, dy, dl1):
-        return dense.recompute_backward(*arguments, dy, dl1, dtype=dtype)
+        return blocks.backward(*arguments, dy, dl1, dtype=dtype)
 
     if options.capacity == 1:
         return sparse(residuals, dy, dl1)

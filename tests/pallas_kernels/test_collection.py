@@ -42,7 +42,7 @@ def test_every_suite_runs_every_case(collected, file, suite):
 def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract are here by name, so that none is forgotten."""
     others = {
-        "bench", "bench_layers", "checks", "collection", "config", "dispatch", "formats", "formats_agree", "recorded",
+        "bench", "bench_layers", "blocks", "checks", "collection", "config", "dispatch", "formats", "formats_agree", "recorded",
         "hybrid_lowering", "panel_lowering", "reference", "reorder", "tuning", "twell_lowering",
     }  # fmt: skip
     found = {path.name for path in FOLDER.glob("test_*.py")}

@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from op_contract import Contract
 from panel_path import PanelPath
 
-from pallas_kernels import FFNOptions, PanelELL, reference
+from pallas_kernels import FFNOptions, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
+from pallas_kernels.panel import pallas_triton_weights as weights
 
 
 class TestPanelInterpreted(Contract):
@@ -45,6 +47,9 @@ def test_the_kernels_write_the_format(pattern, tokens):
     np.testing.assert_allclose(packed.to_dense(), expected.to_dense(), rtol=1e-6, atol=1e-6)
     listed = np.flatnonzero(np.asarray(lists.slots).ravel() >= 0)
     assert len(listed) == int(lists.counts.sum())
+    np.testing.assert_array_equal(
+        np.asarray(lists.segments[:used]) > 0, np.any(expected.values[:used] != 0, axis=1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,54 @@ def test_the_laws_of_a_config(changes, sentence):
         dataclasses.replace(small, **changes)
     with pytest.raises(ValueError, match=r"StageConfig.tile must be a power of two from 16 to 256; got 24"):
         configs.StageConfig(24, 16, 4, 2)
+
+
+@pytest.mark.parametrize("tokens", [16, 37, 333])
+@pytest.mark.parametrize("limit", [16, 1, 1000])
+def test_the_tokens_of_rare_neurons(tokens, limit):
+    """The panels' lists transposed: every rare neuron's tokens in order, with their slots; hot ones are left out."""
+    inputs, active = TestPanelInterpreted.path.layer("uneven", tokens, "float32")
+    x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
+    config = configs.choose(x, weight, TestPanelInterpreted.path.options)
+    gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
+    lists, _ = kernels.build_lists(gate, d_ff=len(weight), chunk=config.up.tile, interpret=True)
+    kept = kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
+    totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
+    np.testing.assert_array_equal(totals, active.sum(axis=0))
+    found = weights.token_lists(kept, lists, totals, limit=limit, interpret=True)
+    for neuron, total in enumerate(active.sum(axis=0)):
+        if total > limit:
+            continue
+        rows = np.flatnonzero(active[:, neuron])
+        np.testing.assert_array_equal(found.rows[neuron, :total], rows)
+        np.testing.assert_array_equal(
+            found.slots[neuron, :total], np.asarray(lists.slots)[rows // config.panel, neuron]
+        )
+
+
+@pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
+def test_hits_of_earlier_panels(n_panels):
+    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 24), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        weights._before(jnp.asarray(hits)), np.cumsum(hits, axis=0, dtype=np.int32) - hits
+    )
+
+
+@pytest.mark.parametrize("share", [1, 1 << 20])
+def test_either_way_alone_gives_the_weight_gradients(share, monkeypatch):
+    """A border at all tokens makes every neuron rare, one far below makes those of more than 16 tokens hot."""
+    inputs, active = TestPanelInterpreted.path.layer("uneven", 301, "float32")
+    inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
+    hot = active.sum(axis=0) > max(301 // share, 16)
+    assert hot.any() == (share > 1)
+
+    def gradients(options):
+        return jax.grad(lambda inputs: jnp.sum(sparse_ffn(**inputs, options=options)[0]))(inputs)
+
+    expected = gradients(FFNOptions(format="dense"))
+    small = dataclasses.replace(configs._for_f32(16), rare=configs.RareConfig(share=share))
+    monkeypatch.setattr(configs, "choose", lambda *_: small)
+    found = gradients(TestPanelInterpreted.path.options)
+    for name in expected:
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(found[name] / scale, expected[name] / scale, atol=1e-5, err_msg=name)

@@ -1,0 +1,57 @@
+"""The dense layer over blocks of tokens, against the dense layer over all of them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import blocks, dense, reference
+from pallas_kernels.inputs import Activity, ffn_inputs
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+
+
+def arguments(tokens, kind):
+    inputs = ffn_inputs(
+        jax.random.key(0),
+        Activity(12),
+        tokens=tokens,
+        d_model=24,
+        d_ff=40,
+        gated=kind == "gated",
+        dtype="float32",
+    )
+    return inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"]
+
+
+@pytest.mark.parametrize("kind", ["gated", "non-gated"])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 48, 61])
+def test_blocks_are_the_layer(tokens, kind):
+    weights = arguments(tokens, kind)
+    y, stats = reference.ffn(*weights)
+    found, l1 = jax.jit(blocks.forward)(*weights)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(l1 / tokens, stats.l1, rtol=1e-5)
+    dy, dl1 = jax.random.normal(jax.random.key(1), y.shape), jnp.float32(3.0)
+    expected = dense.recompute_backward(*weights, dy, dl1, dtype=dy.dtype)
+    found = jax.jit(partial(blocks.backward, dtype=dy.dtype))(*weights, dy, dl1)
+    for name, a, b in zip(("dx", "dw_gate", "dw_up", "dw_down"), found, expected, strict=True):
+        if b is None:
+            assert a is None
+            continue
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_no_intermediate_of_all_tokens():
+    """What the blocks are for: nothing of shape (M, F) in the program."""
+    weights = arguments(64, "gated")
+    dy = jnp.ones_like(weights[0])
+    text = jax.jit(partial(blocks.backward, dtype=dy.dtype)).lower(*weights, dy, jnp.float32(0)).as_text()
+    assert "tensor<16x40x" in text
+    assert "tensor<64x40x" not in text
