@@ -63,10 +63,11 @@ def of_stages(monkeypatch):
 # -- the format --------------------------------------------------------------------------------------------
 
 
-def stored(inputs, options=PATH.options):
+@jax.jit
+def stored(inputs):
     """The residuals of a call, and its gate."""
     x, weight = inputs["x"], inputs.get("w_gate", inputs["w_up"])
-    config = configs.choose(x, weight, options)
+    config = configs.choose(x, weight, PATH.options)
     packed, _ = gate_pack(x, weight, config=config, interpret=True)
     up = inputs["w_up"] if "w_gate" in inputs else None
     rows = up_down(
@@ -74,7 +75,7 @@ def stored(inputs, options=PATH.options):
         x,
         up,
         inputs["w_down"],
-        width=options.width,
+        width=PATH.options.width,
         keep=True,
         config=config.up_down,
         interpret=True,
