@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,12 @@ from pallas_kernels.options import FFNOptions
 from pallas_kernels.recorded import RecordedCase
 from pallas_kernels.shapes import PAPER, SHAPES
 from pallas_kernels.timing import Timing
+from pallas_kernels.tuning.panel_search import tune_panel
 
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
+_TUNING_SECONDS = (
+    150.0  # then the search keeps the heuristic for what is left, so that a run ends within four minutes
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +277,21 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
     return cases
 
 
+def _tune(cases: Sequence[Case | RecordedCase], direction: str, panels: Sequence[FFNOptions]) -> None:
+    """Searches for every case and P, as far as the time goes, and says what comes of it."""
+    deadline = time.monotonic() + _TUNING_SECONDS
+    for case in cases:
+        inputs = case.arrays()
+        for options in panels:
+            print(f"tuning panels of {options.panel} tokens: {case}", flush=True)
+            try:
+                print(
+                    tune_panel(inputs, cotangent(inputs), options, direction, deadline=deadline), flush=True
+                )
+            except RuntimeError as error:  # such as no room for the stages' arrays
+                print(f"not tuned: {error}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 0, 1 where a result is wrong, 2 where it cannot run."""
     parser = _parser()
@@ -289,6 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = _cases(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.tune:
+        panels = [options for options in compared.values() if options.format == "panel"]
+        if not panels:
+            parser.error(
+                "--tune searches for panel configs, and no panel is compared: add panel to --formats"
+            )
+        _tune(cases, args.direction, panels)
     command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
     results: list[Result] = []
     failures: list[str] = []

@@ -170,13 +170,15 @@ BREAK_EVEN = 0.55
 def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:
     """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes, else a heuristic."""
     device = device_lib.current() if device is None else device
+    config = heuristic(x, options, device)
+    entry = tuning.lookup(device.table_name, "panel", bucket(x, w, config.panel))
+    return config if entry is None else _with_entry(config, entry)
+
+
+def heuristic(x: jax.Array, options: FFNOptions, device: Device) -> PanelConfig:
+    """Configs for x (M, D) where nothing was tuned."""
     panel = min(options.panel, max(16, _power_of_2_above(x.shape[0])))
-    itemsize = x.dtype.itemsize
-    config = _for_tensor_cores(panel, device) if itemsize == 2 else _for_f32(panel)
-    entry = tuning.lookup(device.table_name, "panel", bucket(x, w, panel))
-    if entry is not None:
-        return _with_entry(config, entry)
-    return config
+    return _for_tensor_cores(panel, device) if x.dtype.itemsize == 2 else _for_f32(panel)
 
 
 def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:

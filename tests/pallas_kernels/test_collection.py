@@ -43,8 +43,8 @@ def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract have their names here: none is forgotten."""
     others = {
         "bench", "bench_layers", "blocks", "checks", "collection", "config", "dispatch", "formats",
-        "formats_agree", "hybrid_lowering", "panel_lowering", "prune", "recorded", "reference", "reorder",
-        "reorder_input", "tuning", "twell_lowering",
+        "formats_agree", "hybrid_lowering", "panel_lowering", "panel_search", "prune", "recorded",
+        "reference", "reorder", "reorder_input", "tuning", "twell_lowering",
     }  # fmt: skip
     found = {path.name for path in FOLDER.glob("test_*.py")}
     assert found == {f"test_{name}.py" for name in others} | set(SUITES)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import FFNOptions, tuning
+from pallas_kernels.device import Device
 from pallas_kernels.inputs import Activity, ffn_inputs
+from pallas_kernels.panel import config as panel_configs
 from pallas_kernels.timing import Timing
 from pallas_kernels.tuning import search
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
 
+HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3", 90, 132)
 KINDS = {"twell_gate_pack": GatePackConfig, "twell_up_down": UpDownConfig}
 
 
@@ -45,11 +48,29 @@ def test_a_broken_table_is_named(tmp_path, text):
         tuning.lookup("gpu", "op", "a", directory=tmp_path)
 
 
+def check_panel(key, fields):
+    """An entry holds whole stages, which keep the laws among each other on top of the heuristic."""
+    x = jax.ShapeDtypeStruct((128, 128), jnp.float32 if "32bit" in key else jnp.bfloat16)
+    options = FFNOptions("panel", panel=int(key.rpartition("p")[2]))
+    config = panel_configs._with_entry(panel_configs.heuristic(x, options, HOPPER), fields)
+    assert fields == {name: dataclasses.asdict(getattr(config, name)) for name in fields}
+
+
 def test_the_tables_that_ship_hold_valid_configs():
     for path in tuning.DIRECTORY.glob("*/*.json"):
         for key, entry in json.loads(path.read_text()).items():
-            KINDS[path.stem](**entry["config"])
+            if path.stem == "panel":
+                check_panel(key, entry["config"])
+            else:
+                KINDS[path.stem](**entry["config"])
             assert entry["ms"] > 0, key
+
+
+def test_a_panel_entry_that_breaks_a_law_is_noticed():
+    stage = {"tile": 256, "tile_k": 32, "num_warps": 8, "num_stages": 6, "per_core": 0}
+    check_panel("m65536-d2048-f4096-16bit-p128", dict.fromkeys(("up", "up_keep", "dh"), stage))
+    with pytest.raises(ValueError, match=r"PanelConfig\.up_keep\.tile must be up\.tile=256"):
+        check_panel("m65536-d2048-f4096-16bit-p128", {"up": stage})
 
 
 MAKE_INPUTS = partial(ffn_inputs, activity=Activity(4.0), tokens=32, d_model=32, d_ff=64, dtype=jnp.bfloat16)

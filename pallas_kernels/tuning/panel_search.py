@@ -1,0 +1,335 @@
+"""Finds the fastest configs of PanelELL's stages on this machine's device and writes them to its table.
+
+Each stage runs alone, on the arrays that it is given within a call, and candidates take turns with the heuristic's
+config. Stages are independent but for one number, what a panel's list is padded to: the tile of all that `TIED` names.
+Those are searched at every padding, the others once. What is kept beats the heuristic in a second measurement by more
+than the gain's own spread over its rounds.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device as device_lib
+from pallas_kernels import dispatch, timing, tuning
+from pallas_kernels.options import FFNOptions
+from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import vjp
+from pallas_kernels.panel.config import PanelConfig
+from pallas_kernels.panel.pallas_triton import GatePanel, Hidden, Lists, build_lists, n_chunks
+from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.tuning.panel_stages import (
+    DIRECTIONS,
+    PADDINGS,
+    STAGES,
+    TIED,
+    Config,
+    Given,
+    candidates,
+    padded,
+)
+
+_SAMPLED_PANELS = 4
+_search = partial(timing.measure, rounds=3, chain_ms=6.0)
+_compare = partial(timing.measure, rounds=9, chain_ms=15.0)
+
+Calls = dict[tuple[int, Config], Callable[[], Any]]
+"""What to time of a stage, by the padding of the lists and the stage's config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was chosen: stages that changed, and milliseconds of the direction's stages before and after."""
+
+    panel: int
+    changed: Mapping[str, Config]
+    before_ms: float
+    after_ms: float
+    path: Path
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"panels of {self.panel}: nothing beats the heuristic by more than the spread ({self.before_ms:.3f} ms)"
+        kept = ", ".join(f"{name}={config}" for name, config in self.changed.items())
+        return f"panels of {self.panel}: {self.before_ms:.3f} to {self.after_ms:.3f} ms with {kept}; in {self.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contender:
+    """A stage, what pads its lists, its config, and the milliseconds it took."""
+
+    stage: str
+    padding: int
+    config: Config
+    ms: float
+
+
+def tune_panel(
+    inputs: Mapping[str, jax.Array],
+    dy: jax.Array,
+    options: FFNOptions,
+    direction: str,
+    *,
+    deadline: float = math.inf,
+    directory: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Found:
+    """Searches for the configs of a layer's stages and keeps those that beat the heuristic.
+
+    All stages are searched, also those that the direction has not, so that the entry serves both; the direction says
+    which stages' times decide about the padding of the lists.
+
+    Args:
+      inputs: arguments of `sparse_ffn` or `sparse_mlp`.
+      dy: as x, (M, D).
+      options: of format ``"panel"``; its P and capacity are those of the call.
+      direction: ``"forward"`` or ``"train"``.
+      deadline: of `time.monotonic`: stages whose turn comes later keep the heuristic.
+      directory: where the tables stand, if not in the package.
+      say: is told of every stage, and of each candidate that is left out and why.
+
+    Raises:
+      ValueError: the layer cannot run PanelELL here.
+      RuntimeError: a config of the heuristic does not run.
+    """
+    search = _Search(inputs, dy, options, say)
+    x, weight, plain = inputs["x"], inputs["w_up"], search.plain
+    best = search.fastest(deadline)
+    counted = [stage for stage in DIRECTIONS[direction] if stage in search.stages]
+    chosen, before, after = _choose(search, best, counted)
+    changed = {
+        stage: getattr(chosen, stage) for stage in STAGES if getattr(chosen, stage) != getattr(plain, stage)
+    }
+    entry = {
+        "config": {stage: dataclasses.asdict(config) for stage, config in changed.items()},
+        "ms": round(after, 4),
+    }
+    key, device = configs.bucket(x, weight, plain.panel), device_lib.current()
+    path = tuning.save(device.table_name, "panel", {key: entry}, directory=directory)
+    return Found(plain.panel, changed, before, after, path)
+
+
+class _Search:
+    """One layer's stages with the arrays that each is given, at every padding of the lists."""
+
+    def __init__(self, inputs, dy, options, say) -> None:
+        x, weight, self._say = inputs["x"], inputs["w_up"], say
+        self._device = device_lib.current()
+        self._itemsize, self._gated = x.dtype.itemsize, "w_gate" in inputs
+        self._ready: dict[tuple[str, int, Config], Callable[[], Any]] = {}
+        self.plain = configs.heuristic(x, options, self._device)
+        backend = dispatch.choose(options, dispatch.Call.of(x, weight, options)).backend
+        self._interpret = backend == "interpret"
+        self.stages = [name for name in STAGES if name != "gate" or backend != "mosaic_gpu"]
+        gate_weight, up_weight = (inputs["w_gate"], weight) if self._gated else (weight, None)
+        gate = jax.jit(partial(vjp.gate_stage, config=self.plain, backend=backend))(x, gate_weight)
+        layer: Given = {
+            "x": x, "gate_weight": gate_weight, "up_weight": up_weight, "w_down": inputs["w_down"], "dy": dy,
+            "dl1": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,
+        }  # fmt: skip
+        self.bases = {
+            padding: base
+            for padding in dict.fromkeys([self.plain.up.tile, *PADDINGS])
+            if (base := padded(self.plain, padding)) is not None
+        }
+        self.given = {padding: layer | self._lists(gate, weight, padding, options) for padding in self.bases}
+
+    def _lists(self, gate: GatePanel, weight: jax.Array, padding: int, options: FFNOptions) -> Given:
+        """The lists of a forward, and those with the room that is kept for a backward (all, if that is too small)."""
+        d_ff = weight.shape[0]
+        build = jax.jit(
+            partial(build_lists, d_ff=d_ff, chunk=padding, interpret=self._interpret), static_argnames="room"
+        )
+        lists, needed = build(gate)
+        chunks = n_chunks(gate.values.shape[0], d_ff, padding)
+        room = max(1, round(chunks * options.capacity))
+        return {"lists": lists, "kept_lists": build(gate, room=room)[0] if int(needed) <= room else lists}
+
+    def fastest(self, deadline: float) -> dict[str, dict[int, _Contender]]:
+        """The fastest right config of each stage, by padding; what later stages are given comes from it."""
+        best: dict[str, dict[int, _Contender]] = {}
+        for stage in self.stages:
+            late = time.monotonic() > deadline
+            best[stage] = self._fastest(stage, late)
+            if late:
+                self._say(f"  {stage}: no time is left, the heuristic stays")
+        return best
+
+    def _fastest(self, stage: str, late: bool) -> dict[int, _Contender]:
+        own = self.plain.up.tile
+        tried = [
+            (padding, config)
+            for padding, base in self.bases.items()
+            if padding == own or (stage in TIED and not late)
+            for config in candidates(stage, base, self._itemsize, self._gated, self._device)[
+                : 1 if late else None
+            ]
+            if self._has_what_it_needs(stage, padding)
+        ]
+        calls = self.compiled(stage, tried)
+        heuristic = own, getattr(self.plain, stage)
+        if heuristic not in calls:
+            raise RuntimeError(f"{stage}: the heuristic's {heuristic[1]} does not run, so nothing was tuned")
+        right = self._only_right(stage, calls, heuristic)
+        times = _search(right)
+        found: dict[int, _Contender] = {}
+        for (padding, config), timed in sorted(times.items(), key=lambda item: item[1].median_ms):
+            found.setdefault(padding, _Contender(stage, padding, config, timed.median_ms))
+        for padding, contender in found.items():
+            if stage in ("up_keep", "dh"):
+                self.given[padding][stage] = right[padding, contender.config]()
+            lists = f", lists of {padding}" if stage in TIED else ""
+            self._say(
+                f"  {stage}{lists}: {contender.ms:.4f} ms by {contender.config}; "
+                f"heuristic {times[heuristic].median_ms:.4f} ms"
+            )
+        return found
+
+    def _has_what_it_needs(self, stage: str, padding: int) -> bool:
+        """A padding at which an earlier stage had no candidate is out."""
+        given = self.given[padding]
+        return stage not in ("dh",) or "up_keep" in given
+
+    def compiled(self, stage: str, tried: Sequence[tuple[int, Config]]) -> Calls:
+        """Calls of a stage by padding and config, compiled once; what the compiler rejects is left out, and said."""
+        arrays = {padding: dict(given) for padding, given in self.given.items()}  # they grow stage by stage
+        programs = {
+            (padding, config): (self._stage(stage, padding, config), (arrays[padding],))
+            for padding, config in tried
+            if (stage, padding, config) not in self._ready
+        }
+        for (padding, config), program in timing.compile_all(programs).items():
+            if isinstance(program, Exception):
+                self._leave_out(stage, config, program)
+            else:
+                self._ready[stage, padding, config] = partial(program, arrays[padding])
+        return {key: self._ready[stage, *key] for key in tried if (stage, *key) in self._ready}
+
+    def _stage(self, stage: str, padding: int, config: Config) -> Callable[[Given], Any]:
+        whole = dataclasses.replace(self.bases[padding], **{stage: config})
+        return lambda given: STAGES[stage](given, whole, self._interpret)
+
+    def _only_right(self, stage, calls, heuristic) -> Calls:
+        """Those that run and give what the heuristic's config gives."""
+        d_ff = self.given[heuristic[0]]["gate_weight"].shape[0]
+
+        def digest(padding, output):
+            lists = self.given[padding]["lists" if stage == "up" else "kept_lists"]
+            return _digest(output, lists, d_ff)
+
+        wanted = digest(heuristic[0], calls[heuristic]())
+        allowed = max(float(jnp.finfo(self.given[heuristic[0]]["x"].dtype).eps), 1e-5)
+        right = {}
+        for (padding, config), call in calls.items():
+            try:
+                distance = float(_distance(digest(padding, jax.block_until_ready(call())), wanted))
+            except RuntimeError as error:  # what the driver says of a launch that asks for too much
+                self._leave_out(stage, config, error)
+                continue
+            if distance <= allowed:
+                right[padding, config] = call
+            else:
+                self._leave_out(
+                    stage, config, f"its result is off by {distance:.1e}, at most {allowed:.1e} is rounding"
+                )
+        return right
+
+    def _leave_out(self, stage: str, config: Config, reason: Any) -> None:
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
+        self._say(f"  {stage}: {config} is left out: {lines[0][:200]}")
+
+
+@partial(jax.jit, static_argnames="d_ff")
+def _digest(output: Any, lists: Lists, d_ff: int) -> Any:
+    """What of a stage's output means something, in an order that no config changes."""
+    if isinstance(output, GatePanel):
+        hits = output.hits[: output.values.shape[0], :d_ff]
+        some = slice(0, _SAMPLED_PANELS)
+        return jnp.where((hits > 0)[some, :, None], output.values[some, :d_ff], 0), hits, output.nnz
+    if not isinstance(output, Hidden | Gradients):
+        return output
+    slots = lists.slots[:_SAMPLED_PANELS]
+
+    def by_neuron(leaf):
+        return jnp.where((slots >= 0)[:, :, None], leaf[jnp.maximum(slots, 0)], 0) if leaf.ndim == 2 else leaf
+
+    return jax.tree.map(by_neuron, output)
+
+
+@jax.jit
+def _distance(result: Any, wanted: Any) -> jax.Array:
+    """() f32, the largest relative distance of two arrays of the trees; NaN if there is one."""
+
+    def distance(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.maximum(jnp.sum(b**2), 1e-30))
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, result, wanted))))
+
+
+# -- choice ----------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    search: _Search, best: Mapping[str, Mapping[int, _Contender]], counted: Sequence[str]
+) -> tuple[PanelConfig, float, float]:
+    """The config that beat the heuristic, and milliseconds of the stages that count, before and after.
+
+    Another padding is taken or left as a whole, by the sum of the tied stages that count.
+    """
+    own = search.plain.up.tile
+    whole = [padding for padding in best["up"] if all(padding in best[stage] for stage in TIED)]
+    tied = [stage for stage in TIED if stage in counted]
+    fastest = min(whole, key=lambda padding: sum(best[stage][padding].ms for stage in tied))
+    for padding in dict.fromkeys([fastest, own]):
+        new = {stage: best[stage][padding if stage in TIED else own] for stage in best}
+        old, now = _duel(search, new)
+        better = {stage: _beats(now[stage], old[stage]) for stage in new}
+        if padding != own:
+            if not _beats(_sum(now, tied), _sum(old, tied)):
+                continue
+            better |= dict.fromkeys(TIED, True)
+        changes = {stage: new[stage].config for stage, gained in better.items() if gained}
+        try:
+            config = dataclasses.replace(search.plain, **changes)
+        except ValueError:  # a slice of the down projection that the other padding does not hold
+            continue
+        after = {stage: now[stage] if better[stage] else old[stage] for stage in new}
+        before_ms, after_ms = (statistics.median(_sum(times, counted)) for times in (old, after))
+        return config, before_ms, after_ms
+    raise AssertionError("the heuristic's own padding always is a choice")
+
+
+def _duel(search: _Search, new: Mapping[str, _Contender]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples of each stage by the heuristic's config and by the new one, taking turns."""
+    own = search.plain.up.tile
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for stage, contender in new.items():
+        plain = own, getattr(search.plain, stage)
+        challenger = contender.padding, contender.config
+        compiled = search.compiled(stage, list(dict.fromkeys([plain, challenger])))
+        calls["old", stage] = compiled[plain]
+        if challenger != plain:
+            calls["new", stage] = compiled[challenger]
+    samples = {key: timed.samples_ms for key, timed in _compare(calls).items()}
+    old = {stage: samples["old", stage] for stage in new}
+    return old, {stage: samples.get(("new", stage), old[stage]) for stage in new}
+
+
+def _sum(times: Mapping[str, Sequence[float]], stages: Sequence[str]) -> list[float]:
+    """Round by round."""
+    return [sum(values) for values in zip(*(times[stage] for stage in stages), strict=True)]
+
+
+def _beats(new: Sequence[float], old: Sequence[float]) -> bool:
+    """Whether the median gain is larger than the gain's own spread over the rounds."""
+    gains = [1 - after / before for after, before in zip(new, old, strict=True)]
+    return statistics.median(gains) > max(gains) - min(gains)
