@@ -10,6 +10,16 @@ Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
 Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
 WeightGradients = Literal["auto", "input", "float32"]
 
+RESIDUAL_NAMES = (
+    "sparse_ffn_lists",
+    "sparse_ffn_gate",
+    "sparse_ffn_up",
+    "sparse_ffn_indices",
+    "sparse_ffn_nnz",
+)
+"""Names of all that the sparse layers keep between forward and backward, for
+``jax.checkpoint_policies.save_only_these_names``: the lists and values of `PanelELL`, the triples of `HybridELL`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FFNOptions:

@@ -1,11 +1,11 @@
 """What a model is: sizes, numerics and sparsity. Frozen, validated, and the same in code, presets and CLI."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from pallas_kernels import FFNOptions
 
-RematPolicy = Literal["none", "full", "dots"]
+RematPolicy = Literal["none", "full", "dots", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,8 @@ class ModelConfig:
       init_std: standard deviation of the initial weights.
       dtype: compute type, ``"bfloat16"``, ``"float16"`` or ``"float32"``; master weights are always f32.
       remat: what the backward recomputes in each layer: ``"none"``, ``"dots"`` (keeps matrix products),
+        ``"sparse"`` (keeps what the sparse feed-forward kernels store for their backward, so that only attention
+        is computed twice; a dense feed-forward stores nothing under such a name and is computed twice too),
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
       ffn: how the feed-forward kernels run.
@@ -114,8 +116,8 @@ class ModelConfig:
                 )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
-        if self.remat not in ("none", "full", "dots"):
-            raise ValueError(f"model.remat must be none, full or dots; got {self.remat!r}")
+        if self.remat not in get_args(RematPolicy):
+            raise ValueError(f"model.remat must be none, full, dots or sparse; got {self.remat!r}")
 
     @property
     def head_dim(self) -> int:

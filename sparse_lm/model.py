@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import FFNStats
+from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention, KVCache
 from sparse_lm.config import ModelConfig, RematPolicy
 from sparse_lm.ffn import SparseFFN
@@ -149,6 +150,9 @@ def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:
         case "dots":
             # Products of activations with weights only: attention scores grow with the square of the context.
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
+        case "sparse":
+            keep = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
             return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
 
 

@@ -25,6 +25,7 @@ from train.options import PROGRAM, UsageError, did_you_mean, parse_options
 if TYPE_CHECKING:
     from sparse_lm import SparseLM
     from sparse_lm.generate import Sampling
+    from train.config import TrainConfig
     from train.tokenizer import Tokenizer
 
 DEFAULT_PRESET = "tiny"
@@ -39,6 +40,7 @@ commands:
   evaluate   measure a trained model on its held-out text
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
+  bench-step time training steps with sparse and dense feed-forward layers, and measure their memory
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
 {PROGRAM} train, with no option, trains the preset {DEFAULT_PRESET} on the text that comes with the package.
@@ -152,6 +154,7 @@ def _dispatch(argv: list[str]) -> int:
         "evaluate": _evaluate,
         "layer-inputs": _layer_inputs,
         "plot": _plot,
+        "bench-step": _bench_step,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
@@ -170,11 +173,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    preset = _preset(argv)
-    try:
-        config = configs.load(preset)
-    except UserError as error:
-        raise UsageError(str(error)) from error
+    preset, config = _preset(argv, DEFAULT_PRESET)
 
     from train.config import TrainConfig
 
@@ -198,14 +197,17 @@ def _train(argv: list[str]) -> None:
     loop.run(options.run)
 
 
-def _preset(argv: list[str]) -> str:
-    """The value of ``--config``, which must be known before the defaults of all other options are."""
-    name = DEFAULT_PRESET
+def _preset(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
+    """The value of ``--config``, which must be known before the defaults of all other options are, and its run."""
+    name = default
     for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
         if option == "--config":
             name = value if equals else following
-    return name
+    try:
+        return name, configs.load(name)
+    except UserError as error:
+        raise UsageError(str(error)) from error
 
 
 def _generate(argv: list[str]) -> None:
@@ -337,6 +339,15 @@ def _plot(argv: list[str]) -> None:
 
     for line in plot(options.results, options.out):
         print(line)
+
+
+def _bench_step(argv: list[str]) -> None:
+    preset, config = _preset(argv, "0p5b")
+
+    from train import bench_step
+
+    default = bench_step.BenchStepOptions(config=preset, model=config.model)
+    bench_step.run(parse_options(bench_step.BenchStepOptions, argv, "bench-step", default))
 
 
 def _sentence(error: Exception) -> str | None:

@@ -1,17 +1,22 @@
 """What a run says to people, through rich: plain lines where the output is no terminal."""
 
+import contextlib
 import datetime
+import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
 from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
 from train.config import TrainConfig
+from train.errors import UserError
 from train.metrics import Record, model_flops_utilisation
 from train.options import PROGRAM
 
@@ -115,3 +120,38 @@ def _quantity(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
+
+
+class JsonFile:
+    """A file that holds the newest figures of a long run, whole at any moment; without a path it does nothing.
+
+    Args:
+      path: where; its directory is made, and an older file stands until the first figures replace it.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = None if path is None else Path(path).expanduser()
+        if self._path is not None:
+            with self._explained():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.open("a").close()
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Puts the figures so far in place of the last ones."""
+        if self._path is not None:
+            with self._explained():
+                partial = self._path.with_name(self._path.name + ".partial")
+                partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, self._path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--json must name a file that can be written; {self._path}: {error.strerror}"
+            ) from error

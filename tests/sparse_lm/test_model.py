@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import device
+from pallas_kernels import FFNOptions, device
 from sparse_lm import ModelConfig, SparseLM
 from sparse_lm.attention import KVCache, _implementation, attend
 from sparse_lm.layers import RMSNorm
@@ -154,12 +154,46 @@ def test_flash_attention_is_asked_for_where_it_runs(monkeypatch):
         assert chosen(*arguments) is None
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
-def test_remat_policies_give_the_same_gradients(policy, model, tokens):
+INTERPRETED = {
+    name: FFNOptions(format=name, backend="interpret", panel=16, tile=32, capacity=1.0)
+    for name in ("panel", "hybrid", "auto")
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "ffn"), [("full", FFNOptions()), ("dots", FFNOptions()), ("sparse", INTERPRETED["panel"])]
+)
+def test_remat_policies_give_the_same_gradients(policy, ffn, model, tokens):
     graphdef, state = nnx.split(model)
     want = gradients(graphdef, state, tokens, 0.1)
-    other = nnx.split(SparseLM(dataclasses.replace(model.config, remat=policy), rngs=nnx.Rngs(0)))[0]
+    other = abstract(dataclasses.replace(model.config, remat=policy, ffn=ffn))[0]
     assert_close(gradients(other, state, tokens, 0.1), want)
+
+
+@pytest.mark.parametrize("ffn", INTERPRETED.values(), ids=INTERPRETED)
+def test_the_sparse_remat_policy_runs_no_kernel_twice(ffn, config, tokens):
+    def kernels(remat):
+        graphdef, state = abstract(dataclasses.replace(config, remat=remat, ffn=ffn))
+        return live_kernels(jax.make_jaxpr(gradients, static_argnums=0)(graphdef, state, tokens, 0.1).jaxpr)
+
+    assert kernels("sparse") == kernels("none") < kernels("full")
+
+
+def abstract(config):
+    return nnx.split(nnx.eval_shape(lambda: SparseLM(config, rngs=nnx.Rngs(0))))
+
+
+def live_kernels(jaxpr) -> int:
+    """Pallas calls, in inner programs too, but for those whose results nobody reads: compilers drop them."""
+    live, count = set(map(id, jaxpr.outvars)), 0
+    for equation in reversed(jaxpr.eqns):
+        if not live & set(map(id, equation.outvars)):
+            continue
+        live |= set(map(id, equation.invars))
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(equation.params.values()))]
+        is_kernel = equation.primitive.name == "pallas_call"
+        count += is_kernel or sum(live_kernels(program) for program in inner if hasattr(program, "eqns"))
+    return count
 
 
 def test_scan_equals_a_python_loop(model, forward, tokens):

@@ -1,0 +1,86 @@
+"""Runs that need no corpus and no long training first: random tokens, and a model that is sparse from the start.
+
+An untrained gate is positive for half of the tokens, where no sparse kernel can pay, and a model has no biases to
+shift it by. So the embedding shifts it: `sparse_from_the_start` draws weights with which the input of every
+feed-forward layer is what `pallas_kernels.inputs` takes, a constant, a token's own shift and standard normal
+values, and copies that module's gates, whose neurons are then as active as they are there.
+
+    embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal
+    attention output, w_down:  normal, a hundredth of their usual deviation
+
+The layers then add so little to the residual stream that its norm is σ all the way up, and RMSNorm gives back
+(1, shift, z). All that a step computes, and how long it takes, is what it is in any model of this size.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.inputs import PROFILES, Activity, ffn_inputs
+from sparse_lm import ModelConfig
+from train.state import Params, Program
+
+_MIDDLE_LAYER = PROFILES["layer-3"]
+_OUTPUT_SHARE = 0.01
+
+
+def activity(nnz: float) -> Activity:
+    """Gates as a trained model's middle layer has them: skewed, most neurons silent, ``nnz`` active a token.
+
+    Raises:
+      ValueError: ``nnz`` is not above 0.
+    """
+    return dataclasses.replace(_MIDDLE_LAYER, mean_nnz=nnz)
+
+
+def random_tokens(config: ModelConfig, batch_size: int, *, seed: int = 0) -> np.ndarray:
+    """(batch_size, context_length + 1) int32, uniform over the vocabulary."""
+    shape = (batch_size, config.context_length + 1)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+def sparse_from_the_start(program: Program, nnz: float) -> Program:
+    """The same run from initial weights with which every layer has about ``nnz`` active neurons a token.
+
+    Raises:
+      ValueError: more active neurons than a layer can have.
+    """
+    config = program.config
+    gates = activity(nnz)
+    jax.eval_shape(
+        lambda: _gate(jax.random.key(0), gates, config.model)
+    )  # raises before anything is compiled
+
+    def init():
+        state = program.init()
+        params = _sparse_weights(state.params, config.model, gates, jax.random.key(config.seed))
+        return dataclasses.replace(state, params=params)
+
+    return dataclasses.replace(program, init=init)
+
+
+def _gate(key: jax.Array, gates: Activity, model: ModelConfig) -> jax.Array:
+    """(F, D) f32, the rectified projection of one layer."""
+    inputs = ffn_inputs(key, gates, tokens=1, d_model=model.d_model, d_ff=model.d_ff, dtype=jnp.float32)
+    return inputs["w_gate"]
+
+
+def _sparse_weights(params: Params, model: ModelConfig, gates: Activity, key: jax.Array) -> Any:
+    for_shift, for_tokens, *for_layers = jax.random.split(key, 2 + model.num_layers)
+    embedding = jnp.concatenate(
+        [
+            jnp.ones((model.vocab_size, 1)),
+            gates.token_spread * jax.random.normal(for_shift, (model.vocab_size, 1)),
+            jax.random.normal(for_tokens, (model.vocab_size, model.d_model - 2)),
+        ],
+        axis=1,
+    )
+    attention, ffn = params["blocks"]["attention"], params["blocks"]["ffn"]
+    output = jax.tree.map(lambda weight: _OUTPUT_SHARE * weight, attention["output"])
+    gate = jax.lax.map(lambda key: _gate(key, gates, model), jnp.stack(for_layers))
+    ffn = ffn | {"w_gate" if model.gated else "w_up": gate, "w_down": _OUTPUT_SHARE * ffn["w_down"]}
+    blocks = params["blocks"] | {"attention": attention | {"output": output}, "ffn": ffn}
+    return params | {"embedding": model.init_std * embedding, "blocks": blocks}
