@@ -187,8 +187,7 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
 
     def compile_step(program: Program) -> Any:
         try:
-            with layout.step_scope():
-                return layout.compile_step(program).lower(program.abstract_state(), tokens).compile()
+            return layout.compiled_step(program, tokens)
         except jax.errors.JaxRuntimeError as error:
             return _out_of_memory(error)
 

@@ -40,6 +40,7 @@ commands:
   evaluate   measure a trained model on its held-out text
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
+  compare    train with sparse and with dense feed-forward layers, and compare the loss curves
   bench-step time training steps with sparse and dense feed-forward layers, and measure their memory
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
@@ -155,6 +156,7 @@ def _dispatch(argv: list[str]) -> int:
         "layer-inputs": _layer_inputs,
         "plot": _plot,
         "bench-step": _bench_step,
+        "compare": _compare,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
@@ -348,6 +350,15 @@ def _bench_step(argv: list[str]) -> None:
 
     default = bench_step.BenchStepOptions(config=preset, model=config.model)
     bench_step.run(parse_options(bench_step.BenchStepOptions, argv, "bench-step", default))
+
+
+def _compare(argv: list[str]) -> None:
+    preset, config = _preset(argv, "small")
+
+    from train import compare
+
+    default = compare.CompareOptions.of_preset(preset, config)
+    compare.run(parse_options(compare.CompareOptions, argv, "compare", default))
 
 
 def _sentence(error: Exception) -> str | None:

@@ -127,6 +127,12 @@ class Layout:
             donate_argnums=0,
         )
 
+    def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
+        """`compile_step`, compiled ahead for what ``place`` returned: programs may be compiled side by side."""
+        with self.step_scope():
+            step: Any = self.compile_step(program)
+            return step.lower(program.abstract_state(), tokens).compile()
+
     def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:
         """This process's rows (local B, S + 1) as the step wants them: a global array, or one block a device."""
         if self.config.mode == "pmap":

@@ -26,7 +26,7 @@ def parameters(config: TrainConfig) -> int:
 
 
 def test_names():
-    assert set(configs.names()) == {"tiny", *PAPER}
+    assert set(configs.names()) == {"small", "tiny", *PAPER}
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -68,7 +68,7 @@ def test_an_unknown_preset_names_the_nearest(name, hint):
 
 @pytest.mark.parametrize("name", ["", "_paper", "../tiny", "zzz"])
 def test_what_is_no_preset(name):
-    with pytest.raises(UserError, match="must be one of 0p5b, 1b, 1p5b, 2b, tiny"):
+    with pytest.raises(UserError, match="must be one of 0p5b, 1b, 1p5b, 2b, small, tiny"):
         configs.load(name)
 
 
