@@ -25,7 +25,7 @@ config = TrainConfig(
         sparsity=SparsityConfig(l1=1e-4),
     ),
     data=DataConfig(tokenizer="bpe"),
-    optimizer=OptimizerConfig(learning_rate=1e-3, final_fraction=0.05, warmup_steps=20),
+    optimizer=OptimizerConfig(learning_rate=3e-4, final_fraction=0.05, warmup_steps=50),
     checkpoint=CheckpointConfig(every=100, keep=2),
     report=ReportConfig(every=10, evaluate_every=100, evaluate_batches=8),
 )
