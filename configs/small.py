@@ -1,9 +1,11 @@
 """Twelve layers and 200 steps on the shipped speeches: enough to tell loss curves apart, minutes on a GPU.
 
 Its micro-batch of 8,192 tokens is large enough for every sparse format, and an output head of its own keeps the loss
-at its start near that of a uniform guess also with the initial weights of ``sparse-lm compare``.
+at its start near that of a uniform guess also with the initial weights of ``sparse-lm compare``. With room for every pair of a
+panel and a neuron, a format that is being compared never falls back to the dense layer.
 """
 
+from pallas_kernels import FFNOptions
 from sparse_lm import ModelConfig, SparsityConfig
 from train.config import CheckpointConfig, DataConfig, OptimizerConfig, ReportConfig, TrainConfig
 
@@ -22,7 +24,8 @@ config = TrainConfig(
         context_length=256,
         rope_theta=10_000.0,
         dtype="bfloat16",
-        sparsity=SparsityConfig(l1=1e-4),
+        sparsity=SparsityConfig(l1=1e-3),
+        ffn=FFNOptions(capacity=1.0),
     ),
     data=DataConfig(tokenizer="bpe"),
     optimizer=OptimizerConfig(learning_rate=3e-4, final_fraction=0.05, warmup_steps=50),

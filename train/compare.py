@@ -61,7 +61,7 @@ class CompareOptions:
     config: str = "small"
     formats: tuple[Literal["auto", "panel", "hybrid", "twell"], ...] = ("auto", "panel", "hybrid")
     controls: int = 8
-    nnz: float = 40.0
+    nnz: float = 20.0
     seed: int = 0
     json: str | None = None
     debug: bool = False

@@ -3,7 +3,7 @@
 An untrained gate is positive for half of the tokens, where no sparse kernel can pay, and a model has no biases to
 shift it by. So the embedding shifts it: `sparse_from_the_start` draws weights with which the input of every
 feed-forward layer is what `pallas_kernels.inputs` takes, a constant, a token's own shift and standard normal
-values, and copies that module's gates, whose neurons are then as active as they are there.
+values, and copies that module's gates, whose neurons are then as active as those of a trained layer (`like_trained`).
 
     embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal
     attention output, w_down:  normal, a hundredth of their usual deviation
@@ -19,21 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.inputs import PROFILES, Activity, ffn_inputs
+from pallas_kernels.inputs import Activity, ffn_inputs, like_trained
 from sparse_lm import ModelConfig
 from train.state import Params, Program
 
-_MIDDLE_LAYER = PROFILES["layer-3"]
 _OUTPUT_SHARE = 0.01
-
-
-def activity(nnz: float) -> Activity:
-    """Gates as a trained model's middle layer has them: skewed, most neurons silent, ``nnz`` active a token.
-
-    Raises:
-      ValueError: ``nnz`` is not above 0.
-    """
-    return dataclasses.replace(_MIDDLE_LAYER, mean_nnz=nnz)
 
 
 def random_tokens(config: ModelConfig, batch_size: int, *, seed: int = 0) -> np.ndarray:
@@ -49,7 +39,7 @@ def sparse_from_the_start(program: Program, nnz: float) -> Program:
       ValueError: more active neurons than a layer can have.
     """
     config = program.config
-    gates = activity(nnz)
+    gates = like_trained(nnz, config.model.d_ff)
     jax.eval_shape(
         lambda: _gate(jax.random.key(0), gates, config.model)
     )  # raises before anything is compiled

@@ -37,12 +37,8 @@ def complaint(capsys, *argv):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("", "expected a command, one of train, generate, evaluate, layer-inputs, plot; got none: see sparse-lm --help"),
-        ("trian", "expected a command, one of train, generate, evaluate, layer-inputs, plot; got 'trian'; did you mean train?"),
-        ("train --config tinny", "config must be one of 0p5b, 1b, 1p5b, 2b, tiny; got 'tinny'; did you mean tiny?"),
-        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, tiny; got ''"),
-        ("", "expected a command, one of train, generate, evaluate, bench-step, compare; got none: see sparse-lm --help"),
-        ("trian", "expected a command, one of train, generate, evaluate, bench-step, compare; got 'trian'; did you mean train?"),
+        ("", "expected a command, one of train, generate, evaluate, layer-inputs, plot, bench-step, compare; got none: see sparse-lm --help"),
+        ("trian", "expected a command, one of train, generate, evaluate, layer-inputs, plot, bench-step, compare; got 'trian'; did you mean train?"),
         ("train --config tinny", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),

@@ -36,7 +36,7 @@ def test_every_layer_has_as_many_active_neurons_as_asked_in_every_step(gated, nn
 
 
 def test_more_active_neurons_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="a mean nnz of 900 needs more than the 195 live neurons of F=1024"):
+    with pytest.raises(ValueError, match="a mean nnz of 900 needs more than the 1024 live neurons of F=1024"):
         synthetic.sparse_from_the_start(program(), 900)
 
 
