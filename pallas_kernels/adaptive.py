@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import axes, panel, reference
 from pallas_kernels import dense as dense_layer
-from pallas_kernels import panel, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import vjp as panel_vjp
@@ -72,7 +72,10 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
         like = jax.eval_shape(sparse, x, w_gate, w_up, w_down)[1]
         outputs, (gate, up) = dense_layer.forward(x, w_gate, w_up, w_down)
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
-        return outputs, panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
+        residuals = panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
+        return axes.vary_alike((outputs, residuals), x)[
+            0
+        ]  # constants too: what the other branch gives is computed
 
     outputs, residuals = lax.cond(decision, sparse, dense, *arguments)
     return outputs, (saved, residuals.named())

@@ -16,7 +16,8 @@ class SparseFFN(nnx.Module):
 
     ``y = (relu(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = relu(x Wu^T) Wd`` if not. Parameters, all
     neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype`` and
-    cast to ``dtype`` for the call.
+    rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never rounded to
+    ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
 
     The kernels see local arrays. Under an ambient mesh (``jax.set_mesh``) the call runs in a ``jax.shard_map``
     over ``batch_axes`` and returns the statistics of the whole batch; inside ``shard_map`` or ``pmap`` it is
@@ -90,7 +91,8 @@ class SparseFFN(nnx.Module):
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"SparseFFN expected x of shape (..., {self.d_model}); got {x.shape}")
         parameters = [p for p in (self.w_gate, self.w_up, self.w_down) if p is not None]
-        weights = [parameter[...].astype(self.dtype) for parameter in parameters]
+        # The layer itself rounds f32 weights, and so can give their gradients in f32.
+        weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(self.dtype) for p in parameters]
         x = x.astype(self.dtype)
         axes = _split_axes(self.batch_axes)
         return self._local(x, *weights) if not axes else self._sharded(axes, x, weights)

@@ -45,7 +45,7 @@ def test_every_file_of_kernel_tests_collects(collected):
         "bench", "bench_layers", "blocks", "checks", "collection", "config", "devices_gpu", "devices_interpret",
         "dispatch", "formats",
         "formats_agree", "hybrid_lowering", "panel_lowering", "panel_search", "prune", "recorded",
-        "reference", "reorder", "reorder_input", "tuning", "twell_lowering",
+        "reference", "reorder", "reorder_input", "tuning", "twell_lowering", "weight_gradients",
     }  # fmt: skip
     found = {path.name for path in FOLDER.glob("test_*.py")}
     assert found == {f"test_{name}.py" for name in others} | set(SUITES)

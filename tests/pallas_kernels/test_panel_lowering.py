@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from op_contract import DTYPES, LAYERS, call, differentiate
 from test_twell_lowering import lowered, shapes
 
@@ -58,6 +59,29 @@ def test_auto_holds_both_layers_and_never_asks_the_host(kind):
     assert_kernels(text, FORWARD[1:] + BACKWARD)
     assert "stablehlo.case" in text
     assert not re.search(r"callback|infeed|outfeed|send|recv", text)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("options", [OPTIONS, FFNOptions(), FFNOptions(backend="triton")], ids=str)
+def test_shard_map(options, check_vma, weights, kind):
+    """Over four H200s: each lowers the kernels for its quarter of the tokens; weight gradients are summed in their type."""
+
+    def local(inputs):
+        y, stats = call(inputs, options)
+        return y, stats.all_reduce("data")
+
+    inputs = shapes(4 * 2048, 256, 520, kind=kind)
+    inputs |= {n: jax.ShapeDtypeStruct(s.shape, weights) for n, s in inputs.items() if n != "x"}
+    specs = {name: P("data") if name == "x" else P() for name in inputs}
+    mapped = jax.shard_map(local, in_specs=(specs,), out_specs=(P("data"), P()), check_vma=check_vma)
+    dy = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
+    apply = partial(differentiate, dl1=1.0, apply=mapped)
+    text = lowered(apply, inputs, dy, mesh_shape=(4,), mesh_axes=("data",))
+    assert_kernels(text, FORWARD[1:] + BACKWARD)
+    summed = re.findall(r"\}\) : \(tensor<520x256x(\w+)>\) -> tensor<520x256x", text)
+    assert summed == [{"bfloat16": "bf16", "float32": "f32"}[weights]] * (len(inputs) - 1)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("gated", 6000), ("non-gated", 3200)])

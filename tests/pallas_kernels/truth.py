@@ -36,19 +36,26 @@ def forward(inputs: Mapping[str, np.ndarray], cast: Cast = exact) -> Arrays:
     return {"y": y, "l1": l1, "g": g, "u": u, "h": h, "active": active}
 
 
-def gradients(inputs: Mapping[str, np.ndarray], dy: np.ndarray, dl1: float, cast: Cast = exact) -> Arrays:
-    """Gradients of ``sum(dy * y) + dl1 * l1`` in every input, by name."""
+def gradients(
+    inputs: Mapping[str, np.ndarray],
+    dy: np.ndarray,
+    dl1: float,
+    cast: Cast = exact,
+    cast_sums: Cast | None = None,
+) -> Arrays:
+    """Gradients of ``sum(dy * y) + dl1 * l1`` in every input, by name; those of weights through ``cast_sums`` if given."""
+    cast_sums = cast if cast_sums is None else cast_sums
     x, w_up, w_down = (inputs[name].astype(np.float64) for name in ("x", "w_up", "w_down"))
     layer = forward(inputs, cast)
     from_l1 = cast(np.asarray(dl1 / max(len(x), 1))) * np.sign(layer["h"])
     dh = np.where(layer["active"], cast(cast(dy @ w_down.T) + from_l1), 0.0)
-    result = {"w_down": cast(layer["h"].T @ dy)}
+    result = {"w_down": cast_sums(layer["h"].T @ dy)}
     if "w_gate" not in inputs:
-        return result | {"w_up": cast(dh.T @ x), "x": cast(dh @ w_up)}
+        return result | {"w_up": cast_sums(dh.T @ x), "x": cast(dh @ w_up)}
     w_gate = inputs["w_gate"].astype(np.float64)
     dg, du = cast(dh * layer["u"]), cast(dh * layer["g"])
     dx = cast(cast(dg @ w_gate) + cast(du @ w_up))
-    return result | {"w_gate": cast(dg.T @ x), "w_up": cast(du.T @ x), "x": dx}
+    return result | {"w_gate": cast_sums(dg.T @ x), "w_up": cast_sums(du.T @ x), "x": dx}
 
 
 def judge(name: str, got: Any, true: np.ndarray, rounded: np.ndarray, dtype: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels import FFNOptions
 from sparse_lm import SparseFFN
 
 D, F = 32, 64
@@ -211,3 +212,16 @@ def test_types_and_layout():
     assert shapes == dict.fromkeys(("w_gate", "w_up", "w_down"), ((F, D), jnp.dtype("float32")))
     y, stats = ffn(jnp.ones(D))
     assert (y.shape, y.dtype, stats.l1.dtype) == ((D,), jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize(("weight_gradients", "devices"), [("auto", 1), ("auto", 4), ("input", 1)])
+def test_gradients_of_f32_parameters(weight_gradients, devices, x):
+    """Under bf16 compute they are f32 sums, over tokens and devices, and no bf16 values unless asked for."""
+    options = FFNOptions(format="dense", weight_gradients=weight_gradients)
+    graphdef, state = nnx.split(SparseFFN(D, F, rngs=nnx.Rngs(0), init_std=0.2, options=options))
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))):
+        step = jax.jit(jax.grad(objective, argnums=1, has_aux=True), static_argnums=0)
+        gradients = jax.tree.leaves(step(graphdef, state, x)[0])
+    assert {leaf.dtype for leaf in gradients} == {jnp.dtype("float32")}
+    bf16_values = [np.mean(leaf == leaf.astype(jnp.bfloat16)) for leaf in gradients]
+    assert max(bf16_values) < 0.1 if weight_gradients == "auto" else min(bf16_values) == 1
