@@ -19,9 +19,10 @@ def check_ffn_arguments(
     """Checks x (..., D) and the neuron-major weights (F, D) of one feed-forward call.
 
     Raises:
-      TypeError: an argument is no array, x is not bf16, f16 or f32, or a weight has neither x's type nor, as all
-        of them then must, f32.
-      ValueError: ranks or sizes do not fit, a weight looks transposed, or f32 gradients are asked of other weights.
+      TypeError: an argument is no array, x is not bf16, f16 or f32, or the weights do not share one type,
+        x's or f32.
+      ValueError: ranks or sizes do not fit, a weight looks transposed, or f32 gradients are asked of other
+        weights.
     """
     weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     named = {"x": x} | {name: w for name, w in weights.items() if w is not None}
@@ -53,17 +54,18 @@ def check_ffn_arguments(
     for name, value in named.items():
         if name != "x" and value.dtype != w_up.dtype:
             raise TypeError(
-                f"all weights must share one dtype; got w_up {w_up.dtype} and {name} {value.dtype}: cast one of them"
+                f"all weights must share one dtype; got w_up {w_up.dtype} and {name} {value.dtype}: "
+                f"cast one of them"
             )
     if w_up.dtype not in (x.dtype, _F32):
         raise TypeError(
-            f"weights must have x's dtype, or float32 as master weights; got x {x.dtype} and w_up {w_up.dtype}: "
-            f"cast one of them"
+            f"weights must have x's dtype, or float32 as master weights; got x {x.dtype} and "
+            f"w_up {w_up.dtype}: cast one of them"
         )
     if weight_gradients == "float32" and w_up.dtype != _F32:
         raise ValueError(
-            f"weight_gradients='float32' needs float32 weights, for JAX gives a gradient its argument's dtype; got "
-            f"w_up {w_up.dtype}: pass float32 master weights (x may stay {x.dtype}), or take 'auto'"
+            f"weight_gradients='float32' needs float32 weights, as JAX gives a gradient its argument's dtype; "
+            f"got w_up {w_up.dtype}: pass float32 master weights (x may stay {x.dtype}), or take 'auto'"
         )
 
 

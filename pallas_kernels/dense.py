@@ -1,7 +1,8 @@
 """The dense layer taken apart: a forward that keeps its projections, a backward from them, and one from nothing.
 
-The sparse layers go here where sparsity does not pay or does not fit, and so does the dense layer whose weights are of
-a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded once to the type asked for.
+The sparse layers go here where sparsity does not pay or does not fit, and so does the dense layer whose
+weights are of a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded once to
+the type asked for.
 
     h = [active] g u    dh = [active] (dy Wd^T + sign(h) dl1 / M)    dg = dh u    du = dh g
     dx = dg Wg + du Wu    dWg = dg^T x    dWu = du^T x    dWd = h^T dy
@@ -37,10 +38,10 @@ def ffn(
     options: FFNOptions,
     backend: str,
 ) -> tuple[jax.Array, FFNStats]:
-    """One dense feed-forward layer, `reference.ffn` for x (M, D) and weights (F, D), compiled by XLA on any device.
+    """One dense feed-forward layer: `reference.ffn` for x (M, D) and weights (F, D), by XLA on any device.
 
-    Differentiated by JAX itself, except where weights of a wider type than x's are rounded to it: JAX would round
-    their gradients as well, as those of what multiplies x.
+    Differentiated by JAX itself, except where weights of a wider type than x's are rounded to it: JAX would
+    round their gradients as well, as those of what multiplies x.
     """
     return (reference.ffn if w_up.dtype == x.dtype else _of_master_weights)(x, w_gate, w_up, w_down)
 
@@ -86,7 +87,10 @@ def backward(
     *,
     dtype: DTypeLike,
 ) -> Weights:
-    """Cotangents of x and, in ``dtype``, the weights from the kept projections and the cotangents of y (M, D) and l1."""
+    """Cotangents of x and, in ``dtype``, the weights.
+
+    From the kept projections, and the cotangents of y (M, D) and l1.
+    """
     h, mask = _hidden(gate, up)
     dh = reference.project(dy, w_down) + jnp.sign(h) * (dl1 / x.shape[0]).astype(x.dtype)
     dh = jnp.where(mask, dh, jnp.zeros_like(dh))

@@ -23,7 +23,7 @@ RESIDUAL_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class FFNOptions:
-    """Choices that change how a result is computed, never what it is; and the rounding of the weights' gradients.
+    """Choices that change how a result is computed, never what it is; and how weight gradients are rounded.
 
     Attributes:
       format: how the gate activations are stored between the projections. ``"auto"`` decides inside the program,
@@ -42,12 +42,12 @@ class FFNOptions:
       capacity: share of all (panel, neuron) pairs that PanelELL has room to keep between forward and backward. A
         call with more active pairs keeps nothing and takes the dense path there; without a gradient to compute
         there is room for all.
-      weight_gradients: what the weights' gradients, summed over tokens in f32, are rounded to. JAX gives a gradient
-        its argument's type, and float32 weights beside a 16-bit x are master weights, rounded to x's type for
-        every product. ``"auto"``: to the weights' own type, so that those of master weights are not rounded and add
-        up in f32 over micro-batches and devices. ``"input"``: to x's type first, as if the caller had cast the
-        weights: half the bytes to write, and to add up over devices (XLA may leave that rounding out). ``"float32"``:
-        as ``"auto"``, and weights of another type raise.
+      weight_gradients: what the weights' gradients, summed over tokens in f32, are rounded to. JAX gives a
+        gradient its argument's type, and float32 weights beside a 16-bit x are master weights, rounded to x's
+        type for every product. ``"auto"``: to the weights' own type, so that those of master weights are not
+        rounded and add up in f32 over micro-batches and devices. ``"input"``: to x's type first, as if the
+        caller had cast the weights: half the bytes to write, and to add up over devices (XLA may leave that
+        rounding out). ``"float32"``: as ``"auto"``, and weights of another type raise.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.

@@ -41,7 +41,7 @@ def multiply(
     dimensions: lax.DotDimensionNumbers = _MATRICES,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """A product of two arrays of one type, rounded once, to ``dtype`` or to that type; by default (M, F) times (F, D).
+    """``round(a b)`` of arrays of one type, by default (M, F) and (F, D), to that type or to ``dtype``.
 
     XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum: there
     the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.

@@ -16,8 +16,8 @@ class SparseFFN(nnx.Module):
 
     ``y = (relu(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = relu(x Wu^T) Wd`` if not. Parameters, all
     neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype`` and
-    rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never rounded to
-    ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
+    rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
+    rounded to ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
 
     The kernels see local arrays. Under an ambient mesh (``jax.set_mesh``) the call runs in a ``jax.shard_map``
     over ``batch_axes`` and returns the statistics of the whole batch; inside ``shard_map`` or ``pmap`` it is

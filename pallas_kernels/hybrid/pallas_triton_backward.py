@@ -20,8 +20,9 @@ A few neurons hold most non-zeros (the top 5 % hold 34 to 100 % of them: MEASURE
 every token would be one long program. So the ``hot`` most active ones take another way: their columns of dg,
 du and h as dense (M, hot) matrices, and 6 M hot D FLOPs on tensor cores (`hot_gradients`).
 
-**Numerics.** f32 accumulation over all tokens, one rounding at the end, to the type asked for; dh, dg and du are
-rounded to the input type, as in the reference; dx is rounded once, where the reference rounds each of its two terms.
+**Numerics.** f32 accumulation over all tokens, one rounding at the end, to the type asked for; dh, dg and du
+are rounded to the input type, as in the reference; dx is rounded once, where the reference rounds each of its
+two terms.
 
 **Limits.** As the forward; M W under 2^31.
 """

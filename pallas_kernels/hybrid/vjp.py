@@ -153,7 +153,7 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
 
 
 def _backward(options, backend, residuals, cotangents):
-    """Cotangents of x and the weights from those of y and l1, each in its own type; the counters have none."""
+    """Cotangents of x and the weights, each in its own type, from those of y and l1."""
     dy, dl1 = cotangents[0], cotangents[1].l1
     saved, ell = residuals, residuals.ell
     dtype = saved.w_up.dtype

@@ -81,7 +81,7 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
 
 
 def _backward(options, backend, residuals, cotangents):
-    """Cotangents of x and the weights from those of y and l1, each in its own type; the counters have none."""
+    """Cotangents of x and the weights, each in its own type, from those of y and l1."""
     dy, dstats = cotangents
     return dense.recompute_backward(*dense.rounded(*residuals), dy, dstats.l1, dtype=residuals[2].dtype)
 

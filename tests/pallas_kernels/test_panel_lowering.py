@@ -66,7 +66,7 @@ def test_auto_holds_both_layers_and_never_asks_the_host(kind):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("options", [OPTIONS, FFNOptions(), FFNOptions(backend="triton")], ids=str)
 def test_shard_map(options, check_vma, weights, kind):
-    """Over four H200s: each lowers the kernels for its quarter of the tokens; weight gradients are summed in their type."""
+    """Over four H200s, each with a quarter of the tokens; weight gradients add up in the weights' type."""
 
     def local(inputs):
         y, stats = call(inputs, options)

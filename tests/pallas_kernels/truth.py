@@ -43,7 +43,7 @@ def gradients(
     cast: Cast = exact,
     cast_sums: Cast | None = None,
 ) -> Arrays:
-    """Gradients of ``sum(dy * y) + dl1 * l1`` in every input, by name; those of weights through ``cast_sums`` if given."""
+    """Gradients of ``sum(dy * y) + dl1 * l1`` by name; weights' through ``cast_sums`` if given."""
     cast_sums = cast if cast_sums is None else cast_sums
     x, w_up, w_down = (inputs[name].astype(np.float64) for name in ("x", "w_up", "w_down"))
     layer = forward(inputs, cast)
