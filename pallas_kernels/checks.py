@@ -64,7 +64,7 @@ def check_ffn_arguments(
         )
     if weight_gradients == "float32" and w_up.dtype != _F32:
         raise ValueError(
-            f"weight_gradients='float32' needs float32 weights, as JAX gives a gradient its argument's dtype; "
+            f"weight_gradients='float32' needs float32 weights: JAX gives a gradient its argument's dtype; "
             f"got w_up {w_up.dtype}: pass float32 master weights (x may stay {x.dtype}), or take 'auto'"
         )
 

@@ -1,8 +1,8 @@
 """The dense layer taken apart: a forward that keeps its projections, a backward from them, and one from nothing.
 
 The sparse layers go here where sparsity does not pay or does not fit, and so does the dense layer whose
-weights are of a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded once to
-the type asked for.
+weights are of a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded
+once to the type asked for.
 
     h = [active] g u    dh = [active] (dy Wd^T + sign(h) dl1 / M)    dg = dh u    du = dh g
     dx = dg Wg + du Wu    dWg = dg^T x    dWu = du^T x    dWd = h^T dy

@@ -98,7 +98,7 @@ def test_bad_arguments(mistake):
 def test_float32_gradients_of_narrow_weights():
     narrow = {name: value.astype("bfloat16") for name, value in arguments().items()}
     with pytest.raises(
-        ValueError, match=r"needs float32 weights, .*; got w_up bfloat16: pass float32 master"
+        ValueError, match=r"needs float32 weights: .*; got w_up bfloat16: pass float32 master"
     ) as raised:
         sparse_ffn(**narrow, options=FFNOptions(weight_gradients="float32"))
     assert_one_sentence(raised.value)
