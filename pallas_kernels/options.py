@@ -17,8 +17,8 @@ RESIDUAL_NAMES = (
     "sparse_ffn_indices",
     "sparse_ffn_nnz",
 )
-"""Names of all that the sparse layers keep between forward and backward, for
-``jax.checkpoint_policies.save_only_these_names``: the lists and values of `PanelELL`, the triples of `HybridELL`."""
+"""Names of all that the sparse layers keep between forward and backward: lists and values of `PanelELL`, triples of
+`HybridELL`. For ``jax.checkpoint_policies.save_only_these_names``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,8 +57,8 @@ class ModelConfig:
       init_std: standard deviation of the initial weights.
       dtype: compute type, ``"bfloat16"``, ``"float16"`` or ``"float32"``; master weights are always f32.
       remat: what the backward recomputes in each layer: ``"none"``, ``"dots"`` (keeps matrix products),
-        ``"sparse"`` (keeps what the sparse feed-forward kernels store for their backward, so that only attention
-        is computed twice; a dense feed-forward stores nothing under such a name and is computed twice too),
+        ``"sparse"`` (keeps what the sparse feed-forward kernels store for their backward, so that only
+        attention is computed twice; a dense feed-forward stores nothing and is computed twice too),
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
       ffn: how the feed-forward kernels run.

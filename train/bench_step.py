@@ -1,13 +1,13 @@
 """What a training step of a whole model costs with the sparse kernels: ``sparse-lm bench-step``.
 
-Every pair of a format and a remat policy is one case: the step that ``train`` runs, on one micro-batch of random
-tokens. Each layer has the same chosen number of active neurons a token, from the first step to the last: initial
-weights make it so (`synthetic.sparse_from_the_start`), and a learning rate too small to change a weight keeps it so.
-The number that the timed steps then count, l0, is reported beside their times.
+Every pair of a format and a remat policy is one case: the step that ``train`` runs, on one micro-batch of
+random tokens. Each layer has the same chosen number of active neurons a token, from the first step to the
+last: initial weights make it so (`synthetic.sparse_from_the_start`), and a learning rate too small to change
+a weight keeps it so. The number that the timed steps then count, l0, is reported beside their times.
 
 Memory is what the compiled program holds at once: the state, which it updates in place, its tokens, and its
-temporary buffers, which is where formats and policies differ. With ``--peaks`` every case has a process of its own,
-whose allocator says the most that it ever held.
+temporary buffers, which is where formats and policies differ. With ``--peaks`` every case has a process of
+its own, whose allocator says the most that it ever held.
 """
 
 import dataclasses
@@ -38,11 +38,12 @@ from train.state import Program, build_program
 WARM_UP = 3
 _UNCHANGING = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
 _MIB = 2**20
+_COMPILERS = 4  # at a time: on a GPU each of them takes memory to try out products in
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchStepOptions:
-    """Times training steps of a preset, and says what memory they take, for sparse formats against the dense one.
+    """Times training steps of a preset, and says what memory they take, sparse formats against the dense one.
 
     Attributes:
       config: the preset whose model it is.
@@ -110,7 +111,7 @@ class Row:
       samples_ms: milliseconds of each timed step; none where the case failed.
       program_bytes: what the compiled step holds at once on a device: state, tokens and temporary buffers.
       temporary_bytes: its temporary buffers alone.
-      peak_bytes: the most that a process that ran nothing else held on its first device; None if not asked for.
+      peak_bytes: the most that a process of its own held on its first device; None if not asked for.
       l0_per_layer: mean active neurons per token of each layer in the last step.
       overflow_share: share of (token, layer) pairs that did not fit the format and were computed densely.
       failure: why there are no times, in one sentence.
@@ -137,7 +138,7 @@ class Row:
 
 
 def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Row]:
-    """Times every case, prints a line for each and a table of all, and writes the JSON file if one is asked for.
+    """Times every case, prints a line for each and a table of all, and writes the JSON file asked for.
 
     Raises:
       UserError: the batch does not divide over the devices, or the file cannot be written.
@@ -191,7 +192,7 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
         except jax.errors.JaxRuntimeError as error:
             return _out_of_memory(error)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_COMPILERS) as pool:
         steps = list(pool.map(compile_step, programs))
     for case, step in zip(cases, steps, strict=True):
         row = Row(case, jax.devices()[0].device_kind)

@@ -1,17 +1,19 @@
-"""Do the sparse kernels train as the dense path does? ``sparse-lm compare`` runs both from one seed on the same data.
+"""Do the sparse kernels train as the dense path does? ``sparse-lm compare`` trains with both.
 
-Two exact computations that sum in another order differ in their last bits, and training makes more of the
-difference with every step, so two loss curves never agree exactly. How far apart they may be is measured: dense
-controls are the same run with the neurons of every feed-forward layer, the channels of the residual stream and the
-sequences of each batch in another order. That is the same function of the same weights and data, and all that it
-changes is the order in which sums over neurons, channels and tokens are taken.
+All runs have the same seed and data. Two exact computations that sum in another order differ in their last
+bits, and training makes more of the difference with every step, so two loss curves never agree exactly. How
+far apart they may be is measured: dense controls are the same run with the neurons of every feed-forward
+layer, the channels of the residual stream and the sequences of each batch in another order. That is the same
+function of the same weights and data, and all that it changes is the order in which sums over neurons,
+channels and tokens are taken.
 
     d(c)  = max over steps of |loss of c - mean loss of the controls|      for a sparse run c
     d(i)  = the same for control i against the mean of the other controls
     spread = the largest d(i)
 
-A sparse curve lies within the spread if d(c) is at most the spread. One more dense run among ``n`` controls would
-exceed it once in n + 1 times by chance, so a ratio little over 1 is no finding, and one of many times over is.
+A sparse curve lies within the spread if d(c) is at most the spread. One more dense run among ``n`` controls
+would exceed it once in n + 1 times by chance, so a ratio little over 1 is no finding, and one of many times
+over is.
 """
 
 import dataclasses
@@ -44,8 +46,8 @@ class CompareOptions:
       config: the preset that gives every option below its default.
       formats: the sparse formats to train with.
       controls: dense runs, each summing in another order; at least 3.
-      nnz: active neurons that each layer has for a token in the first step, on average; 0 starts as ``train`` does,
-        with half of all.
+      nnz: active neurons that each layer has for a token in the first step, on average; 0 starts with half
+        of all, as ``train`` does.
       steps: optimizer steps of each run.
       batch_size: sequences of a step.
       seed: of the initial weights and of the data order.
@@ -202,7 +204,7 @@ def _batches(options: CompareOptions) -> list[np.ndarray]:
 
 
 def reordered(state: TrainState, key: jax.Array) -> TrainState:
-    """A first state with neurons and channels in orders drawn from ``key``: the same function of the tokens."""
+    """A first state with neurons and channels in an order drawn from ``key``: the same function of tokens."""
     for_channels, for_neurons = jax.random.split(key)
     layers, d_ff, d_model = state.params["blocks"]["ffn"]["w_up"].shape
     channels = jax.random.permutation(for_channels, d_model)
@@ -214,7 +216,7 @@ def reordered(state: TrainState, key: jax.Array) -> TrainState:
             leaf = jnp.take_along_axis(leaf, neurons[:, :, None], axis=1)
         if "bias" in names:  # of queries, keys and values, which belong to heads
             return leaf
-        # Queries, keys and values read the residual stream, along the axis before the last; all others end in it.
+        # Queries, keys and values read the residual stream, by the axis before the last; all others end in it.
         reads = {"query", "key", "value"} & set(names)
         return jnp.take(leaf, channels, axis=-2 if reads else -1)
 

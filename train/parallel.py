@@ -128,7 +128,7 @@ class Layout:
         )
 
     def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
-        """`compile_step`, compiled ahead for what ``place`` returned: programs may be compiled side by side."""
+        """`compile_step`, compiled ahead for what ``place`` returned; programs may be compiled side by side."""
         with self.step_scope():
             step: Any = self.compile_step(program)
             return step.lower(program.abstract_state(), tokens).compile()

@@ -123,7 +123,7 @@ def _quantity(value: float) -> str:
 
 
 class JsonFile:
-    """A file that holds the newest figures of a long run, whole at any moment; without a path it does nothing.
+    """A file with the newest figures of a long run, whole at any moment; without a path it does nothing.
 
     Args:
       path: where; its directory is made, and an older file stands until the first figures replace it.

@@ -1,9 +1,10 @@
-"""Runs that need no corpus and no long training first: random tokens, and a model that is sparse from the start.
+"""Runs that need no corpus and no long training first: random tokens, a model that is sparse from the start.
 
-An untrained gate is positive for half of the tokens, where no sparse kernel can pay, and a model has no biases to
-shift it by. So the embedding shifts it: `sparse_from_the_start` draws weights with which the input of every
-feed-forward layer is what `pallas_kernels.inputs` takes, a constant, a token's own shift and standard normal
-values, and copies that module's gates, whose neurons are then as active as those of a trained layer (`like_trained`).
+An untrained gate is positive for half of the tokens, where no sparse kernel can pay, and a model has no
+biases to shift it by. So the embedding shifts it: `sparse_from_the_start` draws weights with which the input
+of every feed-forward layer is what `pallas_kernels.inputs` takes, a constant, a token's own shift and
+standard normal values, and copies that module's gates, whose neurons are then as active as those of a trained
+layer (`like_trained`).
 
     embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal
     attention output, w_down:  normal, a hundredth of their usual deviation

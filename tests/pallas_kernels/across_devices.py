@@ -1,6 +1,6 @@
-"""What several devices must give: loss, statistics and gradients of one, from one program that never asks the host.
+"""Loss, statistics and gradients of several devices are those of one, from a program that asks the host nothing.
 
-Subclass `AcrossDevices` in a thin file, with the options of each format and sizes that its backend can afford.
+Subclass `AcrossDevices` in a thin file, with the options and sizes of each format.
 """
 
 import re
@@ -17,7 +17,7 @@ from op_contract import DL1, Path, call, cotangent, run
 
 FORMATS = ("dense", "auto", "panel", "hybrid", "twell")
 PATTERNS = ("few", "uneven")
-"""What one compiled program is run on: tokens that fit every format, and tokens that overflow and that are dense."""
+"""What one compiled program is run on: tokens that fit every format, and tokens that overflow."""
 
 _HOST_TRAFFIC = re.compile(
     r"\b(infeed|outfeed|send|send-done|recv|recv-done)\("  # instructions
@@ -34,7 +34,7 @@ def host_traffic(program: str) -> list[str]:
 
 
 def objective(options, inputs, dy, dl1):
-    """``sum(dy * y) + dl1 * l1``; the sum of that without signs, which rounding is measured by; the statistics."""
+    """``sum(dy * y) + dl1 * l1``; the same sum without signs, the scale of its rounding; the statistics."""
     y, stats = call(inputs, options)
     terms = y.astype(jnp.float32) * dy
     return jnp.sum(terms) + dl1 * stats.l1, (jnp.sum(jnp.abs(terms)) + dl1 * stats.l1, stats)
@@ -47,7 +47,7 @@ def on_one(options):
 
 
 def pmapped(options, devices):
-    """Each device differentiates its own tokens; weight gradients, loss and statistics are summed over devices."""
+    """Each device differentiates its own tokens; weight gradients, loss and statistics are then summed."""
 
     def local(inputs, dy):
         differentiate = jax.value_and_grad(partial(objective, options), has_aux=True)
@@ -102,7 +102,7 @@ class AcrossDevices:
         self.check(path, sharded(path.options, devices, path.check_vma), lambda *arguments: arguments)
 
     def check(self, path: Path, function: Any, shaped: Any) -> None:
-        """One program, compiled ahead, for every pattern; nothing but its results is read, and only after it."""
+        """One program, compiled ahead, for every pattern; its results alone are read, once it is done."""
         program = None
         for pattern in PATTERNS:
             inputs, _ = path.layer(pattern, self.tokens, path.dtype)

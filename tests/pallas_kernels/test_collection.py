@@ -42,8 +42,8 @@ def test_every_suite_runs_every_case(collected, file, suite):
 def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract have their names here: none is forgotten."""
     others = {
-        "bench", "bench_layers", "blocks", "checks", "collection", "config", "devices_gpu", "devices_interpret",
-        "dispatch", "formats",
+        "bench", "bench_layers", "blocks", "checks", "collection", "config", "devices_gpu",
+        "devices_interpret", "dispatch", "formats",
         "formats_agree", "hybrid_lowering", "panel_lowering", "panel_search", "prune", "recorded",
         "reference", "reorder", "reorder_input", "tuning", "twell_lowering", "weight_gradients",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Four simulated CPU devices give what one gives, the kernels interpreted; and the inspection sees what it looks for."""
+"""Four simulated CPU devices give what one gives; the inspection of programs sees what it looks for."""
 
 import jax
 import jax.numpy as jnp

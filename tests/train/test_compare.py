@@ -1,4 +1,4 @@
-"""Sparse against dense training: the measure on made curves, the controls' orders, and a whole tiny comparison."""
+"""Sparse against dense training: the measure on made curves, the controls' orders, a tiny comparison."""
 
 import dataclasses
 import json

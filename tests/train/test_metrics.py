@@ -34,6 +34,14 @@ def test_record_is_plain_json():
     assert json.loads(json.dumps(record)) == {"step": 3, "ce": 1.5, "max_nnz": 7, "l0_per_layer": [1.0, 2.0]}
 
 
+def test_a_step_is_read_once_whatever_it_counts(monkeypatch):
+    """One wait for the device, not one for each counter; the loop makes one record a step."""
+    reads = []
+    monkeypatch.setattr("train.metrics.jax.device_get", lambda tree: reads.append(tree) or {"ce": 0.0})
+    to_record(1, {"ce": jnp.float32(1.5), "overflow_rows": jnp.int32(7), "l0_per_layer": jnp.zeros(2)})
+    assert [set(read) for read in reads] == [{"ce", "overflow_rows", "l0_per_layer"}]
+
+
 @pytest.mark.parametrize(
     ("loss", "norm", "expected"), [(1, 1, True), (math.nan, 1, False), (1, math.inf, False)]
 )
