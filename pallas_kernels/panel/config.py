@@ -129,8 +129,9 @@ class RareConfig:
 class PanelConfig:
     """Configs of all stages of a call; ``panel`` is P.
 
-    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. The tile of ``up`` is also what a
-    panel's list is padded to: ``up_keep`` and ``dh`` have the same, and the tile_k of ``down`` and ``dx`` divides it.
+    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. Its tile is also the chunk that a
+    panel's list is padded to: ``up`` and ``dh`` have the same, or twice it where a panel has two chunks left, and the
+    tile_k of ``down`` and ``dx`` divides it.
 
     Raises:
       ValueError: a slice of the list that does not divide its padding, or of a panel that does not divide it.
@@ -147,20 +148,25 @@ class PanelConfig:
     rare: RareConfig = RareConfig()
 
     def __post_init__(self) -> None:
-        for name in ("up_keep", "dh"):
-            if getattr(self, name).tile != self.up.tile:
+        for name in ("up", "dh"):
+            if getattr(self, name).tile not in (self.chunk, 2 * self.chunk):
                 raise ValueError(
-                    f"PanelConfig.{name}.tile must be up.tile={self.up.tile}, the padding of a panel's list; "
-                    f"got {getattr(self, name).tile}"
+                    f"PanelConfig.{name}.tile must be up_keep.tile={self.chunk}, the padding of a panel's list, or twice "
+                    f"that; got {getattr(self, name).tile}"
                 )
         for name in ("down", "dx"):
-            if self.up.tile % getattr(self, name).tile_k:
+            if self.chunk % getattr(self, name).tile_k:
                 raise ValueError(
-                    f"PanelConfig.{name}.tile_k must divide up.tile={self.up.tile}, the padding of a panel's list; "
+                    f"PanelConfig.{name}.tile_k must divide up_keep.tile={self.chunk}, the padding of a panel's list; "
                     f"got {getattr(self, name).tile_k}"
                 )
         if self.panel % self.dw.tile_k:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
+
+    @property
+    def chunk(self) -> int:
+        """What a panel's list is padded to."""
+        return self.up_keep.tile
 
 
 BREAK_EVEN = 0.55
@@ -202,7 +208,7 @@ def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
-            up=StageConfig(128, 64, 4, 3),
+            up=StageConfig(256, 32, 8, 6) if deep else StageConfig(128, 64, 4, 3),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
             down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),

@@ -39,6 +39,7 @@ _CONTRACT_FIRST = (((0,), (0,)), ((), ()))
 OUT_OF_RANGE = 1 << 30
 """An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
 _LIST_BLOCK = 8192
+_MOST_IN_ONE_PASS = 8192
 _GROUP_M = 8
 
 
@@ -84,6 +85,11 @@ class Lists(NamedTuple):
     counts: jax.Array
     slots: jax.Array
     hits: jax.Array
+
+    @property
+    def chunk(self) -> int:
+        """What a panel's slots are a multiple of."""
+        return self.neurons.shape[0] // self.owner.shape[0]
 
 
 def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
@@ -188,7 +194,7 @@ def build_lists(
     hits = gate.hits.reshape(n_panels, gate.segments, -1)[:, :, :d_ff]
     hits = jnp.sum(hits, axis=1, dtype=jnp.uint8)  # at most P of 128
     counts = jnp.sum(hits > 0, axis=1, dtype=jnp.int32)
-    needed = jnp.cumsum((counts + chunk - 1) // chunk, dtype=jnp.int32)
+    needed = prefix_sums((counts + chunk - 1) // chunk)
     offsets = jnp.concatenate([jnp.zeros_like(needed[:1]), needed]) * chunk
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
     neurons, segments, owner, slots = pl.pallas_call(
@@ -205,6 +211,15 @@ def build_lists(
         name="panel_lists",
     )(gate.hits, offsets, counts)
     return Lists(neurons, segments, owner, offsets, counts, slots, hits), needed[-1]
+
+
+def prefix_sums(counts: jax.Array) -> jax.Array:
+    """(n,) int32 inclusive: n² additions in one launch, where XLA's scan takes a launch a level."""
+    n = counts.shape[0]
+    if n > _MOST_IN_ONE_PASS:
+        return jnp.cumsum(counts, dtype=jnp.int32)
+    earlier = lax.broadcasted_iota(jnp.int32, (n, n), 0) >= lax.broadcasted_iota(jnp.int32, (n, n), 1)
+    return jnp.sum(jnp.where(earlier, counts[None], 0), axis=1, dtype=jnp.int32)
 
 
 def _lists_kernel(
@@ -281,7 +296,7 @@ def panel_up(
 ) -> Hidden:
     """``h = gate * (x Wu^T)`` over the lists, or ``h = gate`` without w_up: x (M, D), w_up (F, D)."""
     panel, chunks = gate.values.shape[2], lists.owner.shape[0]
-    shape = (chunks * config.tile, panel)
+    shape = (lists.neurons.shape[0], panel)
     kept = 2 if keep and w_up is not None else 0  # without a gate, h is all there is to keep
     operands = [] if w_up is None else [x, w_up]
     h, l1, *gate_and_up = pl.pallas_call(
@@ -296,7 +311,7 @@ def panel_up(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_up",
     )(lists.neurons, lists.owner, lists.offsets, lists.segments, gate.values, *operands)
-    used = jnp.arange(chunks) < lists.offsets[-1] // config.tile
+    used = jnp.arange(chunks) < lists.offsets[-1] // lists.chunk
     return Hidden(h, jnp.sum(jnp.where(used, l1, 0)), *(gate_and_up or (None, None)))
 
 
@@ -307,16 +322,32 @@ def programs(chunks: int, config: StageConfig) -> int:
 
 
 def over_chunks(lists_refs, panel, tile, body):
-    """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share."""
+    """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share.
+
+    A tile of two chunks takes a panel's chunks in pairs, and its last one alone if they are odd: twice the work for each
+    row of x that is read.
+    """
     neurons_ref, owner_ref, offsets_ref = lists_refs
+    size = neurons_ref.shape[0] // owner_ref.shape[0]
     first, step = pl.program_id(0), pl.num_programs(0)
-    total = offsets_ref[offsets_ref.shape[0] - 1] // tile
+    total = offsets_ref[offsets_ref.shape[0] - 1] // size
 
     def one(nth, carry):
         chunk = first + nth * step
         which = owner_ref[chunk]
-        slots = chunk * tile + lax.iota(jnp.int32, tile)
-        body(chunk, which, which * panel + lax.iota(jnp.int32, panel), slots, plt.load(neurons_ref.at[slots]))
+
+        def take(length):
+            slots = chunk * size + lax.iota(jnp.int32, length)
+            rows = which * panel + lax.iota(jnp.int32, panel)
+            body(chunk, which, rows, slots, plt.load(neurons_ref.at[slots]))
+
+        if tile == size:
+            take(size)
+            return carry
+        leads = (chunk - offsets_ref[which] // size) % 2 == 0
+        followed = (chunk + 1) * size < offsets_ref[which + 1]
+        pl.when(leads & followed)(lambda: take(tile))
+        pl.when(leads & ~followed)(lambda: take(size))
         return carry
 
     lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, jnp.int32(0))
@@ -343,6 +374,8 @@ def _up_kernel(*refs, panel, segments, config, gated):
             plt.store(gate_ref.at[place], gate)
             plt.store(up_ref.at[place], up)
         l1_ref[chunk] = jnp.sum(jnp.abs(h.astype(jnp.float32)))
+        if slots.shape[0] > h_ref.shape[0] // l1_ref.shape[0]:  # a pair of chunks
+            l1_ref[chunk + 1] = jnp.float32(0)
 
     over_chunks(lists_refs, panel, config.tile, body)
 

@@ -6,17 +6,17 @@ A neuron that is active for many tokens is worth a row of a dense product over a
 is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430 neurons hold 60 %
 of all activity, and 3500 share the rest. The border is where both ways take the same time: `RareConfig.share`.
 
-**`hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. The gradients of Wg and Wu share x, so one program sums
-both. A program owns a tile of hot neurons and of D, and walks all panels: what a panel has of its neurons is gathered
-by slot, P contiguous values a neuron.
+**`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons and of D in one
+of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P contiguous values a
+neuron. All gradients are one launch: a program's walk is long, and those of one gradient alone are too few to hide it.
 
-**`token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit counts of the
+**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit counts of the
 gate stage say where each panel's part of a neuron's list begins, so no program waits for another. Reads
 the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
 
-**`rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n tokens, all three gradients
-in registers. Programs run slice by slice, so that a slice of x and dy stays in L2. It also writes the
-rows of neurons that no token activated, which are zeros.
+**`panel_dw_rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n tokens, all three gradients
+in registers. Programs run slice by slice, so that a slice of x and dy stays in L2, and in a slice the longer lists
+first, so that no long one is left last. It also writes the rows of neurons that no token activated, which are zeros.
 
 No two programs write one value and none is added in memory: the same input gives the same bits.
 
@@ -43,6 +43,7 @@ _MATRICES = (((1,), (0,)), ((), ()))
 _LIST_TILE = 32
 _SHORTEST_LIMIT = 16
 _PREFIX_BLOCK = 128
+_ORDER_BLOCK = 8192
 
 
 def panel_dw(
@@ -63,87 +64,107 @@ def panel_dw(
       gate: (n_slots, P) as kept by the forward, active where a token activates a slot's neuron; without a gate, h.
       x, dy: (M, D).
     """
-    inner = [gradients.gate] if gradients.up is None else [gradients.gate, gradients.up]
+    zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
+    xs = [x] * (len(zs) - 1) + [dy]
     limit = max(x.shape[0] // rare_config.share, _SHORTEST_LIMIT)
     totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
-    hot = partial(
-        _hot, hot_first(totals > limit), lists.slots, config=hot_config, dtype=dtype, interpret=interpret
+    order = busiest_first(totals, limit=limit, interpret=interpret)
+    rows = _hot(
+        zs, xs, order, totals, lists.slots, limit=limit, config=hot_config, dtype=dtype, interpret=interpret
     )
-    rows = [*hot(inner, x, name="panel_dw_inner"), *hot([gradients.h], dy, name="panel_dw_down")]
     tokens = token_lists(gate, lists, totals, limit=limit, interpret=interpret)
-    zs = [*inner, gradients.h]
-    *dw_gate, dw_up, dw_down = _rare(zs, tokens, x, dy, rows, config=rare_config, interpret=interpret)
+    *dw_gate, dw_up, dw_down = _rare(zs, xs, order, tokens, rows, config=rare_config, interpret=interpret)
     return (dw_gate[0] if dw_gate else None), dw_up, dw_down
+
+
+def busiest_first(totals: jax.Array, *, limit: int, interpret: bool = False) -> jax.Array:
+    """(F,) int32, all neurons: those of more than ``limit`` tokens, then the others by classes of their totals (F,)."""
+    return pl.pallas_call(
+        partial(_busiest_first_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
+        out_shape=axes.output(totals, totals.shape, jnp.int32),
+        grid=(1,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        name="panel_busiest_first",
+    )(totals)
+
+
+def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
+    (d_ff,) = totals_ref.shape
+    width = min(_ORDER_BLOCK, pl.next_power_of_2(d_ff))
+    found = jnp.int32(0)
+    for above, bound in zip((None, *bounds), bounds, strict=False):
+
+        def block(nth, found, above=above, bound=bound):
+            neuron = nth * width + lax.iota(jnp.int32, width)
+            totals = plt.load(totals_ref.at[neuron], mask=neuron < d_ff, other=-1)
+            here = totals > bound
+            if above is not None:
+                here &= totals <= above
+            counted = here.astype(jnp.int32)
+            place = jnp.where(here, found + jnp.cumsum(counted) - counted, OUT_OF_RANGE)
+            plt.store(order_ref.at[place], neuron, mask=here)
+            return found + jnp.sum(counted)
+
+        found = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, found)
 
 
 # -- hot neurons -----------------------------------------------------------------------------------------------
 
 
-def hot_first(is_hot: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All neurons, hot ones first, and (1,) how many those are."""
-    before = jnp.cumsum(is_hot, dtype=jnp.int32)
-    neuron = jnp.arange(is_hot.shape[0], dtype=jnp.int32)
-    place = jnp.where(is_hot, before - 1, before[-1] + neuron - before)
-    order = jnp.zeros_like(neuron).at[place].set(neuron, unique_indices=True)
-    return order, before[-1:]
+def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
+    """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of hot neurons j.
 
-
-def _hot(ordered, slots, zs, x, *, config, dtype, interpret, name):
-    """For each z (n_slots, P): ``dW[j] = sum over tokens of z[j] x`` for hot j, (F, D); other rows are not written."""
-    order, n_hot = ordered
-    (d_ff,), d_model = order.shape, x.shape[1]
-    if len(zs) == 1:  # one sum instead of two: as many accumulators in a tile twice as high
-        config = dataclasses.replace(config, tile=min(2 * config.tile, 128))
+    Other rows of the (F, D) results are not written. ``order`` has the hot neurons first.
+    """
+    (d_ff,), d_model = order.shape, xs[0].shape[1]
+    tiles = pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d)
+    n_hot = jnp.sum(totals > limit, dtype=jnp.int32)[None]
     return pl.pallas_call(
         partial(_hot_kernel, panel=zs[0].shape[1], count=len(zs), config=config),
         out_shape=(axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
-        grid=(pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d),),
+        grid=(tiles * len(zs),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        name=name,
-    )(order, n_hot, slots, *zs, x)
+        name="panel_dw_hot",
+    )(order, n_hot, slots, *zs, xs[0], xs[-1])
 
 
 def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
-    z_refs, x_ref, outputs = refs[:count], refs[count], refs[count + 1 :]
-    (tokens, d_model), (d_ff,) = x_ref.shape, order_ref.shape
+    z_refs, (x_ref, dy_ref), outputs = refs[:count], refs[count : count + 2], refs[count + 2 :]
+    (tokens, d_model), (d_ff,), n_hot = x_ref.shape, order_ref.shape, n_hot_ref[0]
     n_columns = pl.cdiv(d_model, config.tile_d)
-    first = pl.program_id(0) // n_columns * config.tile
-    nth = first + lax.iota(jnp.int32, config.tile)
-    neurons = plt.load(order_ref.at[jnp.minimum(nth, d_ff - 1)])
-    columns = (pl.program_id(0) % n_columns * config.tile_d + lax.iota(jnp.int32, config.tile_d))[None, :]
-    hot = nth < n_hot_ref[0]
+    tile_id, which_z = pl.program_id(0) // count, pl.program_id(0) % count
+    first = tile_id // n_columns * config.tile
     slices = panel // config.tile_k
 
-    def step(i, accs):
-        which, within = i // slices, i % slices * config.tile_k + lax.iota(jnp.int32, config.tile_k)
-        slot = plt.load(slots_ref.at[which, neurons])
-        present = jnp.broadcast_to(((slot >= 0) & hot)[:, None], (config.tile, config.tile_k))
-        rows = (which * panel + within)[:, None]
-        inside = jnp.broadcast_to((rows < tokens) & (columns < d_model), (config.tile_k, config.tile_d))
-        x = plt.load(x_ref.at[rows, columns], mask=inside, other=0)
-        place = (jnp.maximum(slot, 0)[:, None], within[None, :])
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return tuple(
-            acc
-            + lax.dot_general(
-                plt.load(z_ref.at[place], mask=present, other=0),
-                x,
-                _MATRICES,
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            for acc, z_ref in zip(accs, z_refs, strict=True)
-        )
+    def sum_into(out_ref, z_ref, x_ref):
+        nth = first + lax.iota(jnp.int32, config.tile)
+        hot, neurons = nth < n_hot, plt.load(order_ref.at[jnp.minimum(nth, d_ff - 1)])
+        columns = (tile_id % n_columns * config.tile_d + lax.iota(jnp.int32, config.tile_d))[None, :]
 
-    # A tile without a hot neuron has nothing to add up.
-    steps = jnp.where(first < n_hot_ref[0], jnp.int32(slots_ref.shape[0] * slices), jnp.int32(0))
-    zero = jnp.zeros((config.tile, config.tile_d), jnp.float32)
-    accs = lax.fori_loop(jnp.int32(0), steps, step, (zero,) * count)
-    mask = jnp.broadcast_to(hot[:, None] & (columns < d_model), zero.shape)
-    target = jnp.where(hot, neurons, OUT_OF_RANGE)[:, None]  # the interpreter rewrites masked lanes
-    for acc, ref in zip(accs, outputs, strict=True):
-        plt.store(ref.at[target, columns], acc.astype(ref.dtype), mask=mask)
+        def step(i, acc):
+            which, within = i // slices, i % slices * config.tile_k + lax.iota(jnp.int32, config.tile_k)
+            slot = plt.load(slots_ref.at[which, neurons])
+            present = jnp.broadcast_to(((slot >= 0) & hot)[:, None], (config.tile, config.tile_k))
+            rows = (which * panel + within)[:, None]
+            inside = jnp.broadcast_to((rows < tokens) & (columns < d_model), (config.tile_k, config.tile_d))
+            x = plt.load(x_ref.at[rows, columns], mask=inside, other=0)
+            z = plt.load(z_ref.at[jnp.maximum(slot, 0)[:, None], within[None, :]], mask=present, other=0)
+            precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+            return acc + lax.dot_general(
+                z, x, _MATRICES, precision=precision, preferred_element_type=jnp.float32
+            )
+
+        steps = jnp.int32(slots_ref.shape[0] * slices)
+        acc = lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((config.tile, config.tile_d), jnp.float32))
+        mask = jnp.broadcast_to(hot[:, None] & (columns < d_model), acc.shape)
+        target = jnp.where(hot, neurons, OUT_OF_RANGE)[:, None]  # the interpreter rewrites masked lanes
+        plt.store(out_ref.at[target, columns], acc.astype(out_ref.dtype), mask=mask)
+
+    for nth, (z_ref, out_ref) in enumerate(zip(z_refs, outputs, strict=True)):
+        operand = dy_ref if nth == count - 1 else x_ref
+        pl.when((first < n_hot) & (which_z == nth))(partial(sum_into, out_ref, z_ref, operand))
 
 
 # -- rare neurons ----------------------------------------------------------------------------------------------
@@ -228,14 +249,14 @@ def _token_lists_kernel(
                 plt.store(ref.at[target, place], jnp.broadcast_to(value, mask.shape), mask=mask)
 
 
-def _rare(zs, tokens: TokenLists, x, dy, rows, *, config, interpret):
-    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z; the last is of dy, others of x."""
+def _rare(zs, xs, order, tokens: TokenLists, rows, *, config, interpret):
+    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z (n_slots, P) and its x (M, D)."""
     d_ff, d_model = rows[0].shape
     config = dataclasses.replace(config, slice_d=min(config.slice_d, pl.next_power_of_2(max(d_model, 16))))
-    operands = [tokens.totals, tokens.rows, tokens.slots, *zs, x, dy]
+    operands = [order, tokens.totals, tokens.rows, tokens.slots, *zs, xs[0], xs[-1]]
     return pl.pallas_call(
         partial(_rare_kernel, count=len(zs), panel=zs[0].shape[1], config=config),
-        out_shape=tuple(axes.output(x, row.shape, row.dtype) for row in rows),
+        out_shape=tuple(axes.output(zs[0], row.shape, row.dtype) for row in rows),
         grid=(d_ff * pl.cdiv(d_model, config.slice_d),),
         input_output_aliases={len(operands) + nth: nth for nth in range(len(rows))},
         interpret=interpret,
@@ -244,10 +265,10 @@ def _rare(zs, tokens: TokenLists, x, dy, rows, *, config, interpret):
     )(*operands, *rows)
 
 
-def _rare_kernel(totals_ref, rows_ref, slots_ref, *refs, count, panel, config):
+def _rare_kernel(order_ref, totals_ref, rows_ref, slots_ref, *refs, count, panel, config):
     z_refs, (x_ref, dy_ref), outputs = refs[:count], refs[count : count + 2], refs[-count:]
     (d_ff, limit), d_model, entries = rows_ref.shape, x_ref.shape[1], config.entries
-    neuron = pl.program_id(0) % d_ff
+    neuron = order_ref[pl.program_id(0) % d_ff]
     column = (pl.program_id(0) // d_ff * config.slice_d + lax.iota(jnp.int32, config.slice_d))[None, :]
     inside, total = column < d_model, totals_ref[neuron]
 

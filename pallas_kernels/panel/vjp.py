@@ -82,7 +82,7 @@ def ffn(
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
     gate = gate_stage(x, gate_weight, config, backend)
-    lists, _ = build_lists(gate, d_ff=w_up.shape[0], chunk=config.up.tile, interpret=interpret)
+    lists, _ = build_lists(gate, d_ff=w_up.shape[0], chunk=config.chunk, interpret=interpret)
     hidden = panel_up(gate, lists, x, up_weight, config=config.up, interpret=interpret)
     y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
     return y, _stats(gate, hidden.l1, jnp.zeros((), jnp.int32), w_up.shape[0])
@@ -125,9 +125,9 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
     gate = gate_stage(x, gate_weight, config, backend)
-    chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.up.tile)
+    chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * options.capacity))
-    lists, needed = build_lists(gate, d_ff=d_ff, chunk=config.up.tile, room=room, interpret=interpret)
+    lists, needed = build_lists(gate, d_ff=d_ff, chunk=config.chunk, room=room, interpret=interpret)
 
     def sparse(gate, lists):
         hidden = panel_up(gate, lists, x, up_weight, config=config.up_keep, keep=True, interpret=interpret)

@@ -20,7 +20,7 @@ class PanelPath(Path):
             return 0
         x, w = (jax.ShapeDtypeStruct((n, self.d_model), self.dtype) for n in (tokens, d_ff))
         config = configs.choose(x, w, self.options)
-        chunk, panels = config.up.tile, -(-tokens // config.panel)
+        chunk, panels = config.chunk, -(-tokens // config.panel)
         padded = np.pad(active, ((0, panels * config.panel - tokens), (0, 0)))
         unions = padded.reshape(panels, config.panel, d_ff).any(axis=1).sum(axis=1)
         room = max(1, round(n_chunks(panels, d_ff, chunk) * self.options.capacity))

@@ -33,7 +33,7 @@ def test_the_kernels_write_the_format(pattern, tokens):
     inputs, _ = TestPanelInterpreted.path.layer(pattern, tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
-    chunk = config.up.tile
+    chunk = config.chunk
     gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
     lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=chunk, interpret=True)
     values = kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
@@ -55,8 +55,12 @@ def test_the_kernels_write_the_format(pattern, tokens):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"up_keep": configs.StageConfig(64, 16, 4, 2)}, "up_keep.tile must be up.tile=32"),
-        ({"down": configs.StageConfig(32, 64, 4, 2)}, "down.tile_k must divide up.tile=32"),
+        (
+            {"up": configs.StageConfig(128, 16, 4, 2)},
+            "up.tile must be up_keep.tile=32, .* or twice that; got 128",
+        ),
+        ({"dh": configs.StageConfig(16, 16, 4, 2)}, "dh.tile must be up_keep.tile=32"),
+        ({"down": configs.StageConfig(32, 64, 4, 2)}, "down.tile_k must divide up_keep.tile=32"),
         ({"dw": configs.WeightsConfig(32, 32, 32, 4, 2)}, "dw.tile_k must divide panel=16"),
     ],
 )
@@ -76,7 +80,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
     gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
-    lists, _ = kernels.build_lists(gate, d_ff=len(weight), chunk=config.up.tile, interpret=True)
+    lists, _ = kernels.build_lists(gate, d_ff=len(weight), chunk=config.chunk, interpret=True)
     kept = kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
     totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
     np.testing.assert_array_equal(totals, active.sum(axis=0))
@@ -89,6 +93,43 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
         np.testing.assert_array_equal(
             found.slots[neuron, :total], np.asarray(lists.slots)[rows // config.panel, neuron]
         )
+
+
+def test_neurons_in_order_of_activity():
+    totals = np.random.default_rng(0).integers(0, 40, 200)
+    order = np.asarray(weights.busiest_first(jnp.asarray(totals, jnp.int32), limit=16, interpret=True))
+    np.testing.assert_array_equal(np.sort(order), np.arange(200))
+    classes = np.digitize(totals[order], [1, 3, 9, 17])
+    assert (np.diff(classes) <= 0).all()
+    assert (totals[order[: (totals > 16).sum()]] > 16).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_prefix_sums(n, monkeypatch):
+    counts = np.random.default_rng(0).integers(0, 9, n, dtype=np.int32)
+    for most in (8192, 6):
+        monkeypatch.setattr(kernels, "_MOST_IN_ONE_PASS", most)
+        np.testing.assert_array_equal(kernels.prefix_sums(jnp.asarray(counts)), np.cumsum(counts))
+
+
+@pytest.mark.parametrize("pattern", ["uneven", "few", "fully-dense"])
+def test_chunks_in_pairs_give_the_same_values(pattern):
+    inputs, _ = TestPanelInterpreted.path.layer(pattern, 37, "float32")
+    inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
+    config = dataclasses.replace(
+        configs._for_f32(16), up_keep=configs.StageConfig(16, 16, 4, 2), dh=configs.StageConfig(16, 16, 4, 2)
+    )
+    gate = kernels.gate_panel(inputs["x"], inputs["w_gate"], panel=16, config=config.gate, interpret=True)
+    lists, needed = kernels.build_lists(gate, d_ff=len(inputs["w_gate"]), chunk=16, interpret=True)
+    one, two = (
+        kernels.panel_up(gate, lists, inputs["x"], inputs["w_up"], config=stage, keep=True, interpret=True)
+        for stage in (config.up_keep, config.up)
+    )
+    assert config.up.tile == 2 * config.chunk
+    used = int(needed) * 16
+    for name in ("h", "gate", "up"):
+        np.testing.assert_array_equal(getattr(one, name)[:used], getattr(two, name)[:used], err_msg=name)
+    np.testing.assert_allclose(one.l1, two.l1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
