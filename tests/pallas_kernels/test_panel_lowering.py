@@ -17,7 +17,7 @@ from pallas_kernels.shapes import SHAPES
 
 OPTIONS = FFNOptions(format="panel", backend="triton")
 FORWARD = ("panel_gate", "panel_lists", "panel_up", "panel_down")
-BACKWARD = ("panel_dh", "panel_dx", "panel_dw_down")
+BACKWARD = ("panel_dh", "panel_dx", "panel_dw_hot", "panel_token_lists", "panel_dw_rare")
 
 
 def assert_kernels(text, names):
