@@ -110,9 +110,9 @@ class RareConfig:
     """
 
     share: int = 64
-    slice_d: int = 512
+    slice_d: int = 1024
     entries: int = 4
-    num_warps: int = 2
+    num_warps: int = 4
 
     def __post_init__(self) -> None:
         if self.share < 1:
@@ -208,12 +208,12 @@ def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
-            up=StageConfig(256, 32, 8, 6) if deep else StageConfig(128, 64, 4, 3),
+            up=StageConfig(256, 32, 8, 6, 16) if deep else StageConfig(128, 64, 4, 3, 32),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
             down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),
             dx=StageConfig(128, 32, 4, 5),
-            dw=WeightsConfig(64, 128, min(32, panel), 4, 6),
+            dw=WeightsConfig(128, 128, min(64, panel), 8, 3),
         )
     narrow = StageConfig(128, 32, 4, 3)
     return PanelConfig(

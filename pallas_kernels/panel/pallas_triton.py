@@ -72,6 +72,8 @@ class Lists(NamedTuple):
       neurons: (n_slots,) int32.
       segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0 past the count.
       owner: (n_slots / chunk,) int32, the panel of each chunk in use.
+      pairs: (n_slots / chunk,) int32, every panel's first chunk, third, and so on.
+      n_pairs: (1,) int32, how many those are.
       offsets: (n_panels + 1,) int32.
       counts: (n_panels,) int32.
       slots: (n_panels, F) int32, the slot of a neuron in a panel, or -1.
@@ -81,6 +83,8 @@ class Lists(NamedTuple):
     neurons: jax.Array
     segments: jax.Array
     owner: jax.Array
+    pairs: jax.Array
+    n_pairs: jax.Array
     offsets: jax.Array
     counts: jax.Array
     slots: jax.Array
@@ -194,14 +198,16 @@ def build_lists(
     hits = gate.hits.reshape(n_panels, gate.segments, -1)[:, :, :d_ff]
     hits = jnp.sum(hits, axis=1, dtype=jnp.uint8)  # at most P of 128
     counts = jnp.sum(hits > 0, axis=1, dtype=jnp.int32)
-    needed = prefix_sums((counts + chunk - 1) // chunk)
+    chunks = (counts + chunk - 1) // chunk
+    needed, pairs = prefix_sums(chunks), prefix_sums((chunks + 1) // 2)
     offsets = jnp.concatenate([jnp.zeros_like(needed[:1]), needed]) * chunk
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
-    neurons, segments, owner, slots = pl.pallas_call(
+    neurons, segments, owner, leads, slots = pl.pallas_call(
         partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
             axes.output(gate.hits, (room * chunk,), jnp.int32),
             axes.output(gate.hits, (room * chunk,), jnp.uint8),
+            axes.output(gate.hits, (room,), jnp.int32),
             axes.output(gate.hits, (room,), jnp.int32),
             axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
         ),
@@ -209,8 +215,8 @@ def build_lists(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
-    )(gate.hits, offsets, counts)
-    return Lists(neurons, segments, owner, offsets, counts, slots, hits), needed[-1]
+    )(gate.hits, offsets, counts, pairs)
+    return Lists(neurons, segments, owner, leads, pairs[-1:], offsets, counts, slots, hits), needed[-1]
 
 
 def prefix_sums(counts: jax.Array) -> jax.Array:
@@ -226,9 +232,11 @@ def _lists_kernel(
     hits_ref,
     offsets_ref,
     counts_ref,
+    ended_pairs_ref,
     neurons_ref,
     segments_ref,
     owner_ref,
+    pairs_ref,
     slots_ref,
     *,
     d_ff,
@@ -263,7 +271,11 @@ def _lists_kernel(
     for ref in (neurons_ref, segments_ref):
         put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
     chunks = start // chunk + lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
-    put(owner_ref, chunks, jnp.full(chunks.shape, which), (chunks * chunk < end) & (chunks * chunk < room))
+    used = (chunks * chunk < end) & (chunks * chunk < room)
+    put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
+    nth = chunks - start // chunk
+    pair = ended_pairs_ref[which] - ((end - start) // chunk + 1) // 2 + nth // 2
+    put(pairs_ref, pair, chunks, used & (nth % 2 == 0))
 
 
 # -- up --------------------------------------------------------------------------------------------------------
@@ -306,34 +318,45 @@ def panel_up(
             axes.output(x, (chunks,), jnp.float32),
             *[axes.output(x, shape, x.dtype)] * kept,
         ),
-        grid=(programs(chunks, config),),
+        grid=(programs(lists, config),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_up",
-    )(lists.neurons, lists.owner, lists.offsets, lists.segments, gate.values, *operands)
+    )(*work_list(lists), lists.segments, gate.values, *operands)
     used = jnp.arange(chunks) < lists.offsets[-1] // lists.chunk
     return Hidden(h, jnp.sum(jnp.where(used, l1, 0)), *(gate_and_up or (None, None)))
 
 
-def programs(chunks: int, config: StageConfig) -> int:
-    """Programs that share a list of chunks."""
-    cores = device.current().cores
+def programs(lists: Lists, config: StageConfig) -> int:
+    """Programs that share the list of chunks.
+
+    One for every chunk that there is room for would be simplest, but those past the list's end cost a launch each: with
+    room for all of F, most of the grid.
+    """
+    chunks, cores = lists.owner.shape[0], device.current().cores
     return min(chunks, cores * config.per_core) if cores and config.per_core else chunks
 
 
-def over_chunks(lists_refs, panel, tile, body):
+def work_list(lists: Lists) -> tuple[jax.Array, ...]:
+    """The operands that `over_chunks` reads."""
+    return lists.neurons, lists.owner, lists.pairs, lists.n_pairs, lists.offsets
+
+
+def over_chunks(work_refs, panel, tile, body):
     """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share.
 
     A tile of two chunks takes a panel's chunks in pairs, and its last one alone if they are odd: twice the work for each
     row of x that is read.
     """
-    neurons_ref, owner_ref, offsets_ref = lists_refs
+    neurons_ref, owner_ref, pairs_ref, n_pairs_ref, offsets_ref = work_refs
     size = neurons_ref.shape[0] // owner_ref.shape[0]
     first, step = pl.program_id(0), pl.num_programs(0)
-    total = offsets_ref[offsets_ref.shape[0] - 1] // size
+    total = n_pairs_ref[0] if tile > size else offsets_ref[offsets_ref.shape[0] - 1] // size
 
     def one(nth, carry):
         chunk = first + nth * step
+        if tile > size:
+            chunk = pairs_ref[chunk]
         which = owner_ref[chunk]
 
         def take(length):
@@ -344,17 +367,16 @@ def over_chunks(lists_refs, panel, tile, body):
         if tile == size:
             take(size)
             return carry
-        leads = (chunk - offsets_ref[which] // size) % 2 == 0
         followed = (chunk + 1) * size < offsets_ref[which + 1]
-        pl.when(leads & followed)(lambda: take(tile))
-        pl.when(leads & ~followed)(lambda: take(size))
+        pl.when(followed)(lambda: take(tile))
+        pl.when(~followed)(lambda: take(size))
         return carry
 
     lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, jnp.int32(0))
 
 
 def _up_kernel(*refs, panel, segments, config, gated):
-    lists_refs, (segments_ref, values_ref), refs = refs[:3], refs[3:5], refs[5:]
+    work_refs, (segments_ref, values_ref), refs = refs[:5], refs[5:7], refs[7:]
     operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
     within = lax.iota(jnp.int32, panel)[None, :]
 
@@ -377,7 +399,7 @@ def _up_kernel(*refs, panel, segments, config, gated):
         if slots.shape[0] > h_ref.shape[0] // l1_ref.shape[0]:  # a pair of chunks
             l1_ref[chunk + 1] = jnp.float32(0)
 
-    over_chunks(lists_refs, panel, config.tile, body)
+    over_chunks(work_refs, panel, config.tile, body)
 
 
 def hidden(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.panel.config import StageConfig
-from pallas_kernels.panel.pallas_triton import Lists, hidden, over_chunks, product, programs
+from pallas_kernels.panel.pallas_triton import Lists, hidden, over_chunks, product, programs, work_list
 from pallas_kernels.reference import active
 
 
@@ -56,16 +56,16 @@ def panel_dh(
     outputs = pl.pallas_call(
         partial(_dh_kernel, panel=gate.shape[1], config=config, gated=gated),
         out_shape=(shape,) * (3 if gated else 1),
-        grid=(programs(lists.owner.shape[0], config),),
+        grid=(programs(lists, config),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_dh",
-    )(lists.neurons, lists.owner, lists.offsets, *kept, dy, w_down, dl1)
+    )(*work_list(lists), *kept, dy, w_down, dl1)
     return Gradients(*outputs) if gated else Gradients(outputs[0], None, gate)
 
 
 def _dh_kernel(*refs, panel, config, gated):
-    lists_refs, refs = refs[:3], refs[3:]
+    work_refs, refs = refs[:5], refs[5:]
     kept = 2 if gated else 1
     kept_refs, (dy_ref, w_ref, dl1_ref), outputs = refs[:kept], refs[kept : kept + 3], refs[kept + 3 :]
     within = lax.iota(jnp.int32, panel)[None, :]
@@ -93,4 +93,4 @@ def _dh_kernel(*refs, panel, config, gated):
         for ref, value in zip(outputs, results, strict=True):
             plt.store(ref.at[place], value)
 
-    over_chunks(lists_refs, panel, config.tile, body)
+    over_chunks(work_refs, panel, config.tile, body)

@@ -85,7 +85,7 @@ def ffn(
     lists, _ = build_lists(gate, d_ff=w_up.shape[0], chunk=config.chunk, interpret=interpret)
     hidden = panel_up(gate, lists, x, up_weight, config=config.up, interpret=interpret)
     y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-    return y, _stats(gate, hidden.l1, jnp.zeros((), jnp.int32), w_up.shape[0])
+    return y, _stats(gate, lists, hidden.l1, jnp.zeros((), jnp.int32))
 
 
 def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -102,9 +102,8 @@ def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: st
     return gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=backend == "interpret")
 
 
-def _stats(gate: GatePanel, l1: jax.Array, overflow_rows: jax.Array, d_ff: int) -> FFNStats:
-    tokens = gate.nnz.shape[0]
-    hits = jnp.sum(gate.hits, axis=0, dtype=jnp.int32)[:d_ff]
+def _stats(gate: GatePanel, lists: Lists, l1: jax.Array, overflow_rows: jax.Array) -> FFNStats:
+    tokens, hits = gate.nnz.shape[0], jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
     return FFNStats(
         l1=l1 / tokens,
         l0=jnp.sum(hits, dtype=jnp.float32) / tokens,
@@ -141,7 +140,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     fits = needed <= room
     y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, instead, gate, lists)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, l1, overflow_rows, d_ff)), (saved, Residuals(fits, lists, *kept).named())
+    return (y, _stats(gate, lists, l1, overflow_rows)), (saved, Residuals(fits, lists, *kept).named())
 
 
 def empty(like):
