@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes, device
+from pallas_kernels import axes
 from pallas_kernels.panel.config import RareConfig, WeightsConfig
 from pallas_kernels.panel.pallas_triton import OUT_OF_RANGE, Lists
 from pallas_kernels.panel.pallas_triton_backward import Gradients
@@ -44,8 +44,6 @@ _LIST_TILE = 32
 _SHORTEST_LIMIT = 16
 _PREFIX_BLOCK = 128
 _ORDER_BLOCK = 8192
-_PROGRAMS_PER_CORE = 8
-"""Programs of a core that share the tiles of hot neurons: how many tiles there are, only the device knows."""
 
 
 def panel_dw(
@@ -120,12 +118,12 @@ def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
     Other rows of the (F, D) results are not written. ``order`` has the hot neurons first.
     """
     (d_ff,), d_model = order.shape, xs[0].shape[1]
-    tiles = pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d) * len(zs)
+    tiles = pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d)
     n_hot = jnp.sum(totals > limit, dtype=jnp.int32)[None]
     return pl.pallas_call(
         partial(_hot_kernel, panel=zs[0].shape[1], count=len(zs), config=config),
         out_shape=(axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
-        grid=(min(tiles, max(device.current().cores * _PROGRAMS_PER_CORE, 1)),),
+        grid=(tiles * len(zs),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_dw_hot",
@@ -135,12 +133,13 @@ def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
 def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
     z_refs, (x_ref, dy_ref), outputs = refs[:count], refs[count : count + 2], refs[count + 2 :]
     (tokens, d_model), (d_ff,), n_hot = x_ref.shape, order_ref.shape, n_hot_ref[0]
-    n_columns, slices = pl.cdiv(d_model, config.tile_d), panel // config.tile_k
-    first_item, step_items = pl.program_id(0), pl.num_programs(0)
-    items = (n_hot + config.tile - 1) // config.tile * n_columns * count
+    n_columns = pl.cdiv(d_model, config.tile_d)
+    tile_id, which_z = pl.program_id(0) // count, pl.program_id(0) % count
+    first = tile_id // n_columns * config.tile
+    slices = panel // config.tile_k
 
-    def sum_into(tile_id, out_ref, z_ref, x_ref):
-        nth = tile_id // n_columns * config.tile + lax.iota(jnp.int32, config.tile)
+    def sum_into(out_ref, z_ref, x_ref):
+        nth = first + lax.iota(jnp.int32, config.tile)
         hot, neurons = nth < n_hot, plt.load(order_ref.at[jnp.minimum(nth, d_ff - 1)])
         columns = (tile_id % n_columns * config.tile_d + lax.iota(jnp.int32, config.tile_d))[None, :]
 
@@ -163,16 +162,9 @@ def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
         target = jnp.where(hot, neurons, OUT_OF_RANGE)[:, None]  # the interpreter rewrites masked lanes
         plt.store(out_ref.at[target, columns], acc.astype(out_ref.dtype), mask=mask)
 
-    def one(nth, carry):
-        item = first_item + nth * step_items
-        for which, (z_ref, out_ref) in enumerate(zip(z_refs, outputs, strict=True)):
-            operand = dy_ref if which == count - 1 else x_ref
-            pl.when(item % count == which)(partial(sum_into, item // count, out_ref, z_ref, operand))
-        return carry
-
-    lax.fori_loop(
-        jnp.int32(0), jnp.maximum(items - first_item + step_items - 1, 0) // step_items, one, jnp.int32(0)
-    )
+    for nth, (z_ref, out_ref) in enumerate(zip(z_refs, outputs, strict=True)):
+        operand = dy_ref if nth == count - 1 else x_ref
+        pl.when((first < n_hot) & (which_z == nth))(partial(sum_into, out_ref, z_ref, operand))
 
 
 # -- rare neurons ----------------------------------------------------------------------------------------------
