@@ -1,7 +1,7 @@
 """Finds the fastest configs of PanelELL's stages on this machine's device and writes them to its table.
 
 Each stage runs alone, on the arrays that it is given within a call, and candidates take turns with the heuristic's
-config. Stages are independent but for one number, what a panel's list is padded to: the tile of all that `TIED` names.
+config. Stages are independent but for one number, what a panel's list is padded to, which all that `TIED` names share.
 Those are searched at every padding, the others once. What is kept beats the heuristic in a second measurement by more
 than the gain's own spread over its rounds.
 """
@@ -137,7 +137,7 @@ class _Search:
         }  # fmt: skip
         self.bases = {
             padding: base
-            for padding in dict.fromkeys([self.plain.up.tile, *PADDINGS])
+            for padding in dict.fromkeys([self.plain.chunk, *PADDINGS])
             if (base := padded(self.plain, padding)) is not None
         }
         self.given = {padding: layer | self._lists(gate, weight, padding, options) for padding in self.bases}
@@ -164,7 +164,7 @@ class _Search:
         return best
 
     def _fastest(self, stage: str, late: bool) -> dict[int, _Contender]:
-        own = self.plain.up.tile
+        own = self.plain.chunk
         tried = [
             (padding, config)
             for padding, base in self.bases.items()
@@ -285,7 +285,7 @@ def _choose(
 
     Another padding is taken or left as a whole, by the sum of the tied stages that count.
     """
-    own = search.plain.up.tile
+    own = search.plain.chunk
     whole = [padding for padding in best["up"] if all(padding in best[stage] for stage in TIED)]
     tied = [stage for stage in TIED if stage in counted]
     fastest = min(whole, key=lambda padding: sum(best[stage][padding].ms for stage in tied))
@@ -310,7 +310,7 @@ def _choose(
 
 def _duel(search: _Search, new: Mapping[str, _Contender]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Samples of each stage by the heuristic's config and by the new one, taking turns."""
-    own = search.plain.up.tile
+    own = search.plain.chunk
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for stage, contender in new.items():
         plain = own, getattr(search.plain, stage)

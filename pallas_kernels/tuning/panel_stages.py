@@ -1,7 +1,7 @@
 """PanelELL's stages as the tuner runs them: how each is called, and the configs to try for it.
 
 Every stage takes what it is given within a call, by name, and a config of the whole call. Stages are independent but
-for one number, what a panel's list is padded to: the tile of all that `TIED` names.
+for one number, what a panel's list is padded to: all that `TIED` names has tiles of one or two such chunks.
 """
 
 import dataclasses
@@ -80,7 +80,10 @@ PADDINGS = (64, 128, 256)
 
 # -- candidates ------------------------------------------------------------------------------------------------
 
-_OVER_CHUNKS = ((64, 4, 3), (64, 8, 3), (64, 4, 4, 2), (64, 8, 4, 1), (32, 4, 6), (32, 8, 6), (128, 8, 2))
+_OVER_CHUNKS = (
+    (64, 4, 3), (64, 4, 3, 32), (64, 8, 3), (64, 4, 4, 2), (64, 8, 4, 1), (64, 8, 4, 16), (32, 4, 6), (32, 8, 6),
+    (32, 8, 6, 16), (128, 8, 2),
+)  # fmt: skip
 _OVER_COLUMNS = (
     (64, 64, 4, 4), (128, 32, 4, 5), (128, 32, 4, 6), (128, 64, 4, 3), (128, 64, 8, 4),
     (256, 32, 8, 4), (256, 32, 8, 8), (256, 64, 8, 3),
@@ -100,8 +103,8 @@ def candidates(stage: str, base: PanelConfig, itemsize: int, gated: bool, device
     """
     own = getattr(base, stage)
     if stage in _TRIED and itemsize == 2 and device.shared_memory >= _LISTS_NEED:
-        tile = (own.tile,) if stage in TIED else ()
-        found = [StageConfig(*tile, *fields) for fields in _TRIED[stage]]
+        tiles = [(tile,) for tile in _lawful_tiles(base, stage)] if stage in TIED else [()]
+        found = [StageConfig(*tile, *fields) for tile in tiles for fields in _TRIED[stage]]
     else:
         found = list(_steps(own))
     operands = 2 if stage == "dx" and gated else 1
@@ -131,6 +134,13 @@ def _steps(config: Config) -> Iterator[Config]:
                 continue
 
 
+def _lawful_tiles(base: PanelConfig, stage: str) -> list[int]:
+    """One chunk of the lists, or two where a stage may pair them."""
+    return (
+        [base.chunk] if stage == "up_keep" else [tile for tile in (base.chunk, 2 * base.chunk) if tile <= 256]
+    )
+
+
 def _is_lawful(base: PanelConfig, stage: str, config: Config) -> bool:
     try:
         dataclasses.replace(base, **{stage: config})
@@ -141,7 +151,8 @@ def _is_lawful(base: PanelConfig, stage: str, config: Config) -> bool:
 
 def padded(config: PanelConfig, padding: int) -> PanelConfig | None:
     """The config with lists of another padding; None where the other stages do not allow it."""
-    tied = {name: dataclasses.replace(getattr(config, name), tile=padding) for name in TIED}
+    tiles = {name: min(getattr(config, name).tile // config.chunk * padding, 256) for name in TIED}
+    tied = {name: dataclasses.replace(getattr(config, name), tile=tile) for name, tile in tiles.items()}
     try:
         return dataclasses.replace(config, **tied)
     except ValueError:
