@@ -1,5 +1,7 @@
 """A program for NVIDIA's compute-sanitizer: small calls and gradients, with rows that fit and rows that overflow.
 
+Names of formats as arguments run those alone.
+
 Compiling under the sanitizer takes many times as long, so compile first, into a cache:
 
 export PYTHONPATH=. JAX_COMPILATION_CACHE_DIR=$(mktemp -d) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
@@ -9,12 +11,14 @@ compute-sanitizer --tool racecheck python tests/pallas_kernels/sanitize.py
 """
 
 import os
+import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own: overruns are seen
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_allow_excess_precision=false")
 
 import jax
 import jax.numpy as jnp
+from hybrid_path import HybridPath
 from op_contract import DL1, Path, check_everything, compiled, cotangent
 from panel_path import PanelPath
 
@@ -32,21 +36,26 @@ CALLS = [
     ("panel", "triton", 130, 136, 520, 64, 4, "bfloat16", "gated"),
     ("panel", "mosaic_gpu", 136, 128, 520, 64, 4, "bfloat16", "gated"),
     ("panel", "mosaic_gpu", 264, 64, 264, 64, 4, "float16", "non-gated"),
+    ("hybrid", "triton", 33, 72, 200, 64, 4, "float32", "gated"),
+    ("hybrid", "triton", 130, 136, 520, 64, 4, "bfloat16", "non-gated"),
+    ("hybrid", "triton", 136, 128, 520, 64, 4, "bfloat16", "gated"),
 ]
+PATHS = {"twell": Path, "panel": PanelPath, "hybrid": HybridPath}
 PATTERNS = ("few", "uneven", "fully-dense", "all-zero")
 
 
-def main() -> None:
-    for format, backend, tokens, d_model, d_ff, tile, compression, dtype, kind in CALLS:
+def main(formats: list[str]) -> None:
+    calls = [call for call in CALLS if call[0] in formats]
+    for format, backend, tokens, d_model, d_ff, tile, compression, dtype, kind in calls:
         options = FFNOptions(format, backend, tile=tile, compression=compression, capacity=1.0)
-        path = (PanelPath if format == "panel" else Path)(options, d_model, d_ff, tokens)
+        path = PATHS[format](options, d_model, d_ff, tokens)
         for pattern in PATTERNS:
             inputs, active = path.layer(pattern, tokens, dtype, kind)
             dy = cotangent(inputs)
             result = jax.device_get(compiled(options)(jax.tree.map(jnp.asarray, inputs), dy, DL1))
             check_everything(result, inputs, dy, active, path.overflow_rows(active))
-    print(f"{len(CALLS) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
+    print(f"{len(calls) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(PATHS))
