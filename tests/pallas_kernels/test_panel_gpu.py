@@ -136,9 +136,10 @@ def test_random_layers(compiled_layers, index, draw):
     key = jax.random.key(int(rng.integers(2**31)))
     ours, dense, scale = jax.device_get(compiled_layers[index](key, jnp.float32(rate)))
     dtype = LAYERS[index][5]
-    # Where the dense error is by chance far smaller: what rounding once costs; in f32, the order of summation.
+    # Where the dense error is by chance far smaller, as it can be with a handful of active gates: half an ulp for the
+    # rounding of a coefficient and half for that of the result; in f32, the order of summation.
     ulp = float(jnp.finfo(dtype).eps)
-    floors = np.array([32 * ulp, 4 * ulp] if dtype == "float32" else [ulp / 2, ulp / 4])
+    floors = np.array([32 * ulp, 4 * ulp] if dtype == "float32" else [ulp / 1.5, ulp / 4])
     for name, error in ours.items():
         allowed = 1.5 * np.maximum(dense[name], floors * scale[name])
         assert (error <= allowed).all(), f"{name}: errors {error}, allowed {allowed}"
