@@ -55,7 +55,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
             values.at[
                 place.row_block,
                 pl.ds(column, _TILE),
-                pl.ds(place.warpgroup * hopper_gemm.ROWS, hopper_gemm.ROWS),
+                pl.ds(place.half * hopper_gemm.ROWS, hopper_gemm.ROWS),
             ],
             hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, _TILE)],
             nnz.at[place.tile_id, pl.ds(place.row, hopper_gemm.ROWS)],
@@ -76,6 +76,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
         tile=_TILE,
         stages=_STAGES,
         scratch={},
+        handoff=True,
     )
     _, values, hits, nnz = axes.vary_alike(
         x, values, hits, nnz

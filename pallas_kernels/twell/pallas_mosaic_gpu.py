@@ -50,7 +50,7 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
         _pack(
             acc,
             words.at[pl.ds(place.row, ROWS), pl.ds(place.tile_id * slots, slots)],
-            hits.at[place.row_block * COMPUTE_WARPGROUPS + place.warpgroup, pl.ds(column, tile)],
+            hits.at[place.row_block * COMPUTE_WARPGROUPS + place.half, pl.ds(column, tile)],
             counters,
             gates,
             column,
