@@ -150,12 +150,6 @@ def _pipeline(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, sc
             row_block, tile_id = plgpu.planar_snake(loop.index[0], (n_blocks, n_tiles), 0, _GROUP_M)
             row = row_block * TILE_M + warpgroup * ROWS
 
-            # The pipeline does not wait for the last product of the tile before (delay_release): this does,
-            # lest the next loads overwrite the slice that it reads.
-            @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (loop.local_index > 0))
-            def _():
-                plgpu.barrier_wait(multiplied)
-
             def multiply(_, x_smem, w_smem, acc):
                 plgpu.wgmma(acc, x_smem.at[pl.ds(warpgroup * ROWS, ROWS)], w_smem.T)
                 plgpu.wgmma_wait(1)
@@ -176,6 +170,10 @@ def _pipeline(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, sc
                 w_gmem.at[pl.ds(tile_id * tile, tile), :],
                 allocations=ring,
             )
+
+            # The pipeline does not wait for a tile's last product (delay_release): this does, lest the next
+            # loads overwrite the slice that it reads.
+            pl.when(warpgroup == COMPUTE_WARPGROUPS)(lambda: plgpu.barrier_wait(multiplied))
 
 
 def _handoff(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch):
