@@ -2,15 +2,17 @@
 
 Why it exists. Triton's GEMM loads through the threads that also compute and runs some 15 % behind a GEMM fed
 by the copy engine. Here two warpgroups multiply, each 64 rows of a tile, out of a ring of shared-memory
-stages; programs are persistent, so the next tile's loads run while this one's epilogue does. The gate stages
-of all sparse formats are this loop and an epilogue of their own, which no other GEMM of JAX lets them have.
+stages that goes around over all tiles of a persistent program. The gate stages of all sparse formats are this
+loop and an epilogue of their own, which no other GEMM of JAX lets them have.
 
-Who does what. In the *pipeline* the third warpgroup loads, and the two that multiply a tile run its epilogue,
-while the tensor cores idle. In the *handoff* they leave the rounded tile in shared memory and go on with the
-next one, and the third warpgroup runs the epilogues. That pays where it keeps up and the ring keeps its
-stages: on one NVIDIA H100 at M = 65,536, D = 2048 and F = 5632, PanelELL's gate went from 1.11 times XLA's
-bare product to 1.05 times (2.25 ms for the gate). TwELL's, which walks every non-zero and has shared memory
-of its own, went from 1.02 times (2.24 ms) to 1.10 times: it keeps the pipeline.
+Who does what. Two warpgroups multiply; they leave a rounded tile in shared memory and go on with the next
+one, and the third warpgroup runs the epilogues. So the tensor cores do not idle while a tile is packed.
+
+What else was tried, on one NVIDIA H100 at M = 65,536, D = 2048 and F = 5632, as multiples of XLA's bare product
+timed in turn, PanelELL's gate and then TwELL's. This design: 1.05 to 1.09, and 1.09. The multiplying warpgroups
+run the epilogue of their tile, while loads come from a pipeline that drains at each tile: 1.11, 1.02 to 1.17;
+from a ring over all tiles: 1.11, 1.10; with one of the two lagging: 1.10, 1.15; with two programs sharing
+loads: 1.13, 1.08. Each has a tile of its own, and one multiplies while the other packs: 1.29, 1.36.
 
 Work: 2 M F D FLOPs. Bytes: (M D + F D) read at the least, and what the epilogue writes.
 
@@ -45,8 +47,7 @@ TILE_M = ROWS * COMPUTE_WARPGROUPS
 TILE_K = 64
 
 _GROUP_M = 8
-_PRODUCER_REGISTERS = 40
-# In a handoff: both hold 128 accumulators of a thread, and all three warpgroups together fit a core.
+# A thread of the first two holds 128 accumulators; all three warpgroups together fit a core.
 _MULTIPLY_REGISTERS, _PACK_REGISTERS = 176, 152
 
 
@@ -80,26 +81,23 @@ def gemm(
     tile: int,
     stages: int,
     scratch: Mapping[str, Any],
-    handoff: bool = False,
     interpret: Any = None,
 ) -> Sequence[jax.Array]:
     """Runs ``x W^T`` for x (M, D) and w (F, D) and gives each tile to an epilogue.
 
     Args:
       epilogue: called as ``epilogue(acc, place, *outputs, **scratch)`` by one warpgroup, with a (64, tile)
-        f32 half of a tile in wgmma's layout, a `Place`, and the whole outputs in global memory.
+        half of a tile, rounded to the type of x and in f32 in wgmma's layout, a `Place`, and the whole outputs in
+        global memory.
       out_type: shapes of the outputs.
       tile: columns of a tile.
       stages: slices of D in flight, at least 2.
-      scratch: shared memory of each half, by name: the leading axis of each is the half's.
-      handoff: whether the third warpgroup runs the epilogues, on products rounded to the type of x, and the
-        second the loads. Takes (64, tile) values of shared memory.
+      scratch: the epilogue's shared memory, by name.
       interpret: what `plgpu.kernel` takes by this name.
     """
     programs = min(device.current().cores or 1, pl.cdiv(w.shape[0], tile) * pl.cdiv(x.shape[0], TILE_M))
-    kernel = _handoff if handoff else _pipeline
     return plgpu.kernel(
-        partial(kernel, epilogue=epilogue, outputs=len(out_type), tile=tile, stages=stages, scratch=scratch),
+        partial(_kernel, epilogue=epilogue, outputs=len(out_type), tile=tile, stages=stages, scratch=scratch),
         out_type=tuple(out_type),
         grid=(programs,),
         grid_names=("program",),
@@ -116,67 +114,7 @@ def _transforms(dtype):
     return plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(swizzle)
 
 
-def _pipeline(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch):
-    (tokens, d_model), d_ff = x_gmem.shape, w_gmem.shape[0]
-    n_blocks, n_tiles = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, tile)
-    assert len(outputs_gmem) == outputs
-
-    def pipeline(body, compute_context):
-        transforms = _transforms(x_gmem.dtype)
-        operand = partial(plgpu.BlockSpec, index_map=lambda k: (0, k), transforms=transforms, delay_release=1)
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(pl.cdiv(d_model, TILE_K),),
-            in_specs=[operand((TILE_M, TILE_K)), operand((tile, TILE_K))],
-            memory_registers=_PRODUCER_REGISTERS,
-            wg_axis="warpgroup",
-            num_compute_wgs=COMPUTE_WARPGROUPS,
-            max_concurrent_steps=stages,
-            compute_context=compute_context,
-        )
-
-    def nothing(*_, **__):
-        pass
-
-    ring = pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem)
-    multiplied = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
-
-    @partial(pl.run_scoped, ring=ring, multiplied=multiplied, **scratch, collective_axes="warpgroup")
-    def _program(ring, multiplied, **scratch_refs):
-        warpgroup = lax.axis_index("warpgroup")
-
-        @plgpu.nd_loop((n_blocks * n_tiles,), collective_axes="program")
-        def _tile(loop):
-            row_block, tile_id = plgpu.planar_snake(loop.index[0], (n_blocks, n_tiles), 0, _GROUP_M)
-            row = row_block * TILE_M + warpgroup * ROWS
-
-            def multiply(_, x_smem, w_smem, acc):
-                plgpu.wgmma(acc, x_smem.at[pl.ds(warpgroup * ROWS, ROWS)], w_smem.T)
-                plgpu.wgmma_wait(1)
-                return acc
-
-            def compute(run_pipeline):
-                def with_accumulator(acc):
-                    run_pipeline(acc)
-                    product = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-                    plgpu.barrier_arrive(multiplied)
-                    own = {key: ref.at[warpgroup] for key, ref in scratch_refs.items()}
-                    epilogue(product, Place(row_block, warpgroup, row, tile_id), *outputs_gmem, **own)
-
-                pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, tile), jnp.float32))
-
-            pipeline(multiply, compute)(
-                x_gmem.at[pl.ds(row_block * TILE_M, TILE_M), :],
-                w_gmem.at[pl.ds(tile_id * tile, tile), :],
-                allocations=ring,
-            )
-
-            # The pipeline does not wait for a tile's last product (delay_release): this does, lest the next
-            # loads overwrite the slice that it reads.
-            pl.when(warpgroup == COMPUTE_WARPGROUPS)(lambda: plgpu.barrier_wait(multiplied))
-
-
-def _handoff(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch):
+def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch):
     """One loop over the slices of all tiles of a program, which each warpgroup walks at its own pace.
 
     Slices are numbered over all tiles of a program, and slice n uses slot n mod stages. Warpgroups 0 and 1
@@ -293,8 +231,7 @@ def _handoff(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scr
                     product = plgpu.layout_cast(buffer[...].astype(jnp.float32), plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(granted.at[1 - half])
                     place = Place(row_block, half, row_block * TILE_M + half * ROWS, tile_id)
-                    own = {key: ref.at[half] for key, ref in scratch_refs.items()}
-                    epilogue(product, place, *outputs_gmem, **own)
+                    epilogue(product, place, *outputs_gmem, **scratch_refs)
 
                 lax.fori_loop(0, COMPUTE_WARPGROUPS, pack_half, None)
 

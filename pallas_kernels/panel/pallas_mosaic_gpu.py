@@ -76,7 +76,6 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
         tile=_TILE,
         stages=_STAGES,
         scratch={},
-        handoff=True,
     )
     _, values, hits, nnz = axes.vary_alike(
         x, values, hits, nnz
