@@ -25,19 +25,22 @@ from pallas_kernels.panel import vjp as panel_vjp
 _PROBES = 4
 
 
-def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int) -> jax.Array:
-    """() bool: whether panels of x (M, D) activate few enough of the neurons of w_gate (F, D), on a sample."""
+def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int, direction: str) -> jax.Array:
+    """() bool: whether panels of x (M, D) activate few enough of the neurons of w_gate (F, D), on a sample.
+
+    ``direction`` is ``"forward"``, or ``"train"`` for a call that is differentiated.
+    """
     tokens = x.shape[0]
     starts = [(tokens - panel_tokens) * nth // (_PROBES - 1) for nth in range(_PROBES)]
     sample = jnp.concatenate([lax.slice_in_dim(x, start, start + panel_tokens) for start in starts])
     active = reference.active(reference.project(sample, w_gate)).reshape(_PROBES, panel_tokens, -1)
-    return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN
+    return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN[direction]
 
 
-def _plan(x, w_gate, w_up, options: FFNOptions):
+def _plan(x, w_gate, w_up, options: FFNOptions, direction: str):
     """The probe's answer, and the options of the PanelELL layer with room for every pair."""
     options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
-    return pays(x, w_up if w_gate is None else w_gate, options.panel), options
+    return pays(x, w_up if w_gate is None else w_gate, options.panel, direction), options
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -51,7 +54,7 @@ def ffn(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel, weights (F, D)."""
     arguments = dense_layer.rounded(x, w_gate, w_up, w_down)
-    decision, options = _plan(*arguments[:3], options)
+    decision, options = _plan(*arguments[:3], options, "forward")
 
     def sparse(*arguments):
         return panel.ffn(*arguments, options, backend)
@@ -62,7 +65,7 @@ def ffn(
 def _forward(x, w_gate, w_up, w_down, options, backend):
     saved = (x, w_gate, w_up, w_down)
     arguments = dense_layer.rounded(*saved)
-    decision, options = _plan(*arguments[:3], options)
+    decision, options = _plan(*arguments[:3], options, "train")
 
     def sparse(x, w_gate, w_up, w_down):
         outputs, (_, residuals) = panel_vjp.forward(x, w_gate, w_up, w_down, options, backend)

@@ -32,7 +32,7 @@ from sparse_lm.config import RematPolicy
 from train import parallel, synthetic
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
 from train.errors import UserError
-from train.report import JsonFile
+from train.report import JsonFile, print_table
 from train.state import Program, build_program
 
 WARM_UP = 3
@@ -152,7 +152,7 @@ def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Ro
         rows.append(row)
         file.write(to_dict(options, rows))
         console.print(_line(row), markup=False)
-    console.print(table(options, rows))
+    print_table(console, table(options, rows))
     return rows
 
 

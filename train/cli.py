@@ -319,12 +319,13 @@ def _layer_inputs(argv: list[str]) -> None:
     from rich.console import Console
 
     from train import layer_inputs
+    from train.report import print_table
 
     tokens, found = layer_inputs.save_layer_inputs(
         options.checkpoint, options.out, tokens=options.tokens, layers=options.layers
     )
     console = Console(highlight=False, soft_wrap=True)
-    console.print(layer_inputs.table(found))
+    print_table(console, layer_inputs.table(found))
     console.print(
         f"{tokens:,} tokens of each layer: {options.out}\n"
         f"next: python -m pallas_kernels.bench_layers forward --inputs {shlex.quote(options.out)}",

@@ -32,7 +32,7 @@ from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from train import data, parallel, synthetic
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from train.report import JsonFile
+from train.report import JsonFile, print_table
 from train.state import Program, TrainState, build_program
 
 _ROWS = 10
@@ -178,7 +178,7 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
     verdict = judge({name: curve.loss for name, curve in curves.items()}, controls)
     file.write(to_dict(options, curves, verdict))
     for table in (curve_table(curves, verdict), verdict_table(options, curves, verdict)):
-        console.print(table)
+        print_table(console, table)
     for name in options.formats:
         where = "within" if verdict.within(name) else "outside"
         console.print(f"{name} lies {where} the spread of {len(controls)} dense runs", markup=False)

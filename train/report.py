@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
 
 from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
@@ -19,6 +21,14 @@ from train.config import TrainConfig
 from train.errors import UserError
 from train.metrics import Record, model_flops_utilisation
 from train.options import PROGRAM
+
+_UNLIMITED = 1000
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints all of a table: rich would cut its cells to 80 columns where the output is no terminal."""
+    unlimited = console.options.update(width=_UNLIMITED)
+    console.print(table, width=Measurement.get(console, unlimited, table).maximum)
 
 
 class Reporter:

@@ -32,7 +32,7 @@ class TestAutoInterpreted(Contract):
 def test_the_probe_takes_the_sparse_layer_where_panels_are_sparse(pattern, expected):
     path = dataclasses.replace(TestAutoInterpreted.path, d_ff=1000)
     inputs, _ = path.layer(pattern, 64, "bfloat16")
-    decision = adaptive.pays(jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"]), 16)
+    decision = adaptive.pays(jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"]), 16, "train")
     assert bool(decision) is expected
 
 
@@ -43,14 +43,16 @@ def test_the_probe_sees_the_whole_call():
     for dense_from, expected in ((640, True), (320, True), (100, False), (0, False)):
         x = np.zeros((640, 8))
         x[:, 0] = np.where(np.arange(640) < dense_from, -1, 1)
-        assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), 16)) is expected, dense_from
+        assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), 16, "train")) is expected, dense_from
 
 
 @pytest.mark.parametrize("pattern", ["few", "fully-dense"])
 @pytest.mark.parametrize("break_even", [0.0, 2.0])
 def test_either_decision_gives_the_same_result(monkeypatch, pattern, break_even):
     """The probe decides how long a call takes, never what it gives."""
-    monkeypatch.setattr("pallas_kernels.panel.config.BREAK_EVEN", break_even)
+    monkeypatch.setattr(
+        "pallas_kernels.panel.config.BREAK_EVEN", {"forward": break_even, "train": break_even}
+    )
     path = TestAutoInterpreted.path
     inputs, active = path.layer(pattern, 48, "bfloat16")
     dy = cotangent(inputs)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import tiny_runs
 from rich.console import Console
+from rich.table import Table
 
 from train import report
 from train.report import Reporter, progress_line
@@ -67,3 +68,13 @@ def test_program_is_named_as_it_was_started(monkeypatch, tmp_path, started, pyth
 def test_other_processes_are_silent(config, capsys):
     Reporter(config, primary=False).say("something")
     assert capsys.readouterr().out == ""
+
+
+def test_a_table_is_printed_whole_where_there_is_no_terminal():
+    """By itself rich would cut every cell to fit 80 columns."""
+    table = Table()
+    for number in range(12):
+        table.add_column(f"a long heading {number}", no_wrap=True)
+    file = io.StringIO()
+    report.print_table(Console(file=file), table)
+    assert all(f"a long heading {number}" in file.getvalue() for number in range(12))
