@@ -27,8 +27,8 @@ _UNLIMITED = 1000
 
 def print_table(console: Console, table: Table) -> None:
     """Prints all of a table: rich would cut its cells to 80 columns where the output is no terminal."""
-    unlimited = console.options.update(width=_UNLIMITED)
-    console.print(table, width=Measurement.get(console, unlimited, table).maximum)
+    needed = Measurement.get(console, console.options.update(width=_UNLIMITED), table).maximum
+    Console(file=console.file, width=max(console.width, needed), highlight=False).print(table)
 
 
 class Reporter:
