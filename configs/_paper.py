@@ -5,7 +5,8 @@ from train.config import CheckpointConfig, DataConfig, OptimizerConfig, ReportCo
 
 
 def paper(name: str, *, num_layers: int, steps: int) -> TrainConfig:
-    """A run of ``steps`` steps of 512 × 2048 tokens. The paper's text is FineWeb-Edu, its tokenizer SmolLM2's."""
+    """A run of ``steps`` steps of 512 × 2048 tokens. The paper's text is FineWeb-Edu,
+    its tokenizer SmolLM2's."""
     return TrainConfig(
         steps=steps,
         batch_size=512,

@@ -1,7 +1,7 @@
 """A small model of the shipped speeches that two CPU cores train in minutes.
 
-So few steps need a stronger λ than the paper's 2e-5 to reach the same end: a few percent of active neurons at no
-cost in held-out CE.
+So few steps need a stronger λ than the paper's 2e-5 to reach the same end: a few percent of active neurons at
+no cost in held-out CE.
 """
 
 from sparse_lm import ModelConfig, SparsityConfig

@@ -1,13 +1,14 @@
 """``format="auto"`` on a GPU: the program itself finds out, call by call, whether sparsity pays.
 
-A probe computes the gates of four panels of tokens, spread over the call, and counts the neurons that each panel
-activates: 2 * 512 F D FLOPs, under one in a hundred of the gate stage at 65,536 tokens. A conditional then runs the
-PanelELL layer or the dense one. Both are exact, so the probe decides how long a call takes and never what it gives;
-it is part of the compiled program, and the host is not asked.
+A probe computes the gates of four panels of tokens, spread over the call, and counts the neurons that each
+panel activates: 2 * 512 F D FLOPs, under one in a hundred of the gate stage at 65,536 tokens. A conditional
+then runs the PanelELL layer or the dense one. Both are exact, so the probe decides how long a call takes and
+never what it gives; it is part of the compiled program, and the host is not asked.
 
-Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL over its
-slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a training step costs no
-more memory than the dense layer, and no more time than it and the probe; ``format="panel"`` is what saves memory.
+Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
+over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
+training step costs no more memory than the dense layer, and no more time than it and the probe;
+``format="panel"`` is what saves memory.
 """
 
 from functools import partial
@@ -52,7 +53,8 @@ def ffn(
     options: FFNOptions,
     backend: str,
 ) -> tuple[jax.Array, FFNStats]:
-    """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel, weights (F, D)."""
+    """One feed-forward layer, PanelELL or dense: as `reference.ffn`,
+    for x (M, D) of at least a panel, weights (F, D)."""
     arguments = dense_layer.rounded(x, w_gate, w_up, w_down)
     decision, options = _plan(*arguments[:3], options, "forward")
 

@@ -1,4 +1,5 @@
-"""What ``shard_map`` asks of a kernel under its check of varying axes: to say over which mesh axes outputs vary."""
+"""What ``shard_map`` asks of a kernel under its check of varying axes:
+to say over which mesh axes outputs vary."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """The dense backup of rows that do not fit a compact format: in rounds on the device, as many as it takes.
 
-A round computes a bounded number of rows, so that its memory is bounded; a loop runs until no row is left, so that no
-result depends on the bound. Most calls have no such row, or a handful: after the full rounds come small ones, so that a
-handful costs what a handful costs.
+A round computes a bounded number of rows, so that its memory is bounded; a loop runs until no row is left, so
+that no result depends on the bound. Most calls have no such row, or a handful: after the full rounds come
+small ones, so that a handful costs what a handful costs.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
-"""Times the sparse layers against the dense one on this machine's GPU: ``python -m pallas_kernels.bench twell``.
+"""Times the sparse layers against the dense one on this machine's GPU:
+``python -m pallas_kernels.bench twell``.
 
-Every number of a case comes from one process in which the contestants take turns; a result that is less accurate
-than it may be makes the program exit with 1.
+Every number of a case comes from one process in which the contestants take turns; a result that is less
+accurate than it may be makes the program exit with 1.
 """
 
 import argparse
@@ -100,7 +101,8 @@ def run(
 
 
 def _programs(case: Case, options: FFNOptions) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """A case's contestants, the maker of their inputs and the dense call with statistics, for `compile_all`."""
+    """A case's contestants, the maker of their inputs and the dense call with
+    statistics, for `compile_all`."""
     entries = contestants(case, options)
     pack, pack_arguments = entries["gate_pack"]
     shapes = case.input_shapes()
@@ -175,7 +177,8 @@ def _judge(arrays: Arrays, outputs: Arrays) -> tuple[dict[str, float | None], li
             results["up_down"] = (np.asarray(outputs["up_down"][0][rows])[fits], y[fits], "dense_ffn")
     errors = {name: accuracy.relative_error(result, truth) for name, (result, truth, _) in results.items()}
     failures = [
-        f"{_LABELS[name]} has a relative error of {errors[name]:.2e}, {_LABELS[judge]} has {errors[judge]:.2e}"
+        f"{_LABELS[name]} has a relative error of {errors[name]:.2e}, "
+        f"{_LABELS[judge]} has {errors[judge]:.2e}"
         for name, (_, _, judge) in results.items()
         if not accuracy.acceptable(errors[name], errors[judge])
     ]
@@ -206,9 +209,9 @@ def table(result: Result, limits: Ceilings) -> str:
     share_of_memory = memory["sparse_ffn"] / max(memory["dense_ffn"], 1)
     lines += [
         "",
-        f"gate_pack takes {pack:.3f} of the gate GEMM; l1, l0 and hits {(whole - without) / whole:.1%} of the call; "
-        f"temporary memory {memory['sparse_ffn'] / 2**20:,.0f} MiB, {share_of_memory:.1%} of dense; "
-        f"rows that overflow: {measured['overflow_rows']:,}.",
+        f"gate_pack takes {pack:.3f} of the gate GEMM; l1, l0 and hits {(whole - without) / whole:.1%} of "
+        f"the call; temporary memory {memory['sparse_ffn'] / 2**20:,.0f} MiB, {share_of_memory:.1%} of "
+        f"dense; rows that overflow: {measured['overflow_rows']:,}.",
     ]
     return "\n".join(lines)
 
@@ -222,10 +225,10 @@ def _rate(row: Row) -> str:
 
 def _legend(limits: Ceilings) -> str:
     return (
-        f"Ceilings, measured in this run: {limits.flops / 1e12:.0f} TF/s (product of 8192 x 8192 matrices, XLA), "
-        f"{limits.bytes / 1e12:.2f} TB/s (copy, read + written). The share of the ceiling is the least "
-        "time that a row's FLOPs, or its fewest bytes to memory, can take at these rates; gathered weight rows come "
-        "mostly from L2 and do not count. "
+        f"Ceilings, measured in this run: {limits.flops / 1e12:.0f} TF/s (product of 8192 x 8192 matrices, "
+        f"XLA), {limits.bytes / 1e12:.2f} TB/s (copy, read + written). The share of the ceiling is the least "
+        "time that a row's FLOPs, or its fewest bytes to memory, can take at these rates; gathered weight "
+        "rows come mostly from L2 and do not count. "
         f"A * marks a time near the host's {limits.dispatch_ms:.3f} ms a call, which is no device time."
     )
 
@@ -295,8 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = device_lib.current()
     if not device.is_nvidia:
         print(
-            "The benchmark times kernels on the device and needs an NVIDIA GPU of compute capability 8.0 (Ampere) "
-            f"or newer, with JAX for CUDA; found {device.kind} ({device.platform}).",
+            "The benchmark times kernels on the device and needs an NVIDIA GPU of compute capability 8.0 "
+            f"(Ampere) or newer, with JAX for CUDA; found {device.kind} ({device.platform}).",
             file=sys.stderr,
         )
         return 2

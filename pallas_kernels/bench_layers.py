@@ -1,8 +1,9 @@
-"""Times whole feed-forward layers, every format against the dense one: ``python -m pallas_kernels.bench_layers``.
+"""Times whole feed-forward layers, every format against the dense one:
+``python -m pallas_kernels.bench_layers``.
 
-``forward`` times the layer as inference runs it, ``train`` a gradient of ``sum(dy y) + l1`` in x and all weights,
-forward and backward. Contestants take turns in one process; errors are against f32, on sampled rows of y or over
-whole gradients, and a format that is less accurate than it may be makes the program exit with 1.
+``forward`` times the layer as inference runs it, ``train`` a gradient of ``sum(dy y) + l1`` in x and all
+weights, forward and backward. Contestants take turns in one process; errors are against f32, on sampled rows
+of y or over whole gradients, and a format that is less accurate than it may be makes the program exit with 1.
 """
 
 import argparse
@@ -74,7 +75,8 @@ def gradients(options: FFNOptions, inputs: Mapping[str, jax.Array], dy: jax.Arra
 
 
 def layers(formats: Sequence[str], panels: Sequence[int] = (FFNOptions.panel,)) -> dict[str, FFNOptions]:
-    """The layers to compare, by name; ``"panel"`` at every P asked for, each but the usual one with P in its name."""
+    """The layers to compare, by name; ``"panel"`` at every P asked for,
+    each but the usual one with P in its name."""
     found: dict[str, FFNOptions] = {}
     for name in formats:
         options = FFNOptions(format=name)  # type: ignore[arg-type] # the parser's choices are formats
@@ -183,8 +185,8 @@ def table(result: Result) -> str:
     dense = next(row for row in result.rows if row.name == "dense")
     found = result.measured
     lines = [
-        f"{result.direction}: {result.case}, mean nnz {found['mean_nnz']:.1f}, {found['union_128']:.0f} neurons active in "
-        f"128 tokens, {found['dead_fraction']:.0%} dead",
+        f"{result.direction}: {result.case}, mean nnz {found['mean_nnz']:.1f}, {found['union_128']:.0f} "
+        f"neurons active in 128 tokens, {found['dead_fraction']:.0%} dead",
         "",
         "| | ms (lowest to highest) | times as fast as dense | temporary memory, MiB | error, of dense's |",
         "|---|---|---|---|---|",
@@ -299,8 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = device_lib.current()
     if not device.is_nvidia:
         print(
-            "The benchmark times kernels on the device and needs an NVIDIA GPU of compute capability 8.0 (Ampere) "
-            f"or newer, with JAX for CUDA; found {device.kind} ({device.platform}).",
+            "The benchmark times kernels on the device and needs an NVIDIA GPU of compute capability 8.0 "
+            f"(Ampere) or newer, with JAX for CUDA; found {device.kind} ({device.platform}).",
             file=sys.stderr,
         )
         return 2

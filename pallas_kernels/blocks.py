@@ -1,8 +1,8 @@
 """The dense layer over blocks of tokens, for calls that a compact format has no room for.
 
 A program that may have to take this path reserves the memory of it: over all tokens at once, the dense
-layer's intermediates would cost in every call what the compact format saves. Over a block they are (block, F), and weight
-gradients are summed over blocks in f32, as the dense layer sums them over tokens.
+layer's intermediates would cost in every call what the compact format saves. Over a block they are
+(block, F), and weight gradients are summed over blocks in f32, as the dense layer sums them over tokens.
 """
 
 from functools import partial
@@ -40,7 +40,8 @@ def backward(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> dense.Weights:
-    """`dense.recompute_backward`: cotangents of x and, in ``dtype``, the weights from those of y (M, D) and l1."""
+    """`dense.recompute_backward`: cotangents of x and, in ``dtype``, the weights from
+    those of y (M, D) and l1."""
     tokens, weights = x.shape[0], (w_gate, w_up, w_down)
     blocks = _split(x), _split(dy)
     share = dl1 * (blocks[0].shape[1] / tokens)  # the cotangent of a block's own mean
@@ -60,7 +61,8 @@ def _zeros_like(x, weight):
 
 
 def _split(rows: jax.Array) -> jax.Array:
-    """(n, block, D): rows (M, D) in equal blocks, the last one filled up with zeros, which no gate is active for."""
+    """(n, block, D): rows (M, D) in equal blocks, the last one filled up with zeros,
+    which no gate is active for."""
     tokens = rows.shape[0]
     count = -(-tokens // BLOCK)
     block = -(-tokens // count)

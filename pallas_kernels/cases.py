@@ -59,7 +59,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a contestant must do: FLOPs, bytes to and from memory at the least, weight bytes gathered from L2."""
+    """What a contestant must do: FLOPs, bytes to and from memory at the least,
+    weight bytes gathered from L2."""
 
     flops: float
     bytes: float

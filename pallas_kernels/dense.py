@@ -1,4 +1,5 @@
-"""The dense layer taken apart: a forward that keeps its projections, a backward from them, and one from nothing.
+"""The dense layer taken apart: a forward that keeps its projections, a backward from them,
+and one from nothing.
 
 The sparse layers go here where sparsity does not pay or does not fit, and so does the dense layer whose
 weights are of a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded
@@ -68,7 +69,8 @@ _of_master_weights.defvjp(_forward, _backward)
 def forward(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
 ) -> tuple[tuple[jax.Array, FFNStats], tuple[jax.Array, jax.Array | None]]:
-    """`reference.ffn`, and the projections (M, F) that `backward` takes: the gate's, and the up one's of a gated layer."""
+    """`reference.ffn`, and the projections (M, F) that `backward` takes:
+    the gate's, and the up one's of a gated layer."""
     gate = reference.project(x, w_up if w_gate is None else w_gate)
     up = None if w_gate is None else reference.project(x, w_up)
     h, mask = _hidden(gate, up)

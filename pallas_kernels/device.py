@@ -47,7 +47,8 @@ class Device:
 
 
 def current() -> Device:
-    """The device that a call traced now will run on: an abstract mesh's device if one is set, else the default."""
+    """The device that a call traced now will run on: an abstract mesh's device if one is set,
+    else the default."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if isinstance(abstract, AbstractDevice):
         return _describe(abstract.platform, abstract.device_kind, None, abstract.num_cores)

@@ -52,7 +52,8 @@ class Choice(NamedTuple):
 
 
 def unsupported_reason(format: str, backend: str, call: Call, device: Device) -> str | None:
-    """Why ``format`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence; None if it can."""
+    """Why ``format`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence;
+    None if it can."""
     if backend not in _BACKENDS[format]:
         return f"format={format!r} runs on backend {_or(_BACKENDS[format])}; got backend={backend!r}"
     if format == "twell" and call.d_ff > MAX_INDEX:
@@ -92,9 +93,9 @@ def unsupported_reason(format: str, backend: str, call: Call, device: Device) ->
 def choose(options: FFNOptions, call: Call) -> Choice:
     """The path of a call under its options.
 
-    ``format="auto"`` on an NVIDIA GPU is a program that finds out by itself whether sparsity pays (`adaptive`), and the
-    dense path where that cannot run or would not be worth its probe. A format asked for by name runs, on the first
-    backend that can, or raises the reason; so does a backend.
+    ``format="auto"`` on an NVIDIA GPU is a program that finds out by itself whether sparsity pays
+    (`adaptive`), and the dense path where that cannot run or would not be worth its probe. A format asked for
+    by name runs, on the first backend that can, or raises the reason; so does a backend.
 
     Raises:
       ValueError: the format or the backend asked for cannot run this call here.
@@ -111,7 +112,8 @@ def explain(
     w_up: Shaped,
     options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
 ) -> str:
-    """What `sparse_ffn` or `sparse_mlp` would run for x (..., D) and weights like w_up (F, D), and why, in a few lines.
+    """What `sparse_ffn` or `sparse_mlp` would run for x (..., D) and weights like w_up (F, D), and why,
+    in a few lines.
 
     Nothing runs, and nothing is raised for a path that cannot: the reason is part of the answer.
     """
@@ -134,7 +136,10 @@ _MEANING = {
     "twell": "the gate packed in tiles, then one pass over its non-zeros",
     "hybrid": "rows of non-zeros with a dense backup, kept between forward and backward",
     "panel": "tensor cores over the neurons that neighbouring tokens share",
-    "auto": "a probe inside the program takes PanelELL where panels of tokens share few enough neurons, dense elsewhere",
+    "auto": (
+        "a probe inside the program takes PanelELL where panels of tokens share few enough neurons, "
+        "dense elsewhere"
+    ),
 }
 
 

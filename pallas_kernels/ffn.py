@@ -34,8 +34,8 @@ def sparse_ffn(
       options: how the call runs; the result does not depend on it, but for how weight gradients are rounded.
 
     Returns:
-      y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through y
-      and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's.
+      y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through
+      y and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's.
 
     Raises:
       ValueError, TypeError: arguments that do not fit, or options that cannot run here.

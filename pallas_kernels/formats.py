@@ -33,7 +33,8 @@ def _check_gate(gate: jax.Array, limit: int | None) -> None:
 
 
 def _slots_of_active(mask: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """For each row of a bool mask (..., N): columns of its first ``slots`` active entries, and how many are active.
+    """For each row of a bool mask (..., N): columns of its first ``slots`` active entries,
+    and how many are active.
 
     Unused slots hold N, which is out of range on purpose.
     """
@@ -59,9 +60,9 @@ class TwELL:
 
     Columns are cut into ``n_tiles = ceil(F / T)`` tiles; each row of a tile owns S words. Word 0 is the true
     count of active gates of that row in that tile, also where it exceeds S - 1. Words 1 to min(count, S - 1)
-    hold one active gate each: the column in the low 16 bits and, for 16-bit types, the value's bits in the high
-    16; their order within the tile is free. For f32 gates the values stand in ``values`` at the same place.
-    A row with a count over S - 1 *overflows*: its counts are true, and its other words mean nothing.
+    hold one active gate each: the column in the low 16 bits and, for 16-bit types, the value's bits in the
+    high 16; their order within the tile is free. For f32 gates the values stand in ``values`` at the same
+    place. A row with a count over S - 1 *overflows*: its counts are true, and its other words mean nothing.
 
     Attributes:
       words: (M, n_tiles * S) uint32.
@@ -78,7 +79,8 @@ class TwELL:
 
     @classmethod
     def from_dense(cls, gate: jax.Array, *, tile: int = 256, compression: int = 8) -> "TwELL":
-        """Packs a dense gate (M, F); inactive entries are dropped, active ones kept in ascending column order.
+        """Packs a dense gate (M, F); inactive entries are dropped, active ones kept in
+        ascending column order.
 
         Raises:
           ValueError: F over 65,536, or a gate that is not a floating-point matrix.
@@ -217,14 +219,16 @@ class PanelELL:
     """Blocked ELLPACK with P x 1 blocks: the neurons active for at least one of P consecutive tokens.
 
     Panel p covers tokens p P to (p + 1) P - 1 (the last one is padded with zero rows). It owns the slots
-    ``offsets[p]`` to ``offsets[p + 1]``, its count rounded up to a multiple of the chunk. The first ``counts[p]`` of them
-    hold, in ascending order, the neurons active for at least one of its tokens, and in ``values`` the P gates of each:
-    transposed, because a neuron's P values are what the projections load together. The slots after them hold neuron 0
-    with value 0. Slots past the last panel's mean nothing. If the last offset exceeds the number of slots, the format
-    *overflows*: then only counts and offsets have a meaning.
+    ``offsets[p]`` to ``offsets[p + 1]``, its count rounded up to a multiple of the chunk. The first
+    ``counts[p]`` of them hold, in ascending order, the neurons active for at least one of its tokens, and in
+    ``values`` the P gates of each: transposed, because a neuron's P values are what the projections load
+    together. The slots after them hold neuron 0 with value 0. Slots past the last panel's mean nothing. If
+    the last offset exceeds the number of slots, the format *overflows*: then only counts and offsets
+    have a meaning.
 
     Attributes:
-      values: (n_slots, P).  neurons: (n_slots,) int32.  offsets: (n_panels + 1,) int32.  counts: (n_panels,) int32.
+      values: (n_slots, P).  neurons: (n_slots,) int32.  offsets: (n_panels + 1,) int32.
+      counts: (n_panels,) int32.
       tokens: M.  d_ff: F.  chunk: what a panel's slots are a multiple of.
     """
 
@@ -246,7 +250,8 @@ class PanelELL:
           capacity: share of all (panel, neuron) pairs, in chunks, that there are slots for.
 
         Raises:
-          ValueError: a panel or chunk under 1, a capacity outside (0, 1], or a gate that is no floating-point matrix.
+          ValueError: a panel or chunk under 1, a capacity outside (0, 1], or a gate that is
+            no floating-point matrix.
         """
         _check_gate(gate, None)
         if panel < 1 or chunk < 1 or not 0 < capacity <= 1:

@@ -8,11 +8,12 @@ loop and an epilogue of their own, which no other GEMM of JAX lets them have.
 Who does what. Two warpgroups multiply; they leave a rounded tile in shared memory and go on with the next
 one, and the third warpgroup runs the epilogues. So the tensor cores do not idle while a tile is packed.
 
-What else was tried, on one NVIDIA H100 at M = 65,536, D = 2048 and F = 5632, as multiples of XLA's bare product
-timed in turn, PanelELL's gate and then TwELL's. This design: 1.05 to 1.09, and 1.09. The multiplying warpgroups
-run the epilogue of their tile, while loads come from a pipeline that drains at each tile: 1.11, 1.02 to 1.17;
-from a ring over all tiles: 1.11, 1.10; with one of the two lagging: 1.10, 1.15; with two programs sharing
-loads: 1.13, 1.08. Each has a tile of its own, and one multiplies while the other packs: 1.29, 1.36.
+What else was tried, on one NVIDIA H100 at M = 65,536, D = 2048 and F = 5632, as multiples of XLA's bare
+product timed in turn, PanelELL's gate and then TwELL's. This design: 1.05 to 1.09, and 1.09. The multiplying
+warpgroups run the epilogue of their tile, while loads come from a pipeline that drains at each tile: 1.11,
+1.02 to 1.17; from a ring over all tiles: 1.11, 1.10; with one of the two lagging: 1.10, 1.15; with two
+programs sharing loads: 1.13, 1.08. Each has a tile of its own, and one multiplies while the other
+packs: 1.29, 1.36.
 
 Work: 2 M F D FLOPs. Bytes: (M D + F D) read at the least, and what the epilogue writes.
 
@@ -87,8 +88,8 @@ def gemm(
 
     Args:
       epilogue: called as ``epilogue(acc, place, *outputs, **scratch)`` by one warpgroup, with a (64, tile)
-        half of a tile, rounded to the type of x and in f32 in wgmma's layout, a `Place`, and the whole outputs in
-        global memory.
+        half of a tile, rounded to the type of x and in f32 in wgmma's layout, a `Place`, and the whole
+        outputs in global memory.
       out_type: shapes of the outputs.
       tile: columns of a tile.
       stages: slices of D in flight, at least 2.

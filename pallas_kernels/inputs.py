@@ -2,8 +2,8 @@
 
 A gate is ``b_j + s_i + w_j . z_i`` with standard normal z and unit w: neuron j is active with a probability
 that its bias b sets, and the token's shift s makes rows uneven. Neurons' rates are log-normal and a share of
-them is dead. Tokens are independent; at the measured spreads that alone reproduces how many neurons 32 and 128
-neighbouring tokens of a trained model share, to within 12 %.
+them is dead. Tokens are independent; at the measured spreads that alone reproduces how many neurons 32 and
+128 neighbouring tokens of a trained model share, to within 12 %.
 """
 
 import dataclasses
@@ -62,21 +62,23 @@ PROFILES = {
     "layer-7": Activity(477, 0.01, 1.6, 0.4),
     "no-l1": Activity(900, 0.0, 1.0, 0.3),
 }
-"""Layers of a trained 8-layer model with F = 5632: mean nnz and dead share as measured, spreads fitted to the 99th
-percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together. ``no-l1`` has the
-mean nnz of a layer trained without the L1 term, and spreads that nobody measured."""
+"""Layers of a trained 8-layer model with F = 5632: mean nnz and dead share as measured, spreads fitted to the
+99th percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together.
+``no-l1`` has the mean nnz of a layer trained without the L1 term, and spreads that nobody measured."""
 
 _PROFILED_D_FF = 5632
 _LADDER = (Activity(5, 0.95, 1.8, 0.3), *(PROFILES[f"layer-{n}"] for n in (1, 3, 5, 6, 7)), PROFILES["no-l1"])
-"""By mean nnz: the sparsest middle layer of the same model under ten times the L1 term (130 neurons in 128 tokens), the
-profiles, and no L1. The first layer is left out: it reads embeddings, and shares less than its neighbours in nnz do."""
+"""By mean nnz: the sparsest middle layer of the same model under ten times the L1 term (130 neurons in 128
+tokens), the profiles, and no L1. The first layer is left out: it reads embeddings, and shares less than its
+neighbours in nnz do."""
 
 
 def like_trained(mean_nnz: float, d_ff: int = _PROFILED_D_FF) -> Activity:
-    """The activity of a trained layer of that mean nnz: dead share and spreads between those of measured layers.
+    """The activity of a trained layer of that mean nnz: dead share and spreads between those
+    of measured layers.
 
-    They follow straight lines over log nnz, and stay what they are at the ends beyond them. Layers of another F are
-    taken to be alike where the same share of their neurons is active.
+    They follow straight lines over log nnz, and stay what they are at the ends beyond them. Layers of another
+    F are taken to be alike where the same share of their neurons is active.
 
     Raises:
       ValueError: ``mean_nnz`` is not above 0.
@@ -103,8 +105,8 @@ def ffn_inputs(
 ) -> dict[str, jax.Array]:
     """Arguments of `sparse_ffn` (or, without ``w_gate``, of `sparse_mlp`): x (M, D) and weights (F, D).
 
-    All but the key is static under ``jit``. The mean nnz is the activity's up to sampling noise, under 5 % from
-    a thousand tokens on.
+    All but the key is static under ``jit``. The mean nnz is the activity's up to sampling noise, under 5 %
+    from a thousand tokens on.
 
     Raises:
       ValueError: no token, D under 4, or more active gates asked for than the live neurons can give.
@@ -116,8 +118,8 @@ def ffn_inputs(
     live = d_ff - round(d_ff * activity.dead)
     if activity.mean_nnz > live * _HIGHEST_RATE * 0.9:
         raise ValueError(
-            f"a mean nnz of {activity.mean_nnz:g} needs more than the {live} live neurons of F={d_ff}: ask for "
-            "fewer, or for a smaller dead share"
+            f"a mean nnz of {activity.mean_nnz:g} needs more than the {live} live neurons of F={d_ff}: ask "
+            "for fewer, or for a smaller dead share"
         )
     for_order, for_tokens, for_shift, for_gate, for_up, for_down = jax.random.split(key, 6)
     shift = activity.token_spread * _normal_quantiles(tokens)[:, None]
@@ -145,8 +147,8 @@ def measure(x: jax.Array, weight: jax.Array) -> dict[str, float]:
     """What an input was found to be: x (M, D) and the weight (F, D) whose product is rectified.
 
     Returns:
-      ``mean_nnz``, ``p99_nnz`` and ``max_nnz`` of a token, ``dead_fraction`` of the neurons, and ``union_32`` and
-      ``union_128``: how many neurons so many consecutive tokens activate, on average.
+      ``mean_nnz``, ``p99_nnz`` and ``max_nnz`` of a token, ``dead_fraction`` of the neurons, and ``union_32``
+      and ``union_128``: how many neurons so many consecutive tokens activate, on average.
     """
     return {name: float(value) for name, value in _measure(x, weight).items()}
 

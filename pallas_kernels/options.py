@@ -17,8 +17,8 @@ RESIDUAL_NAMES = (
     "sparse_ffn_indices",
     "sparse_ffn_nnz",
 )
-"""Names of all that the sparse layers keep between forward and backward: lists and values of `PanelELL`, triples of
-`HybridELL`. For ``jax.checkpoint_policies.save_only_these_names``."""
+"""Names of all that the sparse layers keep between forward and backward: lists and values of `PanelELL`,
+triples of `HybridELL`. For ``jax.checkpoint_policies.save_only_these_names``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +26,23 @@ class FFNOptions:
     """Choices that change how a result is computed, never what it is; and how weight gradients are rounded.
 
     Attributes:
-      format: how the gate activations are stored between the projections. ``"auto"`` decides inside the program,
-        call by call, between ``"panel"`` and ``"dense"``, and is ``"dense"`` where that cannot be; a format asked
-        for by name that cannot run a call raises the reason. `dispatch.explain` tells what would run.
+      format: how the gate activations are stored between the projections. ``"auto"`` decides inside the
+        program, call by call, between ``"panel"`` and ``"dense"``, and is ``"dense"`` where that cannot be; a
+        format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells
+        what would run.
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
-        ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels' own
-        code slowly on any device, for tests.
+        ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels'
+        own code slowly on any device, for tests.
       tile: T, columns in a TwELL tile (paper section 3.1: 256).
       compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
         more than S - 1 non-zeros sends its row to the dense backup.
       width: W, non-zeros of a HybridELL row (paper section 3.3). A row with more goes to the dense backup.
-      backup_rows: B, how many overflowing rows the dense backup computes at a time; it takes as many rounds as
-        there are rows. ``None`` picks a bound from the number of tokens.
+      backup_rows: B, how many overflowing rows the dense backup computes at a time; it takes as many rounds
+        as there are rows. ``None`` picks a bound from the number of tokens.
       panel: P, consecutive tokens that share one list of neurons in PanelELL; fewer where the call has fewer.
-      capacity: share of all (panel, neuron) pairs that PanelELL has room to keep between forward and backward. A
-        call with more active pairs keeps nothing and takes the dense path there; without a gradient to compute
-        there is room for all.
+      capacity: share of all (panel, neuron) pairs that PanelELL has room to keep between forward and
+        backward. A call with more active pairs keeps nothing and takes the dense path there; without a
+        gradient to compute there is room for all.
       weight_gradients: what the weights' gradients, summed over tokens in f32, are rounded to. JAX gives a
         gradient its argument's type, and float32 weights beside a 16-bit x are master weights, rounded to x's
         type for every product. ``"auto"``: to the weights' own type, so that those of master weights are not

@@ -1,7 +1,8 @@
 """Layers recorded from a model: one ``.npz`` file with what enters each feed-forward layer, and its weights.
 
-The arrays are named ``LAYER/x`` (M, D), ``LAYER/w_gate`` (gated layers only), ``LAYER/w_up`` and ``LAYER/w_down``, each
-(F, D); ``dtype`` names their type. NumPy has no bfloat16: those stand as their 16 bits, in uint16.
+The arrays are named ``LAYER/x`` (M, D), ``LAYER/w_gate`` (gated layers only), ``LAYER/w_up`` and
+``LAYER/w_down``, each (F, D); ``dtype`` names their type. NumPy has no bfloat16: those stand as their 16
+bits, in uint16.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ class RecordedCase:
 def cases(
     path: str | os.PathLike[str], *, layers: Iterable[int] = (), tokens: Iterable[int] = ()
 ) -> list[RecordedCase]:
-    """The cases of a file: its layers, or those asked for, each at every number of tokens (by default, all of them).
+    """The cases of a file: its layers, or those asked for, each at every number of tokens
+    (by default, all of them).
 
     Raises:
       ValueError: it is no such file, or has not the layer or the tokens asked for.

@@ -6,11 +6,11 @@ Dimensions: M tokens, D model width, F hidden neurons. All weights are neuron-ma
     non-gated   g = round(x Wu^T)                         h = round([not g <= 0] g)      y = round(h Wd)
 
 ``round`` is to the input type and marks every place where a rounding happens; sums accumulate in f32, and f32
-inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU: a gate's sign is part of the result. The
-bracket is 1 where the condition holds: a neuron is *active* unless its rounded gate is at or under zero, so a
-NaN gate is active and reaches the output. An inactive neuron contributes nothing, also where its up
-projection is infinite: that is what lets a kernel skip it, and it is the one difference from ``relu(g) * u``
-evaluated in IEEE arithmetic. Weights are taken to be finite.
+inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU: a gate's sign is part of the
+result. The bracket is 1 where the condition holds: a neuron is *active* unless its rounded gate is at or
+under zero, so a NaN gate is active and reaches the output. An inactive neuron contributes nothing, also where
+its up projection is infinite: that is what lets a kernel skip it, and it is the one difference from
+``relu(g) * u`` evaluated in IEEE arithmetic. Weights are taken to be finite.
 
     l1 = (1/M) sum_ij |h_ij|        l0 = (1/M) sum_ij active_ij        neuron_hits_j = sum_i active_ij
 """
@@ -43,8 +43,8 @@ def multiply(
 ) -> jax.Array:
     """``round(a b)`` of arrays of one type, by default (M, F) and (F, D), to that type or to ``dtype``.
 
-    XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum: there
-    the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.
+    XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum:
+    there the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.
     """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dtype = a.dtype if dtype is None else dtype

@@ -28,4 +28,5 @@ SHAPES = {
 }
 
 TOKENS = (4096, 65536, 524288)
-"""Tokens in a call: a small batch, the 32 sequences of 2,048 that the ceilings were taken at, and a large one."""
+"""Tokens in a call: a small batch, the 32 sequences of 2,048 that the ceilings were taken at,
+and a large one."""

@@ -1,4 +1,5 @@
-"""Device time read off the host's clock: chains of calls long enough to hide the host, contestants taking turns."""
+"""Device time read off the host's clock: chains of calls long enough to hide the host,
+contestants taking turns."""
 
 import concurrent.futures
 import dataclasses
@@ -32,9 +33,11 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches today: FLOP/s of a large XLA product, bytes/s read plus written by a large copy.
+    """What the device reaches today: FLOP/s of a large XLA product, bytes/s read plus written by
+    a large copy.
 
-    ``dispatch_ms`` is what the host needs to start a call: a call that is over sooner is not timed by the device.
+    ``dispatch_ms`` is what the host needs to start a call:
+    a call that is over sooner is not timed by the device.
     """
 
     flops: float
@@ -49,8 +52,8 @@ class Ceilings:
 def measure(contestants: Mapping[Key, Call], *, rounds: int = 7, chain_ms: float = 40.0) -> dict[Key, Timing]:
     """Times calls that dispatch compiled programs and return their outputs.
 
-    Every round runs one chain of each contestant, so that a clock that drifts hits all alike; a chain lasts about
-    ``chain_ms`` between two synchronisations. A first round is not counted.
+    Every round runs one chain of each contestant, so that a clock that drifts hits all alike; a chain lasts
+    about ``chain_ms`` between two synchronisations. A first round is not counted.
     """
     calls = {name: _chain_length(call, chain_ms) for name, call in contestants.items()}
     samples: dict[Key, list[float]] = {name: [] for name in contestants}
@@ -80,13 +83,15 @@ def compile_all(
 
 
 def temporary_bytes(compiled: Any) -> int:
-    """Device memory that a compiled program takes beside its arguments and outputs; 0 where it is not known."""
+    """Device memory that a compiled program takes beside its arguments and outputs;
+    0 where it is not known."""
     analysis = compiled.memory_analysis()
     return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 
 
 def ceilings(dtype: jax.typing.DTypeLike, *, size: int = 8192) -> Ceilings:
-    """Measures a product of (size, size) matrices of a type and a copy of as many as 4 ``size``² f32 values."""
+    """Measures a product of (size, size) matrices of a type and a copy of
+    as many as 4 ``size``² f32 values."""
     key = jax.random.key(0)
     matrix = jax.random.normal(key, (size, size), dtype)
     large = jax.random.normal(key, (4 * size, size), jnp.float32)

@@ -39,7 +39,8 @@ class KVCache:
         capacity = config.context_length if capacity is None else capacity
         if not 1 <= capacity <= config.context_length:
             raise ValueError(
-                f"a cache holds between 1 and context_length={config.context_length} positions; got {capacity}"
+                f"a cache holds between 1 and context_length={config.context_length} positions; "
+                f"got {capacity}"
             )
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         return cls(
@@ -56,7 +57,8 @@ class KVCache:
         return self.lengths[:, None] + jnp.arange(steps, dtype=jnp.int32)
 
     def write(self, layer: jax.Array | int, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Puts one layer's (B, S, K, H) keys and values behind each row; ``lengths`` stays for the other layers."""
+        """Puts one layer's (B, S, K, H) keys and values behind each row;
+        ``lengths`` stays for the other layers."""
         rows = jnp.arange(keys.shape[0])[:, None]
         positions = self.positions(keys.shape[1])
         return dataclasses.replace(
@@ -69,8 +71,8 @@ class KVCache:
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions (arXiv 2305.13245).
 
-    Parameters: ``query``, ``key``, ``value`` (D to N or K heads of H; biases with ``qkv_bias``) and ``output``
-    (back to D), each an ``nnx.Linear`` with f32 master weights.
+    Parameters: ``query``, ``key``, ``value`` (D to N or K heads of H; biases with ``qkv_bias``) and
+    ``output`` (back to D), each an ``nnx.Linear`` with f32 master weights.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:

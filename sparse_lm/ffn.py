@@ -15,13 +15,13 @@ class SparseFFN(nnx.Module):
     """A Llama-style feed-forward layer, exact at any sparsity (arXiv 2603.23198, section 2).
 
     ``y = (relu(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = relu(x Wu^T) Wd`` if not. Parameters, all
-    neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype`` and
-    rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
+    neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype``
+    and rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
     rounded to ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
 
-    The kernels see local arrays. Under an ambient mesh (``jax.set_mesh``) the call runs in a ``jax.shard_map``
-    over ``batch_axes`` and returns the statistics of the whole batch; inside ``shard_map`` or ``pmap`` it is
-    local already, and so are its statistics (``FFNStats.all_reduce`` combines them).
+    The kernels see local arrays. Under an ambient mesh (``jax.set_mesh``) the call runs in a
+    ``jax.shard_map`` over ``batch_axes`` and returns the statistics of the whole batch; inside ``shard_map``
+    or ``pmap`` it is local already, and so are its statistics (``FFNStats.all_reduce`` combines them).
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class SparseFFN(nnx.Module):
             raise ValueError(f"SparseFFN needs d_model and d_ff of at least 1; got {d_model} and {d_ff}")
         if use_bias:
             raise ValueError(
-                "SparseFFN takes no biases: its kernels compute a neuron from its weight row alone and skip it "
-                "where its gate is silent, and a positive gate bias would keep the neuron active for every token, "
-                "which is what the L1 term works against; use use_bias=False"
+                "SparseFFN takes no biases: its kernels compute a neuron from its weight row alone and skip "
+                "it where its gate is silent, and a positive gate bias would keep the neuron active for "
+                "every token, which is what the L1 term works against; use use_bias=False"
             )
         init = nnx.initializers.normal(init_std)
 
@@ -135,7 +135,7 @@ def _split_axes(batch_axes: tuple[str, ...] | None) -> tuple[str, ...]:
     unknown = [axis for axis in axes if axis not in mesh.axis_names]
     if unknown:
         raise ValueError(
-            f"SparseFFN.batch_axes must name axes of the ambient mesh, which has {', '.join(mesh.axis_names)}; "
-            f"got {', '.join(unknown)}"
+            "SparseFFN.batch_axes must name axes of the ambient mesh, which has "
+            f"{', '.join(mesh.axis_names)}; got {', '.join(unknown)}"
         )
     return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()

@@ -1,7 +1,7 @@
 """Text generation: prompts of any lengths in one batch, a fixed-shape cache, one compiled step per token.
 
-Prompts are padded behind their end and every row keeps its own position, so that what a row says depends on its
-prompt, its place in the batch and the seed, and never on the other rows.
+Prompts are padded behind their end and every row keeps its own position, so that what a row says depends on
+its prompt, its place in the batch and the seed, and never on the other rows.
 """
 
 import dataclasses
@@ -110,14 +110,14 @@ def stream(
       seed: of the draws. A row's draws follow from the seed, its place in the batch and its positions.
 
     Returns:
-      An iterator of steps, each the new token of every row, or ``None`` for a row that has ended (the end token
-      itself is not given out). It stops when all rows have ended. Tokens come as they are made: the next
-      step runs on the device while the caller handles this one.
+      An iterator of steps, each the new token of every row, or ``None`` for a row that has ended (the end
+      token itself is not given out). It stops when all rows have ended. Tokens come as they are made: the
+      next step runs on the device while the caller handles this one.
 
     Raises:
       ValueError: at once, not at the first step: no prompt, an empty prompt, a token outside the vocabulary,
-        ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit the context with
-        its new tokens.
+        ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit the context
+        with its new tokens.
     """
     _check(model.config, prompts, max_new_tokens, seed)
     return _steps(model, [list(prompt) for prompt in prompts], max_new_tokens, sampling, eos_id, seed)
@@ -204,11 +204,12 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
         strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if strange is not None:
             raise ValueError(
-                f"prompt {number} holds token {strange}, outside the model's vocabulary of {config.vocab_size}: "
-                "encode it with the tokenizer that the model was trained with"
+                f"prompt {number} holds token {strange}, outside the model's vocabulary of "
+                f"{config.vocab_size}: encode it with the tokenizer that the model was trained with"
             )
         if len(prompt) + max_new_tokens > config.context_length:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, beyond the "
-                f"model's context of {config.context_length}: shorten the prompt or ask for fewer new tokens"
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, "
+                f"beyond the model's context of {config.context_length}: "
+                "shorten the prompt or ask for fewer new tokens"
             )

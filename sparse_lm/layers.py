@@ -26,7 +26,8 @@ class RMSNorm(nnx.Module):
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), first half of a head paired with its second (as in Llama).
+    """Rotary position embedding (arXiv 2104.09864), first half of a head paired with its second
+    (as in Llama).
 
     Args:
       x: (B, S, N, H) queries or keys, H even.

@@ -45,7 +45,8 @@ class Block(nnx.Module):
     def attend(
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
     ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """The first half: (B, S, D) with attention added, what then enters the feed-forward part, and the cache."""
+        """The first half: (B, S, D) with attention added, what then enters the feed-forward part,
+        and the cache."""
         attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
         x = x + attended
         return x, self.ffn_norm(x), cache
@@ -55,11 +56,12 @@ class SparseLM(nnx.Module):
     """The language model: embedding, ``num_layers`` blocks under one scan, final norm, output head.
 
     Master weights are f32, compute is in ``config.dtype``, logits are f32. Parameters: ``embedding`` (V, D),
-    ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head`` (V, D).
-    All matrices start normal with standard deviation ``config.init_std``, norm scales at 1, biases at 0.
+    ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head``
+    (V, D). All matrices start normal with standard deviation ``config.init_std``, norm scales at 1,
+    biases at 0.
 
-    Under an ambient mesh (``jax.set_mesh``, axes of type Auto) the feed-forward layers split the batch over the
-    mesh themselves and XLA splits everything else, as the placement of parameters and tokens asks.
+    Under an ambient mesh (``jax.set_mesh``, axes of type Auto) the feed-forward layers split the batch over
+    the mesh themselves and XLA splits everything else, as the placement of parameters and tokens asks.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -87,8 +89,8 @@ class SparseLM(nnx.Module):
           cache: what stands before ``tokens``.
 
         Returns:
-          Logits (B, S, V) f32; statistics with a leading layer axis on every leaf; with a cache also the cache
-          that holds ``tokens``.
+          Logits (B, S, V) f32; statistics with a leading layer axis on every leaf; with a cache also the
+          cache that holds ``tokens``.
 
         Raises:
           ValueError: ``tokens`` is not (B, S), or S is beyond the context or the cache's capacity.
@@ -100,7 +102,8 @@ class SparseLM(nnx.Module):
     def hidden_states(
         self, tokens: jax.Array, *, cache: KVCache | None = None
     ) -> tuple[jax.Array, FFNStats, KVCache | None]:
-        """What ``logits`` reads: (B, S, D) in the compute type, the statistics and the cache, as in ``__call__``."""
+        """What ``logits`` reads: (B, S, D) in the compute type, the statistics and the cache,
+        as in ``__call__``."""
         longest = self.config.context_length if cache is None else cache.capacity
         if tokens.ndim != 2 or tokens.shape[1] > longest:
             raise ValueError(
@@ -122,7 +125,8 @@ class SparseLM(nnx.Module):
         return self.final_norm(x), stats, cache
 
     def ffn_inputs(self, tokens: jax.Array) -> jax.Array:
-        """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in the compute type."""
+        """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in
+        the compute type."""
         graphdef, layers = nnx.split(self.blocks)
 
         def run_layer(x, state):
@@ -169,10 +173,10 @@ def num_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, context_length: int) -> float:
     """Model FLOPs of one training token, forward and backward, as if every feed-forward layer were dense.
 
-    The convention (arXiv 2204.02311, appendix B, with the causal half of the scores counted, not all of them):
-    ``6 N + 6 L D T``, where N counts the weights that multiply a token: attention, feed-forward and the output
-    head, but no embedding look-up, norm or bias. A multiply-add is 2 FLOPs; rematerialisation and sparsity do
-    not change the figure. The forward alone is a third of it.
+    The convention (arXiv 2204.02311, appendix B, with the causal half of the scores counted, not all of
+    them): ``6 N + 6 L D T``, where N counts the weights that multiply a token: attention, feed-forward and
+    the output head, but no embedding look-up, norm or bias. A multiply-add is 2 FLOPs; rematerialisation and
+    sparsity do not change the figure. The forward alone is a third of it.
 
     Args:
       config: the model.

@@ -10,7 +10,8 @@ from sparse_lm.config import SparsityConfig
 
 
 def l1_coefficient(step: jax.Array | int, config: SparsityConfig) -> jax.Array:
-    """λ(step), () f32 and traceable: constant, or 0 for ``off_steps`` and then a linear ramp (paper section 4).
+    """λ(step), () f32 and traceable: constant, or 0 for ``off_steps`` and then a linear ramp
+    (paper section 4).
 
     With a linear schedule it is 0 up to and including step ``off_steps`` and reaches ``config.l1`` at step
     ``off_steps + ramp_steps``; a ramp of 0 steps is a jump at step ``off_steps``.

@@ -1,8 +1,9 @@
 """Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
 
-``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data`` (the
-position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a
-temporary name and renames it when it is whole, so that a killed save never looks like a checkpoint.
+``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data``
+(the position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes
+it under a temporary name and renames it when it is whole, so that a killed save never looks
+like a checkpoint.
 """
 
 import dataclasses
@@ -181,7 +182,8 @@ class Checkpoints:
         return load_tokenizer(self.path(step) / "tokenizer")
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state saved at ``step``, placed as ``abstract``'s shardings say; puts ``data`` where it stood."""
+        """The state saved at ``step``, placed as ``abstract``'s shardings say;
+        puts ``data`` where it stood."""
         params, rest = _split_state(abstract)
         with reading(self.path(step)):
             items = self._manager.restore(
@@ -214,9 +216,9 @@ def check_same_tokenizer(saved: Tokenizer, given: Tokenizer, where: Path) -> Non
     """Raises UserError unless both tokenizers have the same content."""
     if saved.fingerprint != given.fingerprint:
         raise UserError(
-            f"{where} was trained with another tokenizer: data.tokenizer has {saved.vocab_size} ids and fingerprint "
-            f"{saved.fingerprint[:12]} there, {given.vocab_size} and {given.fingerprint[:12]} here: pass the "
-            "tokenizer it was trained with, or choose another workdir"
+            f"{where} was trained with another tokenizer: data.tokenizer has {saved.vocab_size} ids and "
+            f"fingerprint {saved.fingerprint[:12]} there, {given.vocab_size} and {given.fingerprint[:12]} "
+            "here: pass the tokenizer it was trained with, or choose another workdir"
         )
 
 
@@ -288,8 +290,8 @@ def _read_run(path: Path) -> tuple[TrainConfig, int]:
         return from_dict(TrainConfig, saved["config"]), saved["step"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use the version "
-            "that saved it"
+            f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use "
+            "the version that saved it"
         ) from error
 
 
@@ -329,7 +331,8 @@ def _is_complete(path: Path) -> bool:
 
 
 def _set_aside(directory: Path) -> None:
-    """Renames step directories that lack a part, so that the run can save those steps again; deletes nothing."""
+    """Renames step directories that lack a part, so that the run can save those steps
+    again; deletes nothing."""
     for path in _entries(directory):
         if _is_step(path) and _is_half_written(path):
             taken = sum(other.name.startswith(path.name + _HALF_WRITTEN) for other in _entries(directory))

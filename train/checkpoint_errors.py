@@ -56,8 +56,8 @@ def _silence_what_is_raised_too() -> None:
         return
 
     def hook(unraisable: Any) -> None:
-        # Reads and writes still under way when the first error ends orbax's event loop: some notice that it is
-        # closed, others are cut off (GeneratorExit) when they are collected.
+        # Reads and writes still under way when the first error ends orbax's event loop: some notice that it
+        # is closed, others are cut off (GeneratorExit) when they are collected.
         error = unraisable.exc_value
         if str(error) != "Event loop is closed" and not isinstance(
             getattr(error, "__cause__", None), GeneratorExit
@@ -82,7 +82,8 @@ def short_reason(error: Exception) -> str:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether ``error``, or what caused it, is a full disk or quota (the C++ writers only say so in words)."""
+    """Whether ``error``, or what caused it, is a full disk or quota (the C++ writers only say
+    so in words)."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

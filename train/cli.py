@@ -94,8 +94,8 @@ class EvaluateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputsOptions:
-    """Runs a checkpoint over its held-out text and saves, for each layer, what enters its feed-forward part and its
-    weights: a file for python -m pallas_kernels.bench_layers --inputs.
+    """Runs a checkpoint over its held-out text and saves, for each layer, what enters its feed-forward part
+    and its weights: a file for python -m pallas_kernels.bench_layers --inputs.
 
     Attributes:
       checkpoint: a run's work directory, or one checkpoint in it.
@@ -200,7 +200,8 @@ def _train(argv: list[str]) -> None:
 
 
 def _preset(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
-    """The value of ``--config``, which must be known before the defaults of all other options are, and its run."""
+    """The value of ``--config``, which must be known before the defaults of all other options are,
+    and its run."""
     name = default
     for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
@@ -368,8 +369,8 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "the device must have room for model and batch; it ran out of memory: lower the batch size or the "
-            "context length, or in training raise --optimizer.accumulation or set --model.remat full"
+            "the device must have room for model and batch; it ran out of memory: lower the batch size or "
+            "the context length, or in training raise --optimizer.accumulation or set --model.remat full"
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the operating system'}: {error.strerror}"

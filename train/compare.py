@@ -216,7 +216,8 @@ def reordered(state: TrainState, key: jax.Array) -> TrainState:
             leaf = jnp.take_along_axis(leaf, neurons[:, :, None], axis=1)
         if "bias" in names:  # of queries, keys and values, which belong to heads
             return leaf
-        # Queries, keys and values read the residual stream, by the axis before the last; all others end in it.
+        # Queries, keys and values read the residual stream, by the axis before the last; all others
+        # end in it.
         reads = {"query", "key", "value"} & set(names)
         return jnp.take(leaf, channels, axis=-2 if reads else -1)
 

@@ -23,8 +23,8 @@ class DataConfig:
       paths: files or globs of documents (JSONL or plain text, plain or .gz/.xz/.zst). Empty: the corpus that
         ships with the package.
       text_field: field of a JSONL document that holds its text.
-      tokenizer: ``"byte"``, ``"bpe"`` (fitted on the corpus with the model's vocabulary size), or the path of a
-        Hugging Face ``tokenizer.json``.
+      tokenizer: ``"byte"``, ``"bpe"`` (fitted on the corpus with the model's vocabulary size), or the path of
+        a Hugging Face ``tokenizer.json``.
       holdout: share of documents kept out of training for evaluation.
     """
 

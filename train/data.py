@@ -1,8 +1,8 @@
 """Documents to shuffled batches of token windows, the same for every number of processes.
 
-All training documents, each followed by EOS, form one ring of N tokens. Window k of context length C holds the
-C + 1 tokens from position k·C round the ring, so that each token is the target of exactly one window a lap,
-and the tokens that one epoch of ⌊N / C⌋ windows leaves over begin the next. Nothing is lost or repeated.
+All training documents, each followed by EOS, form one ring of N tokens. Window k of context length C holds
+the C + 1 tokens from position k·C round the ring, so that each token is the target of exactly one window a
+lap, and the tokens that one epoch of ⌊N / C⌋ windows leaves over begin the next. Nothing is lost or repeated.
 """
 
 import glob
@@ -146,8 +146,8 @@ def build_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
 def read_documents(config: DataConfig) -> Iterator[str]:
     """The texts of the corpus in order: each line of a JSONL file, each plain-text file; empty ones left out.
 
-    Compression is told by content. ``.jsonl``, ``.ndjson`` and ``.json`` are JSON lines, ``.txt``, ``.text`` and
-    ``.md`` plain text, and any other file is what its first line looks like.
+    Compression is told by content. ``.jsonl``, ``.ndjson`` and ``.json`` are JSON lines, ``.txt``, ``.text``
+    and ``.md`` plain text, and any other file is what its first line looks like.
 
     Raises:
       UserError: names the file, and the line, that cannot be used.
@@ -233,7 +233,8 @@ def _decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{name}, line {line} must be UTF-8; found the byte 0x{data[error.start]:02x}: convert the file to UTF-8"
+            f"{name}, line {line} must be UTF-8; found the byte 0x{data[error.start]:02x}: "
+            "convert the file to UTF-8"
         ) from error
 
 
@@ -271,19 +272,21 @@ def _json_documents(text: str, name: str, field: str) -> Iterator[str]:
         if field not in document:
             fields = ", ".join(document) or "none"
             raise UserError(
-                f"{where} must have the text field {field!r}; found the fields {fields}: name one with --data.text-field"
+                f"{where} must have the text field {field!r}; found the fields {fields}: "
+                "name one with --data.text-field"
             )
         value = document[field]
         if not isinstance(value, str):
             raise UserError(
-                f"{where} must hold a string in {field!r}; found {_json_type(value)}: name another field with "
-                "--data.text-field, or mend or remove the line"
+                f"{where} must hold a string in {field!r}; found {_json_type(value)}: name another field "
+                "with --data.text-field, or mend or remove the line"
             )
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where} must hold Unicode text in {field!r}; found half of a surrogate pair: mend or remove the line"
+                f"{where} must hold Unicode text in {field!r}; found half of a surrogate pair: "
+                "mend or remove the line"
             ) from error
         if value:
             yield value
@@ -300,8 +303,8 @@ def _split(documents: list[str], holdout: float) -> tuple[list[str], list[str]]:
     distinct = sorted(set(digests))
     if len(distinct) < 2:
         raise UserError(
-            f"the corpus must hold at least 2 different documents, one of them to hold out; found {len(distinct)}: "
-            "add files, or cut it into one document a line (JSONL)"
+            "the corpus must hold at least 2 different documents, one of them to hold out; found "
+            f"{len(distinct)}: add files, or cut it into one document a line (JSONL)"
         )
     count = min(max(1, round(holdout * len(distinct))), len(distinct) - 1)
     heldout = set(distinct[:count])
@@ -332,8 +335,8 @@ def _window(ring: np.ndarray, index: int, context_length: int) -> np.ndarray:
 def _check_length(ring: np.ndarray, context_length: int, which: str) -> None:
     if len(ring) <= context_length:
         raise UserError(
-            f"the {which} documents must hold at least {context_length + 1} tokens, one window of the context; found "
-            f"{len(ring)}: add text or lower --model.context-length"
+            f"the {which} documents must hold at least {context_length + 1} tokens, one window of the "
+            f"context; found {len(ring)}: add text or lower --model.context-length"
         )
 
 

@@ -32,8 +32,8 @@ class EvaluationReport:
       step: optimizer steps behind the model.
       tokens: target tokens evaluated.
       ce: mean cross-entropy in nats per token.
-      unigram_entropy: entropy of the evaluated tokens' own frequencies in nats: the least CE that a model could
-        reach that knew these and looked at no context. From this process's share of the text.
+      unigram_entropy: entropy of the evaluated tokens' own frequencies in nats: the least CE that a model
+        could reach that knew these and looked at no context. From this process's share of the text.
       bits_per_byte: the same text's code length per UTF-8 byte, which does not depend on the tokenizer.
       d_ff: F, neurons of each layer.
       l0_per_layer: mean active neurons per token.

@@ -37,7 +37,8 @@ class Hook:
 
 
 class StopSignal:
-    """Turns a first SIGTERM or Ctrl-C into a request that the loop reads; a second one ends the process at once.
+    """Turns a first SIGTERM or Ctrl-C into a request that the loop reads;
+    a second one ends the process at once.
 
     With several processes the one that gets the signal tells the others through JAX's preemption service, so
     that all stop after the same step.

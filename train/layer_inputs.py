@@ -1,4 +1,5 @@
-"""What enters each feed-forward layer of a trained model on its held-out text, saved for the kernels' benchmark."""
+"""What enters each feed-forward layer of a trained model on its held-out text, saved for
+the kernels' benchmark."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,8 @@ def save_layer_inputs(
       How many tokens were saved of each layer, and what they were found to be.
 
     Raises:
-      UserError: no such checkpoint or layer, the corpus is gone, no room for one sequence, or no place for the file.
+      UserError: no such checkpoint or layer, the corpus is gone, no room for one sequence, or no place
+        for the file.
     """
     out = Path(out)
     model, tokenizer, config, _ = load_for_inference(checkpoint)
@@ -82,7 +84,8 @@ def save_layer_inputs(
 
 
 def _entering(model: SparseLM, sequences: np.ndarray, layers: Sequence[int]) -> list[np.ndarray]:
-    """For each of some layers what its feed-forward part is given for tokens (N, S): (N S, D) in the compute type."""
+    """For each of some layers what its feed-forward part is given for tokens (N, S):
+    (N S, D) in the compute type."""
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).ffn_inputs(tokens)[jnp.asarray(layers)])
     rows = max(1, _TOKENS_AT_ONCE // sequences.shape[1])

@@ -62,8 +62,8 @@ def run(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> RunResult:
     except OSError as error:
         if is_disk_full(error):
             raise UserError(
-                f"the disk is full: {config.workdir} could not be written to, earlier checkpoints are intact: "
-                "free some space and run the same command again"
+                f"the disk is full: {config.workdir} could not be written to, earlier checkpoints are "
+                "intact: free some space and run the same command again"
             ) from error
         raise
 

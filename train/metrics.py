@@ -42,7 +42,8 @@ def to_record(step: int, metrics: Mapping[str, jax.Array]) -> Record:
 
 
 def is_finite(record: Record) -> bool:
-    """False if the loss or its gradient is NaN or infinite: the state after this step is then no good either."""
+    """False if the loss or its gradient is NaN or infinite:
+    the state after this step is then no good either."""
     return all(math.isfinite(record[name]) for name in ("loss", "grad_norm"))
 
 
@@ -150,7 +151,8 @@ def model_flops_utilisation(config: ModelConfig, tokens_per_second: float) -> fl
 
 
 def _keep_until(path: Path, start: int) -> None:
-    """Drops records of steps after ``start``, and lines that are no record, as a last one that was cut off."""
+    """Drops records of steps after ``start``, and lines that are no record,
+    as a last one that was cut off."""
     if not path.exists():
         return
     kept = []

@@ -37,7 +37,8 @@ def initialize_processes() -> None:
         if not (address and count.isdecimal() and index.isdecimal()):
             raise UserError(
                 f"a run of several processes needs {', '.join(names)} (an address, two numbers); "
-                f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: set all three or none"
+                f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: "
+                "set all three or none"
             )
         jax.distributed.initialize(address, int(count), int(index))
     elif tasks != {"1"}:
@@ -90,7 +91,8 @@ class Layout:
         return self.scope() if self.config.mode == "jit" else contextlib.nullcontext()
 
     def state_shardings(self, abstract: TrainState) -> TrainState:
-        """A sharding for each leaf of ``abstract``: ZeRO-1 splits the optimizer's, FSDP the parameters' too."""
+        """A sharding for each leaf of ``abstract``: ZeRO-1 splits the optimizer's, FSDP
+        the parameters' too."""
 
         def spread(tree: Any, split: bool) -> Any:
             return jax.tree.map(lambda leaf: self._split(leaf.shape) if split else self.replicated, tree)
@@ -128,13 +130,15 @@ class Layout:
         )
 
     def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
-        """`compile_step`, compiled ahead for what ``place`` returned; programs may be compiled side by side."""
+        """`compile_step`, compiled ahead for what ``place`` returned;
+        programs may be compiled side by side."""
         with self.step_scope():
             step: Any = self.compile_step(program)
             return step.lower(program.abstract_state(), tokens).compile()
 
     def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:
-        """This process's rows (local B, S + 1) as the step wants them: a global array, or one block a device."""
+        """This process's rows (local B, S + 1) as the step wants them:
+        a global array, or one block a device."""
         if self.config.mode == "pmap":
             return tokens.reshape(jax.local_device_count(), -1, tokens.shape[-1])
         return self.place_global(tokens)

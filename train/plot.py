@@ -68,8 +68,8 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
       What to print: where the picture is, and where each curve crosses the dense layer's.
 
     Raises:
-      UserError: matplotlib is missing, a file is no such result, files are of different GPUs, no case differs from
-        another in nnz or tokens alone, or the picture cannot be written.
+      UserError: matplotlib is missing, a file is no such result, files are of different GPUs, no case differs
+        from another in nnz or tokens alone, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -84,8 +84,8 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
     charts = _charts([point for _, points in loaded for point in points])
     if not charts:
         raise UserError(
-            "a curve needs cases that differ in nnz alone or in tokens alone; found no two such: run bench_layers with "
-            "several values of --nnz or --tokens"
+            "a curve needs cases that differ in nnz alone or in tokens alone; found no two such: run "
+            "bench_layers with several values of --nnz or --tokens"
         )
     columns = min(len(charts), _WIDE)
     rows = math.ceil(len(charts) / columns)

@@ -87,7 +87,8 @@ def program_as_typed() -> str:
 
 
 def _shortest(path: str) -> str:
-    """A program's path for a shell: its bare name if that finds it, relative if it lies below, else as it is."""
+    """A program's path for a shell: its bare name if that finds it, relative if it lies below,
+    else as it is."""
     name, here = os.path.basename(path), os.path.join(os.getcwd(), "")
     return name if shutil.which(name) == path else shlex.quote(path.removeprefix(here))
 

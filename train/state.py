@@ -24,8 +24,8 @@ class TrainState:
     Attributes:
       params: nested dict of f32 arrays, the master weights.
       opt_state: optax's state for ``params``.
-      rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use). No step
-        draws from it now; it is saved so that one that does resumes bit for bit too.
+      rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use). No
+        step draws from it now; it is saved so that one that does resumes bit for bit too.
       step: () int32, optimizer steps done.
       activity: for how many steps each neuron of each layer has been silent.
     """

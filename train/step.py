@@ -74,7 +74,8 @@ def accumulated_gradient(
     tokens: jax.Array,
     accumulation: int,
 ) -> tuple[Params, tuple[Metrics, FFNStats]]:
-    """Gradient and statistics of the whole batch from ``accumulation`` equal micro-batches, one in memory at a time.
+    """Gradient and statistics of the whole batch from ``accumulation`` equal micro-batches,
+    one in memory at a time.
 
     Args:
       gradient: (params, tokens (B / accumulation, S + 1)) -> (gradient of the mean loss, (terms, stats)).

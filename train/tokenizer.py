@@ -128,8 +128,8 @@ class HFTokenizer:
         name = next((name for name in (wanted, *_USUAL_EOS) if name in vocabulary), None)
         if name is None:
             raise UserError(
-                f"{source} must have an end-of-text token, one of {', '.join(_USUAL_EOS)}; found none: add one, "
-                'or name it as "eos_token" in a tokenizer_config.json beside it'
+                f"{source} must have an end-of-text token, one of {', '.join(_USUAL_EOS)}; found none: add "
+                'one, or name it as "eos_token" in a tokenizer_config.json beside it'
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = vocabulary[name]
@@ -194,8 +194,8 @@ def fit_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     """
     if vocab_size < 257:
         raise UserError(
-            f"a byte-level BPE needs a vocabulary of at least 257 (256 bytes and the end of text); got {vocab_size}: "
-            "raise --model.vocab-size"
+            "a byte-level BPE needs a vocabulary of at least 257 (256 bytes and the end of text); got "
+            f"{vocab_size}: raise --model.vocab-size"
         )
     rust = _Rust(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -211,7 +211,8 @@ def fit_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
 
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
-    """The byte tokenizer for ``"byte"``, else the one saved in a file, or in a directory's ``tokenizer.json``.
+    """The byte tokenizer for ``"byte"``, else the one saved in a file,
+    or in a directory's ``tokenizer.json``.
 
     Raises:
       UserError: the file is missing, unreadable, or no tokenizer.

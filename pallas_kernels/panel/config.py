@@ -1,7 +1,7 @@
 """Tile sizes of the PanelELL kernels: their laws, what to choose where nothing was tuned, and what to try.
 
-Every stage is a GEMM whose tile has P tokens, or P tokens in a slice of its sum, on one side. Shared memory holds
-``num_stages`` slices of both operands, registers the f32 accumulators.
+Every stage is a GEMM whose tile has P tokens, or P tokens in a slice of its sum, on one side. Shared memory
+holds ``num_stages`` slices of both operands, registers the f32 accumulators.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class StageConfig:
     """How one stage cuts its GEMM.
 
     Attributes:
-      tile: neurons of a tile for the gate, list entries for the up projection and its gradient, columns of D for
-        the down projection and the gradient of x.
+      tile: neurons of a tile for the gate, list entries for the up projection and its gradient, columns of D
+        for the down projection and the gradient of x.
       tile_k: slice of the sum in one pipeline stage.
       num_warps: warps of a program.
       num_stages: slices in flight.
@@ -62,15 +62,16 @@ class StageConfig:
         room = device.shared_memory - _SHARED_MEMORY_ROOM
         if needed > room:
             return (
-                f"(tile + panel) * tile_k * {itemsize} bytes * num_stages * {operands} must fit {room} bytes of shared "
-                f"memory on {device.kind}; got {needed} with panel={panel} and {self}"
+                f"(tile + panel) * tile_k * {itemsize} bytes * num_stages * {operands} must fit {room} bytes "
+                f"of shared memory on {device.kind}; got {needed} with panel={panel} and {self}"
             )
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """How the weight gradients of hot neurons are cut: ``tile`` neurons by ``tile_d`` columns, ``tile_k`` tokens a slice.
+    """How the weight gradients of hot neurons are cut: ``tile`` neurons by ``tile_d`` columns, ``tile_k``
+    tokens a slice.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
@@ -99,8 +100,9 @@ class RareConfig:
     """How the weight gradients of rare neurons are summed.
 
     Attributes:
-      share: a neuron is rare that is active for at most one in ``share`` tokens of the batch. As a row of a dense
-        product M tokens cost 6 D FLOPs each, one by one 4 D bytes from L2: the same time at one in some 60 on Hopper.
+      share: a neuron is rare that is active for at most one in ``share`` tokens of the batch. As a row of a
+        dense product M tokens cost 6 D FLOPs each, one by one 4 D bytes from L2: the same time at one in some
+        60 on Hopper.
       slice_d: columns of D of a program, which is one neuron.
       entries: tokens of a neuron that are in flight together.
       num_warps: warps of a program.
@@ -129,9 +131,9 @@ class RareConfig:
 class PanelConfig:
     """Configs of all stages of a call; ``panel`` is P.
 
-    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. Its tile is also the chunk that a
-    panel's list is padded to: ``up`` and ``dh`` have the same, or twice it where a panel has two chunks left, and the
-    tile_k of ``down`` and ``dx`` divides it.
+    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. Its tile is also the
+    chunk that a panel's list is padded to: ``up`` and ``dh`` have the same, or twice it where a panel has two
+    chunks left, and the tile_k of ``down`` and ``dx`` divides it.
 
     Raises:
       ValueError: a slice of the list that does not divide its padding, or of a panel that does not divide it.
@@ -151,14 +153,14 @@ class PanelConfig:
         for name in ("up", "dh"):
             if getattr(self, name).tile not in (self.chunk, 2 * self.chunk):
                 raise ValueError(
-                    f"PanelConfig.{name}.tile must be up_keep.tile={self.chunk}, the padding of a panel's list, or twice "
-                    f"that; got {getattr(self, name).tile}"
+                    f"PanelConfig.{name}.tile must be up_keep.tile={self.chunk}, the padding of a panel's "
+                    f"list, or twice that; got {getattr(self, name).tile}"
                 )
         for name in ("down", "dx"):
             if self.chunk % getattr(self, name).tile_k:
                 raise ValueError(
-                    f"PanelConfig.{name}.tile_k must divide up_keep.tile={self.chunk}, the padding of a panel's list; "
-                    f"got {getattr(self, name).tile_k}"
+                    f"PanelConfig.{name}.tile_k must divide up_keep.tile={self.chunk}, the padding of a "
+                    f"panel's list; got {getattr(self, name).tile_k}"
                 )
         if self.panel % self.dw.tile_k:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
@@ -170,14 +172,16 @@ class PanelConfig:
 
 
 BREAK_EVEN = {"forward": 0.8, "train": 0.55}
-"""Share of the neurons that a panel of 128 tokens activates, up to which PanelELL is faster than the dense layer.
+"""Share of the neurons that a panel of 128 tokens activates, up to which PanelELL is faster than
+the dense layer.
 
-On one NVIDIA H100, D 2048 and F 5632, at shares of 0.45 and 0.99: forward 0.57 and 0.97 to 1.10 of the dense layer's time.
-Forward and backward at 0.26 and 0.43: 0.53 and 0.74."""
+On one NVIDIA H100, D 2048 and F 5632, at shares of 0.45 and 0.99: forward 0.57 and 0.97 to 1.10 of the dense
+layer's time. Forward and backward at 0.26 and 0.43: 0.53 and 0.74."""
 
 
 def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:
-    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes, else a heuristic."""
+    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes,
+    else a heuristic."""
     device = device_lib.current() if device is None else device
     config = heuristic(x, options, device)
     entry = tuning.lookup(device.table_name, "panel", bucket(x, w, config.panel))

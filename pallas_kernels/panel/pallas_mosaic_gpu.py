@@ -1,17 +1,19 @@
 """The gate stage of PanelELL for Hopper: the epilogue that turns a tile of `hopper_gemm` into panels.
 
-Why it exists: `hopper_gemm`. Bytes written: 2 M union of values, in 32-byte sectors, and M F / 16 of hit counts.
+Why it exists: `hopper_gemm`. Bytes written: 2 M union of values, in 32-byte sectors,
+and M F / 16 of hit counts.
 
-How. A warp holds 16 rows of a tile, 8 columns at a time, and needs nothing from any other warp: a *segment* of 16
-tokens counts its own hits, and its values are written only where it has one. Votes tell all lanes which of the 128
-gates of a group of columns are active. If none is, nothing is done. Otherwise ``movmatrix`` turns the group on its
-side, which gives every four lanes one neuron's 16 tokens, one memory sector, and the neurons with a hit are written.
-Lane n keeps the votes of group n, so that the counts of all columns leave as one row of words.
+How. A warp holds 16 rows of a tile, 8 columns at a time, and needs nothing from any other warp: a *segment*
+of 16 tokens counts its own hits, and its values are written only where it has one. Votes tell all lanes which
+of the 128 gates of a group of columns are active. If none is, nothing is done. Otherwise ``movmatrix`` turns
+the group on its side, which gives every four lanes one neuron's 16 tokens, one memory sector, and the neurons
+with a hit are written. Lane n keeps the votes of group n, so that the counts of all columns leave as one
+row of words.
 
 Numerics. As `gate_panel` on Triton: f32 accumulation, rounded before the sign is read.
 
-Limits. Those of `hopper_gemm`; P of 128. The interpreter cannot run PTX: this kernel is checked by its lowering on a CPU
-and by its results on a GPU.
+Limits. Those of `hopper_gemm`; P of 128. The interpreter cannot run PTX: this kernel is checked by its
+lowering on a CPU and by its results on a GPU.
 """
 
 import jax
@@ -112,12 +114,15 @@ def _epilogue(width, dtype):
     )
     lines = [
         "{ .reg .pred p, q, odd; .reg .b64 to, wide; .reg .f32 z0, z1;",
-        ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, column, k0, k1, k2, k3;",
+        (
+            ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, column, k0, "
+            "k1, k2, k3;"
+        ),
         *(f".reg .b32 b{group}_{i};" for group in range(_BATCH) for i in range(4)),
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
         "shr.u32 warp, tid, 5; shr.u32 column, lane, 2; shr.u32 left, " + columns_left + ", 3;",
-        # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are those of
-        # the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
+        # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are
+        # those of the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
         "and.b32 t, column, 1; setp.ne.u32 odd, t, 0;",
         "shr.u32 t, column, 1; mov.b32 own, 0x11111111; shl.b32 own, own, t;",
         f"mad.lo.u32 t, warp, {SEGMENT}, 0; mad.lo.u32 t, quarter, 2, t; mul.wide.u32 wide, t, 2;",
@@ -153,14 +158,16 @@ def _epilogue(width, dtype):
             lines.append(
                 f"@p st.global.b32 [to+{offset}], v0; @p st.global.b32 [to+{offset + 16}], v1; SKIP{group}:"
             )
-    # Lane n has the votes of columns 8 n to 8 n + 7: column 2 q + i is bit q of each nibble of votes i and i + 2.
+    # Lane n has the votes of columns 8 n to 8 n + 7: column 2 q + i is bit q of each nibble of votes i and
+    # i + 2.
     for word, quarters in (("low", (0, 1)), ("high", (2, 3))):
         lines.append(f"mov.b32 {word}, 0;")
         for byte, (quarter, parity) in enumerate((q, i) for q in quarters for i in range(2)):
             mask = 0x11111111 << quarter
             for nth in (parity, parity + 2):
                 lines.append(
-                    f"and.b32 t, k{nth}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; add.u32 {word}, {word}, t;"
+                    f"and.b32 t, k{nth}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; "
+                    f"add.u32 {word}, {word}, t;"
                 )
     lines += [
         f"mul.wide.u32 wide, warp, {width}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",

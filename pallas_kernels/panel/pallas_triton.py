@@ -1,22 +1,22 @@
 """The forward stages of PanelELL in Pallas Triton: gate with its lists, up projection, down projection.
 
-Why they exist. At n active gates a token, a kernel that works token by token gathers 4 n D bytes of weights for 4 n D
-FLOPs and is bound by L2. P = 128 neighbouring tokens share most of their neurons: of F = 5632, 30 to 45 active gates a
-token make a union of about 590. Over that union the up and down projections are dense GEMMs with gathered weight
-rows, on tensor cores, at an intensity of P / 2 FLOPs a byte.
+Why they exist. At n active gates a token, a kernel that works token by token gathers 4 n D bytes of weights
+for 4 n D FLOPs and is bound by L2. P = 128 neighbouring tokens share most of their neurons: of F = 5632, 30
+to 45 active gates a token make a union of about 590. Over that union the up and down projections are dense
+GEMMs with gathered weight rows, on tensor cores, at an intensity of P / 2 FLOPs a byte.
 
-A panel's values stand *transposed*, (neuron, P): a neuron's P values are contiguous. So the gate stage writes only
-neurons that some token of the panel activates, the up projection reads them with full-width loads, and the down
-projection and the weight gradients take them as operands without a gather of single values.
+A panel's values stand *transposed*, (neuron, P): a neuron's P values are contiguous. So the gate stage writes
+only neurons that some token of the panel activates, the up projection reads them with full-width loads, and
+the down projection and the weight gradients take them as operands without a gather of single values.
 
 **`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes and M F / P of hit counts.
 **`build_lists`**: reads the hit counts, writes 4 bytes an active (panel, neuron) pair.
-**`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly however
-uneven the panels are.
+**`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly
+however uneven the panels are.
 **`panel_down`**: 2 M union D FLOPs; writes y.
 
-**Numerics.** f32 accumulation; g, u, h and y are rounded to the input type, where the reference rounds them. f32
-inputs multiply as IEEE f32.
+**Numerics.** f32 accumulation; g, u, h and y are rounded to the input type, where the reference rounds them.
+f32 inputs multiply as IEEE f32.
 
 **Limits.** Tiles are powers of two; an NVIDIA GPU of compute capability 8.0 or newer.
 """
@@ -48,7 +48,8 @@ class GatePanel(NamedTuple):
 
     Attributes:
       values: (n_panels, F', P), F' of at least F: the rectified gates, written where ``hits`` is above 0.
-      hits: (n_panels * segments, F') uint8: for how many of a segment's P / segments tokens a neuron is active.
+      hits: (n_panels * segments, F') uint8: for how many of a segment's P / segments tokens a
+        neuron is active.
       nnz: (M,) int32, active gates of each token.
     """
 
@@ -65,12 +66,13 @@ class GatePanel(NamedTuple):
 class Lists(NamedTuple):
     """Which neurons each panel has, as one array of slots that all panels share.
 
-    Panel p owns the slots ``offsets[p]`` to ``offsets[p + 1]``, a multiple of the chunk; the first ``counts[p]`` hold
-    neurons in ascending order, the rest neuron 0.
+    Panel p owns the slots ``offsets[p]`` to ``offsets[p + 1]``, a multiple of the chunk; the first
+    ``counts[p]`` hold neurons in ascending order, the rest neuron 0.
 
     Attributes:
       neurons: (n_slots,) int32.
-      segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0 past the count.
+      segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0
+        past the count.
       owner: (n_slots / chunk,) int32, the panel of each chunk in use.
       pairs: (n_slots / chunk,) int32, every panel's first chunk, third, and so on.
       n_pairs: (1,) int32, how many those are.
@@ -101,7 +103,7 @@ def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
     return n_panels * pl.cdiv(d_ff, chunk)
 
 
-# -- gate ------------------------------------------------------------------------------------------------------
+# -- gate ----------------------------------------------------------------------------------------------------
 
 
 def gate_panel(
@@ -183,7 +185,7 @@ def _grouped_order(program, n_rows, n_columns):
     return band * _GROUP_M + within % height, within // height
 
 
-# -- lists -----------------------------------------------------------------------------------------------------
+# -- lists ---------------------------------------------------------------------------------------------------
 
 
 def build_lists(
@@ -278,7 +280,7 @@ def _lists_kernel(
     put(pairs_ref, pair, chunks, used & (nth % 2 == 0))
 
 
-# -- up --------------------------------------------------------------------------------------------------------
+# -- up ------------------------------------------------------------------------------------------------------
 
 
 class Hidden(NamedTuple):
@@ -330,8 +332,8 @@ def panel_up(
 def programs(lists: Lists, config: StageConfig) -> int:
     """Programs that share the list of chunks.
 
-    One for every chunk that there is room for would be simplest, but those past the list's end cost a launch each: with
-    room for all of F, most of the grid.
+    One for every chunk that there is room for would be simplest, but those past the list's end cost a launch
+    each: with room for all of F, most of the grid.
     """
     chunks, cores = lists.owner.shape[0], device.current().cores
     return min(chunks, cores * config.per_core) if cores and config.per_core else chunks
@@ -345,8 +347,8 @@ def work_list(lists: Lists) -> tuple[jax.Array, ...]:
 def over_chunks(work_refs, panel, tile, body):
     """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share.
 
-    A tile of two chunks takes a panel's chunks in pairs, and its last one alone if they are odd: twice the work for each
-    row of x that is read.
+    A tile of two chunks takes a panel's chunks in pairs, and its last one alone if they are odd: twice the
+    work for each row of x that is read.
     """
     neurons_ref, owner_ref, pairs_ref, n_pairs_ref, offsets_ref = work_refs
     size = neurons_ref.shape[0] // owner_ref.shape[0]
@@ -409,7 +411,7 @@ def hidden(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jnp.where(active(wide), h, jnp.zeros_like(h))
 
 
-# -- down ------------------------------------------------------------------------------------------------------
+# -- down ----------------------------------------------------------------------------------------------------
 
 
 def panel_down(
@@ -421,7 +423,8 @@ def panel_down(
     interpret: bool = False,
     name: str = "panel_down",
 ) -> jax.Array:
-    """``sum of h W`` over terms of h (n_slots, P) and W (F, D), each panel over its own neurons: (M, D) in h's type."""
+    """``sum of h W`` over terms of h (n_slots, P) and W (F, D), each panel over its own neurons:
+    (M, D) in h's type."""
     (h, weight), panel = terms[0], terms[0][0].shape[1]
     d_model = weight.shape[1]
     n_panels, n_tiles = lists.counts.shape[0], pl.cdiv(d_model, config.tile)

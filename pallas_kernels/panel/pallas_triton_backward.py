@@ -1,9 +1,10 @@
 """The gradient of the hidden activations of PanelELL in Pallas Triton.
 
-The gradient of x is `panel_down` over the two projections' gradients; the weights' are `pallas_triton_weights`.
+The gradient of x is `panel_down` over the two projections' gradients;
+the weights' are `pallas_triton_weights`.
 
-**`panel_dh`**: as `panel_up` with Wd and dy for Wu and x: 2 M union D FLOPs, over the same list of chunks. Its epilogue
-turns dh into the gradients of both projections while it is in registers.
+**`panel_dh`**: as `panel_up` with Wd and dy for Wu and x: 2 M union D FLOPs, over the same list of chunks.
+Its epilogue turns dh into the gradients of both projections while it is in registers.
 
 **Numerics.** f32 accumulation; dh, dg and du are rounded to the input type, as in the reference.
 """
@@ -23,7 +24,8 @@ from pallas_kernels.reference import active
 
 
 class Gradients(NamedTuple):
-    """Of a gated layer over the lists' slots, each (n_slots, P): dg and du, and h again for the gradient of Wd.
+    """Of a gated layer over the lists' slots, each (n_slots, P):
+    dg and du, and h again for the gradient of Wd.
 
     Without a gate ``gate`` is dh where active, ``up`` is None, and h is what was kept.
     """

@@ -1,22 +1,26 @@
-"""The weight gradients of PanelELL in Pallas Triton: frequent neurons on tensor cores, the others token by token.
+"""The weight gradients of PanelELL in Pallas Triton: frequent neurons on tensor cores, the others
+token by token.
 
     dWg = dg^T x      dWu = du^T x      dWd = h^T dy      over the slots of all panels
 
-A neuron that is active for many tokens is worth a row of a dense product over all of them; one that is active for few
-is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430 neurons hold 60 %
-of all activity, and 3500 share the rest. The border is where both ways take the same time: `RareConfig.share`.
+A neuron that is active for many tokens is worth a row of a dense product over all of them; one that is active
+for few is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430
+neurons hold 60 % of all activity, and 3500 share the rest. The border is where both ways take the
+same time: `RareConfig.share`.
 
-**`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons and of D in one
-of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P contiguous values a
-neuron. All gradients are one launch: a program's walk is long, and those of one gradient alone are too few to hide it.
+**`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons
+and of D in one of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P
+contiguous values a neuron. All gradients are one launch: a program's walk is long, and those of one gradient
+alone are too few to hide it.
 
-**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit counts of the
-gate stage say where each panel's part of a neuron's list begins, so no program waits for another. Reads
-the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
+**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit
+counts of the gate stage say where each panel's part of a neuron's list begins, so no program waits for
+another. Reads the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
 
-**`panel_dw_rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n tokens, all three gradients
-in registers. Programs run slice by slice, so that a slice of x and dy stays in L2, and in a slice the longer lists
-first, so that no long one is left last. It also writes the rows of neurons that no token activated, which are zeros.
+**`panel_dw_rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n
+tokens, all three gradients in registers. Programs run slice by slice, so that a slice of x and dy stays in
+L2, and in a slice the longer lists first, so that no long one is left last. It also writes the rows of
+neurons that no token activated, which are zeros.
 
 No two programs write one value and none is added in memory: the same input gives the same bits.
 
@@ -61,7 +65,8 @@ def panel_dw(
     """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd.
 
     Args:
-      gate: (n_slots, P) as kept by the forward, active where a token activates a slot's neuron; without a gate, h.
+      gate: (n_slots, P) as kept by the forward, active where a token activates a slot's neuron; without
+        a gate, h.
       x, dy: (M, D).
     """
     zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
@@ -78,7 +83,8 @@ def panel_dw(
 
 
 def busiest_first(totals: jax.Array, *, limit: int, interpret: bool = False) -> jax.Array:
-    """(F,) int32, all neurons: those of more than ``limit`` tokens, then the others by classes of their totals (F,)."""
+    """(F,) int32, all neurons: those of more than ``limit`` tokens, then the others by
+    classes of their totals (F,)."""
     return pl.pallas_call(
         partial(_busiest_first_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
         out_shape=axes.output(totals, totals.shape, jnp.int32),
@@ -109,11 +115,12 @@ def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
         found = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, found)
 
 
-# -- hot neurons -----------------------------------------------------------------------------------------------
+# -- hot neurons ---------------------------------------------------------------------------------------------
 
 
 def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
-    """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of hot neurons j.
+    """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of
+    hot neurons j.
 
     Other rows of the (F, D) results are not written. ``order`` has the hot neurons first.
     """
@@ -167,7 +174,7 @@ def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
         pl.when((first < n_hot) & (which_z == nth))(partial(sum_into, out_ref, z_ref, operand))
 
 
-# -- rare neurons ----------------------------------------------------------------------------------------------
+# -- rare neurons --------------------------------------------------------------------------------------------
 
 
 class TokenLists(NamedTuple):
@@ -191,7 +198,8 @@ class TokenLists(NamedTuple):
 def token_lists(
     gate: jax.Array, lists: Lists, totals: jax.Array, *, limit: int, interpret: bool = False
 ) -> TokenLists:
-    """The panels' lists transposed for the neurons of at most ``limit`` tokens: gate (n_slots, P), totals (F,)."""
+    """The panels' lists transposed for the neurons of at most ``limit`` tokens:
+    gate (n_slots, P), totals (F,)."""
     chunk = gate.shape[0] // lists.owner.shape[0]
     tile = min(_LIST_TILE, chunk)
     begin = jnp.where(totals > limit, -1, _before(lists.hits))
@@ -250,7 +258,8 @@ def _token_lists_kernel(
 
 
 def _rare(zs, xs, order, tokens: TokenLists, rows, *, config, interpret):
-    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z (n_slots, P) and its x (M, D)."""
+    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z (n_slots, P) and
+    its x (M, D)."""
     d_ff, d_model = rows[0].shape
     config = dataclasses.replace(config, slice_d=min(config.slice_d, pl.next_power_of_2(max(d_model, 16))))
     operands = [order, tokens.totals, tokens.rows, tokens.slots, *zs, xs[0], xs[-1]]

@@ -1,9 +1,9 @@
 """The PanelELL layer and its backward, written by hand.
 
 Exactness. Without a gradient to compute, the lists have room for every neuron of every panel, so nothing can
-overflow. Between forward and backward they have ``FFNOptions.capacity`` of that: a call that needs more is known to
-after its gate stage, takes the dense path inside the same program, block by block of tokens, and keeps nothing; so
-does its backward.
+overflow. Between forward and backward they have ``FFNOptions.capacity`` of that: a call that needs more is
+known to after its gate stage, takes the dense path inside the same program, block by block of tokens, and
+keeps nothing; so does its backward.
 
 Backward, from dy (M, D) and the cotangent dl1 of l1, over the slots of each panel's list:
 
@@ -71,8 +71,8 @@ def ffn(
     """One feed-forward layer through PanelELL: as `reference.ffn`, for x (M, D) and weights (F, D).
 
     Weights of a wider type than x's are rounded to it; their gradients are not.
-    ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's, interpreted
-    or not.
+    ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
+    interpreted or not.
     """
     x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]

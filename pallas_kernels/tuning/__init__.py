@@ -4,8 +4,8 @@ A table maps a bucket of problems to the fields of the fastest config and the ti
 
     {"m65536-d2048-f4096-16bit-t256": {"config": {"tile_m": 128, ...}, "ms": 2.5}}
 
-Sizes are rounded to the nearest power of two, so that a problem finds what was tuned for its neighbours. Nothing
-is ever timed while tracing.
+Sizes are rounded to the nearest power of two, so that a problem finds what was tuned for its neighbours.
+Nothing is ever timed while tracing.
 """
 
 import functools
@@ -23,14 +23,16 @@ Entry = dict[str, Any]
 
 
 def bucket(*, tokens: int, d_model: int, d_ff: int, itemsize: int, **others: int) -> str:
-    """Key of the problems that share an entry: rounded sizes, bits of a value, and what else an op depends on."""
+    """Key of the problems that share an entry: rounded sizes, bits of a value,
+    and what else an op depends on."""
     sizes = (_nearest_power_of_2(size) for size in (tokens, d_model, d_ff))
     rest = [f"{name[0]}{value}" for name, value in others.items()]
     return "-".join([*map("{}{}".format, "mdf", sizes), f"{8 * itemsize}bit", *rest])
 
 
 def lookup(device: str, op: str, key: str, *, directory: Path | None = None) -> dict[str, int] | None:
-    """Fields of the config tuned for a bucket on a device (`Device.table_name`); None where nothing was tuned.
+    """Fields of the config tuned for a bucket on a device (`Device.table_name`);
+    None where nothing was tuned.
 
     Raises:
       ValueError: the table is not what `save` writes.

@@ -1,9 +1,9 @@
 """Finds the fastest configs of PanelELL's stages on this machine's device and writes them to its table.
 
-Each stage runs alone, on the arrays that it is given within a call, and candidates take turns with the heuristic's
-config. Stages are independent but for one number, what a panel's list is padded to, which all that `TIED` names share.
-Those are searched at every padding, the others once. What is kept beats the heuristic in a second measurement by more
-than the gain's own spread over its rounds.
+Each stage runs alone, on the arrays that it is given within a call, and candidates take turns with the
+heuristic's config. Stages are independent but for one number, what a panel's list is padded to, which all
+that `TIED` names share. Those are searched at every padding, the others once. What is kept beats the
+heuristic in a second measurement by more than the gain's own spread over its rounds.
 """
 
 import dataclasses
@@ -57,9 +57,15 @@ class Found:
 
     def __str__(self) -> str:
         if not self.changed:
-            return f"panels of {self.panel}: nothing beats the heuristic by more than the spread ({self.before_ms:.3f} ms)"
+            return (
+                f"panels of {self.panel}: nothing beats the heuristic by more than the spread "
+                f"({self.before_ms:.3f} ms)"
+            )
         kept = ", ".join(f"{name}={config}" for name, config in self.changed.items())
-        return f"panels of {self.panel}: {self.before_ms:.3f} to {self.after_ms:.3f} ms with {kept}; in {self.path}"
+        return (
+            f"panels of {self.panel}: {self.before_ms:.3f} to {self.after_ms:.3f} ms with {kept}; "
+            f"in {self.path}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +90,8 @@ def tune_panel(
 ) -> Found:
     """Searches for the configs of a layer's stages and keeps those that beat the heuristic.
 
-    All stages are searched, also those that the direction has not, so that the entry serves both; the direction says
-    which stages' times decide about the padding of the lists.
+    All stages are searched, also those that the direction has not, so that the entry serves both; the
+    direction says which stages' times decide about the padding of the lists.
 
     Args:
       inputs: arguments of `sparse_ffn` or `sparse_mlp`.
@@ -143,7 +149,8 @@ class _Search:
         self.given = {padding: layer | self._lists(gate, weight, padding, options) for padding in self.bases}
 
     def _lists(self, gate: GatePanel, weight: jax.Array, padding: int, options: FFNOptions) -> Given:
-        """The lists of a forward, and those with the room that is kept for a backward (all, if that is too small)."""
+        """The lists of a forward, and those with the room that is kept for a backward
+        (all, if that is too small)."""
         d_ff = weight.shape[0]
         build = jax.jit(
             partial(build_lists, d_ff=d_ff, chunk=padding, interpret=self._interpret), static_argnames="room"
@@ -199,7 +206,8 @@ class _Search:
         return stage not in ("dh",) or "up_keep" in given
 
     def compiled(self, stage: str, tried: Sequence[tuple[int, Config]]) -> Calls:
-        """Calls of a stage by padding and config, compiled once; what the compiler rejects is left out, and said."""
+        """Calls of a stage by padding and config, compiled once;
+        what the compiler rejects is left out, and said."""
         arrays = {padding: dict(given) for padding, given in self.given.items()}  # they grow stage by stage
         programs = {
             (padding, config): (self._stage(stage, padding, config), (arrays[padding],))
@@ -275,7 +283,7 @@ def _distance(result: Any, wanted: Any) -> jax.Array:
     return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, result, wanted))))
 
 
-# -- choice ----------------------------------------------------------------------------------------------------
+# -- choice --------------------------------------------------------------------------------------------------
 
 
 def _choose(

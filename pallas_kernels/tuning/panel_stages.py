@@ -1,7 +1,8 @@
 """PanelELL's stages as the tuner runs them: how each is called, and the configs to try for it.
 
-Every stage takes what it is given within a call, by name, and a config of the whole call. Stages are independent but
-for one number, what a panel's list is padded to: all that `TIED` names has tiles of one or two such chunks.
+Every stage takes what it is given within a call, by name, and a config of the whole call. Stages are
+independent but for one number, what a panel's list is padded to: all that `TIED` names has tiles of one or
+two such chunks.
 """
 
 import dataclasses
@@ -58,8 +59,8 @@ def _dx(given: Given, config: PanelConfig, interpret: bool) -> jax.Array:
 def _dw(given: Given, config: PanelConfig, interpret: bool) -> Any:
     gradients, lists, x, dy = (given[name] for name in ("dh", "kept_lists", "x", "dy"))
     return panel_dw(
-        gradients, _kept(given)[0], lists, x, dy, hot_config=config.dw, rare_config=config.rare, dtype=x.dtype,
-        interpret=interpret,
+        gradients, _kept(given)[0], lists, x, dy, hot_config=config.dw, rare_config=config.rare,
+        dtype=x.dtype, interpret=interpret,
     )  # fmt: skip
 
 
@@ -69,20 +70,22 @@ def _kept(given: Given) -> tuple[Any, jax.Array | None]:
 
 
 STAGES: dict[str, Stage] = {
-    "gate": _gate, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx, "dw": _dw, "rare": _dw,
+    "gate": _gate, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx, "dw": _dw,
+    "rare": _dw,
 }  # fmt: skip
-"""From a field of `PanelConfig` to the stage that it is for, in the order of a call; ``rare`` is a part of ``dw``, timed as a whole."""
+"""From a field of `PanelConfig` to the stage that it is for, in the order of a call;
+``rare`` is a part of ``dw``, timed as a whole."""
 
 TIED = ("up", "up_keep", "dh")
 DIRECTIONS = {"forward": ("gate", "up", "down"), "train": ("gate", "up_keep", "down", "dh", "dx", "dw")}
 PADDINGS = (64, 128, 256)
 
 
-# -- candidates ------------------------------------------------------------------------------------------------
+# -- candidates ----------------------------------------------------------------------------------------------
 
 _OVER_CHUNKS = (
-    (64, 4, 3), (64, 4, 3, 32), (64, 8, 3), (64, 4, 4, 2), (64, 8, 4, 1), (64, 8, 4, 16), (32, 4, 6), (32, 8, 6),
-    (32, 8, 6, 16), (128, 8, 2),
+    (64, 4, 3), (64, 4, 3, 32), (64, 8, 3), (64, 4, 4, 2), (64, 8, 4, 1), (64, 8, 4, 16), (32, 4, 6),
+    (32, 8, 6), (32, 8, 6, 16), (128, 8, 2),
 )  # fmt: skip
 _OVER_COLUMNS = (
     (64, 64, 4, 4), (128, 32, 4, 5), (128, 32, 4, 6), (128, 64, 4, 3), (128, 64, 8, 4),
@@ -96,10 +99,11 @@ _TRIED = {"gate": _GATES, "down": _OVER_COLUMNS, "dx": _OVER_COLUMNS} | dict.fro
 
 
 def candidates(stage: str, base: PanelConfig, itemsize: int, gated: bool, device: Device) -> list[Config]:
-    """Configs to try for a stage, that of ``base`` first: all keep the laws, and fit the device as far as is known.
+    """Configs to try for a stage, that of ``base`` first: all keep the laws,
+    and fit the device as far as is known.
 
-    Most stages have a list, for 16-bit types and the shared memory of Hopper; the others try one step of each field of
-    ``base``'s own.
+    Most stages have a list, for 16-bit types and the shared memory of Hopper; the others try one step of each
+    field of ``base``'s own.
     """
     own = getattr(base, stage)
     if stage in _TRIED and itemsize == 2 and device.shared_memory >= _LISTS_NEED:

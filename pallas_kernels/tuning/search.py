@@ -78,7 +78,8 @@ def _fastest(
         if is_right(output):
             return config, times[config].median_ms, output
     raise RuntimeError(
-        f"of {len(programs)} candidates {len(compiled)} compiled and none gave the right result: nothing was kept"
+        f"of {len(programs)} candidates {len(compiled)} compiled and none gave the right result: "
+        "nothing was kept"
     )
 
 

@@ -1,8 +1,8 @@
 """Tile sizes of the TwELL kernels: their laws, what to choose where nothing was tuned, and what to try.
 
 Shared memory and registers bound a tile. The gate GEMM keeps ``num_stages`` slices of both operands in shared
-memory and its whole f32 accumulator in registers; up/down keeps a token's x and y and ``entries`` weight rows in
-registers.
+memory and its whole f32 accumulator in registers; up/down keeps a token's x and y and ``entries`` weight rows
+in registers.
 """
 
 import dataclasses
@@ -61,12 +61,13 @@ class GatePackConfig:
         return self.tile_m * tile // (self.num_warps * _WARP)
 
     def misfit(self, tile: int, itemsize: int, device: Device) -> str | None:
-        """Why tiles of ``tile`` columns of ``itemsize``-byte values cannot run on a device; None if they can."""
+        """Why tiles of ``tile`` columns of ``itemsize``-byte values cannot run on a device;
+        None if they can."""
         needed, room = self.shared_memory(tile, itemsize), device.shared_memory - _SHARED_MEMORY_ROOM
         if needed > room:
             return (
-                f"(tile_m + tile) * tile_k * {itemsize} bytes * num_stages must fit {room} bytes of shared memory "
-                f"on {device.kind}; got {needed} with tile={tile} and {self}"
+                f"(tile_m + tile) * tile_k * {itemsize} bytes * num_stages must fit {room} bytes of shared "
+                f"memory on {device.kind}; got {needed} with tile={tile} and {self}"
             )
         registers = min(_REGISTERS // (self.num_warps * _WARP), _REGISTERS_OF_THREAD) - _REGISTERS_BESIDE_TILE
         if self.accumulators(tile) > registers:
@@ -113,7 +114,8 @@ Config = TypeVar("Config", GatePackConfig, UpDownConfig)
 
 
 def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> TwELLConfig:
-    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes, else a heuristic.
+    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes,
+    else a heuristic.
 
     Raises:
       ValueError: no tile of ``options.tile`` columns fits the device.
@@ -137,7 +139,8 @@ def buckets(x: jax.Array, w: jax.Array, options: FFNOptions) -> dict[str, str]:
 
 
 def backup_rows(tokens: int) -> int:
-    """Rows of a round of the dense backup: enough to fill a GPU, in less memory than the packed words take at C = 8."""
+    """Rows of a round of the dense backup: enough to fill a GPU, in less memory than the packed words take at
+    C = 8."""
     return max(128, min(tokens // 16, 8192))
 
 
@@ -166,7 +169,8 @@ def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) 
 
 
 def _up_down_heuristic(x: jax.Array) -> UpDownConfig:
-    """Two rows of each weight in flight and few enough columns a thread that x, y and those rows stay in registers."""
+    """Two rows of each weight in flight and few enough columns a thread that x, y and those rows
+    stay in registers."""
     columns_of_thread = 32 if x.dtype.itemsize == 2 else 16
     num_warps = min(max(_power_of_2_above(x.shape[1]) // (columns_of_thread * _WARP), 1), 32)
     return UpDownConfig(entries=2, num_warps=num_warps)
@@ -220,5 +224,6 @@ def _check_powers_of_2(config: GatePackConfig | UpDownConfig, **ranges: tuple[in
         if not low <= value <= high or value & (value - 1):
             why = "; hit counts of a tile are bytes" if name == "tile_m" else ""
             raise ValueError(
-                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}{why}; got {value}"
+                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}{why}; "
+                f"got {value}"
             )

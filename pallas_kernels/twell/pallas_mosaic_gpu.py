@@ -3,10 +3,11 @@
 Why it exists: `hopper_gemm`; FLOPs and bytes are those of `gate_pack` on Triton.
 
 How. The epilogue is written per thread, in PTX, because what a thread does depends on what it finds: a thread
-makes a bit mask of its 128 gates and counts them, learns from the three other lanes of its rows where its slots
-start, leaves its gates in shared memory where it can index them, and walks the set bits only. The walk costs
-what the non-zeros cost, not what the tile costs. Hit counts are shared-memory counters of the warpgroup, written
-once a tile as bytes: nothing is added in global memory, so the same input gives the same bits.
+makes a bit mask of its 128 gates and counts them, learns from the three other lanes of its rows where its
+slots start, leaves its gates in shared memory where it can index them, and walks the set bits only. The walk
+costs what the non-zeros cost, not what the tile costs. Hit counts are shared-memory counters of the
+warpgroup, written once a tile as bytes: nothing is added in global memory, so the same input gives
+the same bits.
 
 Numerics. As `gate_pack` on Triton: f32 accumulation, rounded before the sign is read.
 
@@ -119,8 +120,8 @@ def _flush_counters(tile):
 def _walk(tile, slots, row_bytes, dtype):
     """The epilogue of one thread, as PTX.
 
-    Operands: the T / 2 `hopper_gemm.values`; addresses of words, hits, counters and gates; the tile's first column;
-    rows and columns of it that exist.
+    Operands: the T / 2 `hopper_gemm.values`; addresses of words, hits, counters and gates; the tile's first
+    column; rows and columns of it that exist.
     """
     each = tile // 4  # columns of a thread in one row
     n_words = each // 32  # of its mask
@@ -165,7 +166,10 @@ def _walk(tile, slots, row_bytes, dtype):
         "and.b32 t, quarter, 1; setp.ne.u32 p, t, 0; @p add.u32 before, before, x1;",
         "and.b32 t, quarter, 2; setp.ne.u32 p, t, 0; @p add.u32 before, before, x2;",
         "and.b32 e0, before, 65535; shr.u32 e1, before, 16;",
-        f"mul.wide.u32 wide, row, {row_bytes}; add.s64 to0, {words}, wide; add.s64 to1, to0, {8 * row_bytes};",
+        (
+            f"mul.wide.u32 wide, row, {row_bytes}; add.s64 to0, {words}, wide; "
+            f"add.s64 to1, to0, {8 * row_bytes};"
+        ),
     ]
     # The true count goes to slot 0. A row that overflows writes all it has to its slot 1, which nobody reads.
     for half in range(2):
@@ -197,9 +201,15 @@ def _walk(tile, slots, row_bytes, dtype):
             lines += [
                 f"setp.ne.u32 p, {mask}, 0; brev.b32 t, {mask}; clz.b32 t, t;",
                 f"sub.u32 w, {mask}, 1; and.b32 {mask}, {mask}, w; shr.u32 pair, t, 1; and.b32 odd, t, 1;",
-                f"mad.lo.u32 t, pair, {4 * WARPGROUP}, at; mad.lo.u32 t, odd, 2, t; mad.lo.u32 odd, pair, 8, odd;",
+                (
+                    f"mad.lo.u32 t, pair, {4 * WARPGROUP}, at; mad.lo.u32 t, odd, 2, t; "
+                    "mad.lo.u32 odd, pair, 8, odd;"
+                ),
                 f"@p ld.shared.u16 h, [t+{4 * WARPGROUP * 16 * word}]; cvt.u32.u16 w, h; shl.b32 w, w, 16;",
-                f"add.u32 t, odd, own; add.u32 w, w, t; add.u32 w, w, {128 * word}; @p st.global.b32 [{to}], w;",
+                (
+                    f"add.u32 t, odd, own; add.u32 w, w, t; add.u32 w, w, {128 * word}; "
+                    f"@p st.global.b32 [{to}], w;"
+                ),
                 f"@p add.s64 {to}, {to}, step{half}; mad.lo.u32 t, odd, 4, hit;",
                 f"@p red.shared.add.u32 [t+{4 * 128 * word}], 1;",
             ]

@@ -1,29 +1,30 @@
-"""The two TwELL kernels in Pallas Triton: the gate GEMM that packs its own output, and up and down in one pass.
+"""The two TwELL kernels in Pallas Triton: the gate GEMM that packs its own output,
+and up and down in one pass.
 
-**`gate_pack`** (paper section 3.1). Why it exists: XLA writes the (M, F) gate and reads it again to compress it; at
-M 65,536 and F 5632 that is 0.74 GB written and 0.74 GB read, a third of the GEMM's own time. Here the tile that a
-program holds in registers leaves it as packed words. Work: 2 M F D FLOPs. Bytes: 2 (M D + F D) read, 4 M F / C
-reserved, of which only the 32-byte sectors that hold a count or a non-zero are written.
+**`gate_pack`** (paper section 3.1). Why it exists: XLA writes the (M, F) gate and reads it again to compress
+it; at M 65,536 and F 5632 that is 0.74 GB written and 0.74 GB read, a third of the GEMM's own time. Here the
+tile that a program holds in registers leaves it as packed words. Work: 2 M F D FLOPs. Bytes: 2 (M D + F D)
+read, 4 M F / C reserved, of which only the 32-byte sectors that hold a count or a non-zero are written.
 
-A program owns ``tile_m`` rows of one TwELL tile. The tensor cores leave each lane of a warp two neighbouring columns
-out of every eight, four lanes to a row. Slot order inside a tile is free, so a lane's own columns come first: a lane
-counts its non-zeros, learns from the other three of its row where its slots start, and then walks its columns with
-a running slot and one predicated store each. The mask, four columns to a word as bytes, is summed twice: along a
-row it gives the counts, along a column the neurons' hits.
+A program owns ``tile_m`` rows of one TwELL tile. The tensor cores leave each lane of a warp two neighbouring
+columns out of every eight, four lanes to a row. Slot order inside a tile is free, so a lane's own columns
+come first: a lane counts its non-zeros, learns from the other three of its row where its slots start, and
+then walks its columns with a running slot and one predicated store each. The mask, four columns to a word as
+bytes, is summed twice: along a row it gives the counts, along a column the neurons' hits.
 
-**`up_down`, `down`** (paper section 3.2). Why they exist: at n non-zeros a token, the other projections touch n rows
-of Wu and Wd instead of F. Work: 4 n D FLOPs a token. Bytes: 4 n D gathered a token, nearly all from L2, plus x, y
-and the packed words. L2 bandwidth bounds it: at n 30, D 2048 a token reads 246 KB.
+**`up_down`, `down`** (paper section 3.2). Why they exist: at n non-zeros a token, the other projections touch
+n rows of Wu and Wd instead of F. Work: 4 n D FLOPs a token. Bytes: 4 n D gathered a token, nearly all from
+L2, plus x, y and the packed words. L2 bandwidth bounds it: at n 30, D 2048 a token reads 246 KB.
 
-One program owns one token: x and the running y stay in registers. The tiles' counts become offsets of one flat list
-of non-zeros, walked ``entries`` at a time: that many rows of Wu and of Wd are in flight at once, and the next packed
-words are fetched a step ahead, because the address of a weight row depends on them.
+One program owns one token: x and the running y stay in registers. The tiles' counts become offsets of one
+flat list of non-zeros, walked ``entries`` at a time: that many rows of Wu and of Wd are in flight at once,
+and the next packed words are fetched a step ahead, because the address of a weight row depends on them.
 
-**Numerics.** f32 accumulation; the gate is rounded to the input type before its sign is read, as in the reference;
-u, h and y's sum stay in f32, where the reference rounds u and h. f32 inputs multiply as IEEE f32.
+**Numerics.** f32 accumulation; the gate is rounded to the input type before its sign is read, as in the
+reference; u, h and y's sum stay in f32, where the reference rounds u and h. f32 inputs multiply as IEEE f32.
 
-**Limits.** Block sizes are powers of two, and `up_down` holds D, padded to one, in a program; an NVIDIA GPU of
-compute capability 8.0 or newer.
+**Limits.** Block sizes are powers of two, and `up_down` holds D, padded to one, in a program; an NVIDIA GPU
+of compute capability 8.0 or newer.
 """
 
 from functools import partial
@@ -163,9 +164,9 @@ def _grouped_order(
 def _as_fragments(acc: jax.Array) -> jax.Array:
     """(rows, T) to (T / 4, 2, rows / 16, 8, 4): how the tensor cores leave a tile in registers.
 
-    The last two axes are the lane of a warp (four lanes share a row), axis 2 the warp, axes 0 and 1 a lane's own
-    registers. In this order of axes the layout that Triton picks for scattered stores is the one that the values
-    already have; in any other, values, addresses and masks take a trip through shared memory.
+    The last two axes are the lane of a warp (four lanes share a row), axis 2 the warp, axes 0 and 1 a lane's
+    own registers. In this order of axes the layout that Triton picks for scattered stores is the one that the
+    values already have; in any other, values, addresses and masks take a trip through shared memory.
     """
     rows, tile = acc.shape
     lanes = acc.reshape(rows // 16, 2, 8, tile // 8, 4, 2).transpose(3, 5, 1, 0, 2, 4)
@@ -320,7 +321,8 @@ def _rows_kernel(words_ref, *refs, n_tiles, slots, dtype, gated, config):
 
 
 def _offsets(words_ref, row, n_tiles, slots):
-    """Where each tile's non-zeros start in the row's flat list, how many there are, and whether a tile overflows."""
+    """Where each tile's non-zeros start in the row's flat list, how many there are,
+    and whether a tile overflows."""
     tile = lax.iota(jnp.int32, pl.next_power_of_2(n_tiles))  # those past the last are empty
     head = jnp.where(tile < n_tiles, tile, 0) * slots
     counts = plt.load(words_ref.at[row, head], mask=tile < n_tiles, other=0).astype(jnp.int32)

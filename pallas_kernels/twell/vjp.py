@@ -1,9 +1,9 @@
 """The TwELL layer: pack, project, mend what did not fit, and a backward that is the reference's own.
 
-Exactness. A row with a tile that holds more than S - 1 active gates comes out of the kernels as zero. The backup
-computes such rows densely, ``backup_rows`` of them at a time, in a loop that runs on the device for as many
-rounds as there are rows left: none for most inputs, all rows if every row overflows, which is the dense layer
-cut into blocks of rows. No result depends on the tile, the slots or the bound.
+Exactness. A row with a tile that holds more than S - 1 active gates comes out of the kernels as zero. The
+backup computes such rows densely, ``backup_rows`` of them at a time, in a loop that runs on the device for as
+many rounds as there are rows left: none for most inputs, all rows if every row overflows, which is the dense
+layer cut into blocks of rows. No result depends on the tile, the slots or the bound.
 """
 
 from functools import partial
@@ -29,8 +29,8 @@ def ffn(
     """One feed-forward layer through TwELL: as `reference.ffn`, for x (M, D) and weights (F, D).
 
     Weights of a wider type than x's are rounded to it; their gradients are not.
-    ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's, interpreted
-    or not.
+    ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
+    interpreted or not.
     """
     x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]

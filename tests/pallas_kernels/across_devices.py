@@ -1,4 +1,5 @@
-"""Loss, statistics and gradients of several devices are those of one, from a program that asks the host nothing.
+"""Loss, statistics and gradients of several devices are those of one,
+from a program that asks the host nothing.
 
 Subclass `AcrossDevices` in a thin file, with the options and sizes of each format.
 """

@@ -1,8 +1,8 @@
 """Layers whose every gate has a chosen sign, exactly, in every type and on every path.
 
-The first columns of x are one-hot: a token has a class, and the gate row of a neuron holds, at that class, the
-gate itself; all other gate weights are zero. So no order of summation can change which neurons are active, while
-the up and down projections remain dense random products.
+The first columns of x are one-hot: a token has a class, and the gate row of a neuron holds, at that class,
+the gate itself; all other gate weights are zero. So no order of summation can change which neurons are
+active, while the up and down projections remain dense random products.
 """
 
 from collections.abc import Callable

@@ -249,7 +249,8 @@ class Contract:
         ("pattern", "dtype"), [("uneven", "bfloat16"), ("every-row-overflows", "float16")]
     )
     def test_float32_gradients(self, pattern, dtype, kind):
-        """f32 weights beside a 16-bit x compute as what they round to, and their gradients are not rounded."""
+        """f32 weights beside a 16-bit x compute as what they round to,
+        and their gradients are not rounded."""
         inputs, active = self.layer(pattern, dtype=dtype, kind=kind)
         dy = cotangent(inputs)
         (y, stats), grads = run(compiled(self.path.options), master_weights(inputs), dy, DL1)

@@ -1,4 +1,5 @@
-"""A program for NVIDIA's compute-sanitizer: small calls and gradients, with rows that fit and rows that overflow.
+"""A program for NVIDIA's compute-sanitizer: small calls and gradients,
+with rows that fit and rows that overflow.
 
 Names of formats as arguments run those alone.
 

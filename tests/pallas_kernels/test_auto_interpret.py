@@ -1,4 +1,5 @@
-"""The contract on ``format="auto"``, whose kernels Pallas' interpreter runs on a CPU, and what its probe decides."""
+"""The contract on ``format="auto"``, whose kernels Pallas' interpreter runs on a CPU,
+and what its probe decides."""
 
 import dataclasses
 

@@ -70,13 +70,19 @@ BAD = {
     "weights narrower than x": (
         dict.fromkeys(("w_gate", "w_up", "w_down"), shaped(F, D, dtype="bfloat16")),
         TypeError,
-        "must have x's dtype, or float32 as master weights; got x float32 and w_up bfloat16: cast one of them",
+        (
+            "must have x's dtype, or float32 as master weights; got x float32 and w_up bfloat16: "
+            "cast one of them"
+        ),
     ),
     "two 16-bit types": (
         {"x": shaped(M, D, dtype="float16")}
         | dict.fromkeys(("w_gate", "w_up", "w_down"), shaped(F, D, dtype="bfloat16")),
         TypeError,
-        "must have x's dtype, or float32 as master weights; got x float16 and w_up bfloat16: cast one of them",
+        (
+            "must have x's dtype, or float32 as master weights; got x float16 and w_up bfloat16: "
+            "cast one of them"
+        ),
     ),
     "integers": (
         {"x": shaped(M, D, dtype="int32")},

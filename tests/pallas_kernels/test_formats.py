@@ -21,7 +21,8 @@ property_test = settings(max_examples=60, deadline=None, derandomize=True)
 
 @st.composite
 def gates(draw):
-    """(ROWS, COLUMNS) gates of one type: rows from empty to full, NaN, infinity and either zero among them."""
+    """(ROWS, COLUMNS) gates of one type: rows from empty to full, NaN, infinity and either
+    zero among them."""
     dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     counts = draw(st.lists(st.integers(0, COLUMNS), min_size=ROWS, max_size=ROWS))

@@ -1,4 +1,5 @@
-"""Every format gives the same layer on any pattern of activity: random ones, and those that are worst for each."""
+"""Every format gives the same layer on any pattern of activity:
+random ones, and those that are worst for each."""
 
 import dataclasses
 

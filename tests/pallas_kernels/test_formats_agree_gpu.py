@@ -12,8 +12,9 @@ WORST = worst(TOKENS, WIDTH, panel=128)
 OPTIONS = [
     FFNOptions(format, backend, compression=8, width=8, capacity=capacity)
     for format, backend, capacity in (
-        ("twell", "triton", 1.0), ("twell", "mosaic_gpu", 1.0), ("hybrid", "triton", 1.0), ("panel", "triton", 0.25),
-        ("panel", "triton", 1.0), ("panel", "mosaic_gpu", 0.25), ("panel", "mosaic_gpu", 1.0), ("auto", "auto", 1.0),
+        ("twell", "triton", 1.0), ("twell", "mosaic_gpu", 1.0), ("hybrid", "triton", 1.0),
+        ("panel", "triton", 0.25), ("panel", "triton", 1.0), ("panel", "mosaic_gpu", 0.25),
+        ("panel", "mosaic_gpu", 1.0), ("auto", "auto", 1.0),
     )
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The PanelELL kernels on an NVIDIA GPU: the contract, random layers with their gradients, adversarial inputs."""
+"""The PanelELL kernels on an NVIDIA GPU: the contract, random layers with their
+gradients, adversarial inputs."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -42,7 +43,8 @@ class TestPanelOnGPUAt128Tokens(Contract):
 
 
 class TestPanelOnHopper(Contract):
-    """The Mosaic GPU gate, which takes only sizes that its tiles divide: all else is skipped with its reason."""
+    """The Mosaic GPU gate, which takes only sizes that its tiles divide:
+    all else is skipped with its reason."""
 
     path = PanelPath(
         FFNOptions(format="panel", backend="mosaic_gpu", tile=64, compression=4, capacity=1.0),
@@ -86,7 +88,8 @@ LAYERS = [
 
 
 def errors(key, rate, *, options, **sizes):
-    """Largest and root-mean-square error of y and of every gradient against f32, ours and the dense path's."""
+    """Largest and root-mean-square error of y and of every gradient against f32,
+    ours and the dense path's."""
     inputs = random_layer(key, rate, **sizes)
     dy = jax.random.normal(jax.random.fold_in(key, 1), inputs["x"].shape).astype(sizes["dtype"])
     dy, dl1 = dy.astype(jnp.float32), jnp.float32(0.25)
@@ -136,8 +139,8 @@ def test_random_layers(compiled_layers, index, draw):
     key = jax.random.key(int(rng.integers(2**31)))
     ours, dense, scale = jax.device_get(compiled_layers[index](key, jnp.float32(rate)))
     dtype = LAYERS[index][5]
-    # Where the dense error is by chance far smaller, as it can be with a handful of active gates: half an ulp for the
-    # rounding of a coefficient and half for that of the result; in f32, the order of summation.
+    # Where the dense error is by chance far smaller, as it can be with a handful of active gates: half an ulp
+    # for the rounding of a coefficient and half for that of the result; in f32, the order of summation.
     ulp = float(jnp.finfo(dtype).eps)
     floors = np.array([32 * ulp, 4 * ulp] if dtype == "float32" else [ulp / 1.5, ulp / 4])
     for name, error in ours.items():

@@ -29,7 +29,8 @@ class TestPanelInterpreted(Contract):
 @pytest.mark.parametrize("tokens", [1, 16, 37])
 @pytest.mark.parametrize("pattern", ["uneven", "few", "all-zero", "fully-dense"])
 def test_the_kernels_write_the_format(pattern, tokens):
-    """Gate stage, lists and the copy over the lists give what `PanelELL.from_dense` makes of the reference's gate."""
+    """Gate stage, lists and the copy over the lists give what `PanelELL.from_dense` makes of
+    the reference's gate."""
     inputs, _ = TestPanelInterpreted.path.layer(pattern, tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
@@ -75,7 +76,8 @@ def test_the_laws_of_a_config(changes, sentence):
 @pytest.mark.parametrize("tokens", [16, 37, 333])
 @pytest.mark.parametrize("limit", [16, 1, 1000])
 def test_the_tokens_of_rare_neurons(tokens, limit):
-    """The panels' lists transposed: every rare neuron's tokens in order, with their slots; hot ones are left out."""
+    """The panels' lists transposed: every rare neuron's tokens in order, with their slots;
+    hot ones are left out."""
     inputs, active = TestPanelInterpreted.path.layer("uneven", tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
@@ -142,7 +144,8 @@ def test_hits_of_earlier_panels(n_panels):
 
 @pytest.mark.parametrize("share", [1, 1 << 20])
 def test_either_way_alone_gives_the_weight_gradients(share, monkeypatch):
-    """A border at all tokens makes every neuron rare, one far below makes those of more than 16 tokens hot."""
+    """A border at all tokens makes every neuron rare, one far below makes those of more than
+    16 tokens hot."""
     inputs, active = TestPanelInterpreted.path.layer("uneven", 301, "float32")
     inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
     hot = active.sum(axis=0) > max(301 // share, 16)

@@ -1,4 +1,5 @@
-"""The PanelELL kernels and ``format="auto"`` lowered for CUDA with no GPU at hand, through an abstract H200."""
+"""The PanelELL kernels and ``format="auto"`` lowered for CUDA with no GPU at hand,
+through an abstract H200."""
 
 import re
 from functools import partial
@@ -96,7 +97,8 @@ def test_bytes_kept_for_each_token(kind, most):
 
 
 def test_remat_keeps_the_residuals_by_name():
-    """With a policy by name a rematerialised layer keeps its lists' values, and without one only its arguments."""
+    """With a policy by name a rematerialised layer keeps its lists' values,
+    and without one only its arguments."""
     options, inputs = FFNOptions("panel", "interpret", capacity=1.0), shapes(1024, 256, 512)
 
     def kept(policy):

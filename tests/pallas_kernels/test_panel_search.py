@@ -1,4 +1,5 @@
-"""The tuner of PanelELL's stages: what it tries, what it leaves out, what it keeps, and that the table is used."""
+"""The tuner of PanelELL's stages: what it tries, what it leaves out, what it keeps,
+and that the table is used."""
 
 import dataclasses
 import json

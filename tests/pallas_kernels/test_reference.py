@@ -1,4 +1,5 @@
-"""The executable specification against float64 numpy, its gradients against differences of function values."""
+"""The executable specification against float64 numpy, its gradients against differences
+of function values."""
 
 from functools import partial
 

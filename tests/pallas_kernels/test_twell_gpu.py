@@ -40,7 +40,8 @@ class TestTwELLOnGPUAtThePapersTile(Contract):
 
 
 class TestTwELLOnHopper(Contract):
-    """The Mosaic GPU gate, which takes only sizes that its tiles divide: all else is skipped with its reason."""
+    """The Mosaic GPU gate, which takes only sizes that its tiles divide:
+    all else is skipped with its reason."""
 
     path = Path(
         FFNOptions(format="twell", backend="mosaic_gpu", tile=256, compression=8),
@@ -149,7 +150,8 @@ def test_random_layers(compiled_layers, index, draw):
     result = jax.device_get(compiled_layers[index](key, jnp.float32(rate)))
     ours, dense, scale, (stats, expected) = result
     tokens, *_, dtype, _ = CASES[index][1]
-    # Where the dense error is by chance far smaller: what rounding y once costs; in f32, the order of summation.
+    # Where the dense error is by chance far smaller: what rounding y once costs; in f32, the
+    # order of summation.
     ulp = float(jnp.finfo(dtype).eps)
     floors = (32 * ulp, 4 * ulp) if dtype == "float32" else (ulp / 2, ulp / 4)
     for error, reference, size, floor in zip(ours, dense, scale, floors, strict=True):
@@ -173,7 +175,8 @@ def test_enough_random_layers():
     ids=["words", "x"],
 )
 def test_offsets_past_two_to_the_31(d_model, d_ff, pattern):
-    """A million tokens, so that the packed words, or x and y, pass 2^31 elements: first, last and middle rows."""
+    """A million tokens, so that the packed words, or x and y, pass 2^31 elements:
+    first, last and middle rows."""
     tokens = 2**20 + 3
     options = FFNOptions(format="twell", backend="triton", tile=256, compression=8)
     sizes = {"d_model": d_model, "d_ff": d_ff, "tile": 256, "slots": options.slots, "dtype": jnp.bfloat16}

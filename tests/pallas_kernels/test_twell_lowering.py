@@ -1,6 +1,7 @@
 """The TwELL kernels lowered for CUDA with no GPU at hand, through an abstract H200.
 
-What a device would refuse at lowering shows here: types, odd sizes, transformations, arrays past 2^31 elements.
+What a device would refuse at lowering shows here: types, odd sizes, transformations, arrays
+past 2^31 elements.
 """
 
 import re

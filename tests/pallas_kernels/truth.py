@@ -1,8 +1,8 @@
 """The feed-forward layer in float64 numpy, and how far from it a result may be.
 
-`forward` and `gradients` take a ``cast`` that is applied wherever the specification rounds. The identity gives
-the truth; rounding to the input type gives an input-type computation whose sums are exact, and its distance from
-the truth is the error that the input type itself costs.
+`forward` and `gradients` take a ``cast`` that is applied wherever the specification rounds. The identity
+gives the truth; rounding to the input type gives an input-type computation whose sums are exact, and its
+distance from the truth is the error that the input type itself costs.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,9 +61,9 @@ def gradients(
 def judge(name: str, got: Any, true: np.ndarray, rounded: np.ndarray, dtype: Any) -> None:
     """Asserts that a result is as good as its type allows.
 
-    NaN and infinity stand exactly where they do in truth. f32: within 32 ulps of the largest true value, for the
-    order of summation is free. bf16, f16: the largest and the root-mean-square error are at most 1.5 times those
-    of ``rounded``, or of rounding the result once, whichever is more.
+    NaN and infinity stand exactly where they do in truth. f32: within 32 ulps of the largest true value, for
+    the order of summation is free. bf16, f16: the largest and the root-mean-square error are at most 1.5
+    times those of ``rounded``, or of rounding the result once, whichever is more.
     """
     got = np.asarray(got).astype(np.float64)
     assert got.shape == true.shape, f"{name} has shape {got.shape} instead of {true.shape}"

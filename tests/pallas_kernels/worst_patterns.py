@@ -1,4 +1,5 @@
-"""Patterns of activity that are worst for one format or another, and layers that have exactly a given pattern.
+"""Patterns of activity that are worst for one format or another, and layers that have exactly
+a given pattern.
 
 The gate's weight is the identity, so that x is the gate and a pattern is whatever x is positive at.
 """

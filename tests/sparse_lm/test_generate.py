@@ -62,7 +62,8 @@ def test_rows_end_at_the_end_token(model, continued):
 
 
 def test_decoding_is_compiled_once(model, monkeypatch):
-    """One trace for the prompt and one for every token after it, whatever their number; none the second time."""
+    """One trace for the prompt and one for every token after it, whatever their number;
+    none the second time."""
     traces = []
     original = SparseLM.hidden_states
     monkeypatch.setattr(

@@ -71,7 +71,8 @@ def dense_cross_entropy(params, inputs, targets, config):
 
 
 def assert_close(got, want, *, of_largest: float = 1e-5) -> None:
-    """Leaf by leaf, each named in the message; the bound is a share of the leaf's largest value (f32 sums)."""
+    """Leaf by leaf, each named in the message; the bound is a share of the leaf's largest
+    value (f32 sums)."""
     want_leaves = jax.tree_util.tree_leaves_with_path(want)
     got_leaves = jax.tree.leaves(got)
     assert len(got_leaves) == len(want_leaves)
@@ -118,7 +119,8 @@ def test_l1_reaches_the_gradients(model, tokens):
 
 
 def test_causality(model, forward, tokens):
-    """Row t differs from row 0 in token t alone: its logits before t are the same bits, those at t are not."""
+    """Row t differs from row 0 in token t alone: its logits before t are the same bits,
+    those at t are not."""
     base = jnp.tile(tokens[:1], (tokens.shape[1], 1))
     changed = base.at[jnp.arange(1, 16), jnp.arange(1, 16)].add(1) % model.config.vocab_size
     logits, _ = forward(*nnx.split(model), changed)
@@ -138,7 +140,8 @@ def test_grouped_query_heads_equal_repeated_heads(visible):
 
 
 def test_flash_attention_is_asked_for_where_it_runs(monkeypatch):
-    """On an NVIDIA GPU of Ampere or newer, in half precision, for even lengths (JAX refuses odd ones' gradient)."""
+    """On an NVIDIA GPU of Ampere or newer, in half precision, for even lengths (JAX refuses
+    odd ones' gradient)."""
 
     def chosen(dtype, steps, head_dim):
         struct = jax.ShapeDtypeStruct((2, steps, 4, head_dim), dtype)

@@ -152,7 +152,8 @@ def test_damaged_parameters_are_one_sentence(copy, find, capfd):
     ) as error:
         load_for_inference(copy)
     assert "\n" not in str(error.value)
-    # Reads that the error cut off are complained of when they are collected, which is now and not in a later test.
+    # Reads that the error cut off are complained of when they are collected, which is now and not in
+    # a later test.
     del error
     gc.collect()
     assert capfd.readouterr().err == ""
@@ -221,7 +222,8 @@ def test_save_that_the_disk_has_no_room_for_is_not_begun(copy, finished, first_s
 
 
 def test_disk_that_fills_up_during_a_save_is_one_sentence(copy, finished, corpus, monkeypatch):
-    """The write fails in orbax's background thread; the run must hear of it, and what was saved must stand."""
+    """The write fails in orbax's background thread; the run must hear of it,
+    and what was saved must stand."""
 
     async def full_disk(self, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,5 @@
-"""No token is lost or repeated, whatever the process count or the interruption; every bad corpus is one sentence."""
+"""No token is lost or repeated, whatever the process count or the interruption;
+every bad corpus is one sentence."""
 
 import functools
 import gzip
@@ -57,7 +58,7 @@ def heldout_texts(corpus):
     return [TOKENIZER.decode(ids) for ids in np.split(ring, np.flatnonzero(ring == 256) + 1)[:-1]]
 
 
-# --- Order and completeness -------------------------------------------------------------------------------------
+# --- Order and completeness ---------------------------------------------------------------------------------
 
 
 def test_batches_have_their_shape_and_type(corpus):
@@ -209,7 +210,7 @@ def test_the_default_corpus_ships_with_the_package():
     assert 10e6 < sum(map(len, documents)) < 11e6
 
 
-# --- Formats ----------------------------------------------------------------------------------------------------
+# --- Formats ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -246,7 +247,7 @@ def test_globs_are_sorted_and_a_file_counts_once(tmp_path):
     assert list(read_documents(DataConfig(paths=paths))) == ["b.txt", "[d].txt", "a.txt", "sub/c.txt"]
 
 
-# --- Bad corpora ------------------------------------------------------------------------------------------------
+# --- Bad corpora --------------------------------------------------------------------------------------------
 
 GOOD = b'{"text": "good"}\n'
 TRUNCATED = {suffix: COMPRESS[suffix](GOOD * 50)[:-9] for suffix in (".gz", ".xz", ".zst")}
@@ -270,9 +271,11 @@ TRUNCATED = {suffix: COMPRESS[suffix](GOOD * 50)[:-9] for suffix in (".gz", ".xz
         ("c.jsonl", GOOD + b"[" * 100_000, "line 2 must be one JSON object; found no valid JSON"),
         ("c.jsonl", GOOD + b'"text"\n', "line 2 must be one JSON object; found a string: mend"),
         ("c.json", b'[\n{"text": "a"}\n]', "line 1 must be one JSON object"),
-        ("c.jsonl", GOOD + b'{"body": "a", "id": 1}\n', "line 2 must have the text field 'text'; found the fields body, id"),
+        ("c.jsonl", GOOD + b'{"body": "a", "id": 1}\n',
+         "line 2 must have the text field 'text'; found the fields body, id"),
         ("c.jsonl", GOOD + b"{}\n", "line 2 must have the text field 'text'; found the fields none"),
-        ("c.jsonl", GOOD + b'{"text": null}\n', "line 2 must hold a string in 'text'; found null: name another field"),
+        ("c.jsonl", GOOD + b'{"text": null}\n',
+         "line 2 must hold a string in 'text'; found null: name another field"),
         ("c.jsonl", GOOD + b'{"text": ["a"]}\n', "line 2 must hold a string in 'text'; found a list"),
         ("c.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 must hold Unicode text"),
     ],
@@ -340,7 +343,7 @@ def test_a_batch_that_the_processes_cannot_share(corpus):
         start(corpus, process_count=3)
 
 
-# --- The tokenizer a configuration names ------------------------------------------------------------------------
+# --- The tokenizer a configuration names --------------------------------------------------------------------
 
 
 def test_bpe_is_fitted_on_training_documents_only(tmp_path):

@@ -1,4 +1,5 @@
-"""What enters the feed-forward layers, saved: what the layer makes of it is what the model's own layer reported."""
+"""What enters the feed-forward layers, saved: what the layer makes of it is what the model's
+own layer reported."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -17,7 +17,8 @@ from train.parallel import Layout
 
 
 def test_nothing_is_compiled_after_the_first_step(finished):
-    """Nor by a later save or evaluation: the first save is after step 2, the first evaluation after step 4."""
+    """Nor by a later save or evaluation: the first save is after step 2, the first evaluation
+    after step 4."""
     count = finished.compilations
     assert 0 < count[1] == count[2] < count[3] == count[4] < count[5]
     assert {count[step] for step in range(5, tiny_runs.STEPS + 1)} == {count[5]}

@@ -1,4 +1,5 @@
-"""A run that was stopped, however rudely, and taken up again is the run that was never stopped, bit for bit."""
+"""A run that was stopped, however rudely, and taken up again is the run that was never stopped,
+bit for bit."""
 
 import shutil
 import signal
@@ -14,7 +15,8 @@ from train.loop import run
 
 
 def assert_same_run(workdir: Path, last_state, finished: tiny_runs.FinishedRun) -> None:
-    """State and the whole history of losses are those of the uninterrupted run; so was the order of the data."""
+    """State and the whole history of losses are those of the uninterrupted run;
+    so was the order of the data."""
     jax.tree.map(np.testing.assert_array_equal, last_state, finished.states[tiny_runs.STEPS])
     found, expected = tiny_runs.read_records(workdir), tiny_runs.read_records(finished.workdir)
     for record in (*found, *expected):

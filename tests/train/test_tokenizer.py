@@ -1,4 +1,5 @@
-"""Text survives every tokenizer, a saved tokenizer is the same one, and bad files are told in one sentence."""
+"""Text survives every tokenizer, a saved tokenizer is the same one,
+and bad files are told in one sentence."""
 
 import json
 

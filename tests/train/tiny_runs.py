@@ -31,8 +31,8 @@ MODEL = ModelConfig(
     init_std=0.2,
     sparsity=SparsityConfig(l1=1e-3),
 )
-# A large eps keeps Adam's update smooth: with 1e-8 a gradient of pure rounding noise moves a weight by the whole
-# learning rate, and two exact computations in another order of sums would look different.
+# A large eps keeps Adam's update smooth: with 1e-8 a gradient of pure rounding noise moves a weight by the
+# whole learning rate, and two exact computations in another order of sums would look different.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, eps=1e-2, accumulation=2)
 STEPS = 8
 
