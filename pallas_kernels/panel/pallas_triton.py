@@ -97,6 +97,16 @@ class Lists(NamedTuple):
         """What a panel's slots are a multiple of."""
         return self.neurons.shape[0] // self.owner.shape[0]
 
+    def only_if(self, fits: jax.Array) -> "Lists":
+        """The lists, or lists without a neuron: what a stage that runs all the same can walk in bounds.
+
+        Under ``vmap`` both branches of a conditional run.
+        """
+        nothing = {
+            name: jnp.where(fits, getattr(self, name), 0) for name in ("n_pairs", "offsets", "counts", "hits")
+        }
+        return self._replace(**nothing)
+
 
 def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
     """Chunks that hold every neuron of every panel."""
@@ -194,7 +204,8 @@ def build_lists(
     """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
 
     Returns:
-      The lists, and () int32 how many chunks are needed: with more than ``room``, the lists mean nothing.
+      The lists, and () int32 how many chunks are needed: with more than ``room``, only ``hits`` means
+      something, and a stage may have no other lists than `Lists.only_if` this fits.
     """
     n_panels = gate.values.shape[0]
     hits = gate.hits.reshape(n_panels, gate.segments, -1)[:, :, :d_ff]
@@ -265,7 +276,7 @@ def _lists_kernel(
         put(neurons_ref, slot, neuron, here)
         put(segments_ref, slot, bits.astype(jnp.uint8), here)
         place = slots_ref.at[which, jnp.where(neuron < d_ff, neuron, OUT_OF_RANGE)]
-        plt.store(place, jnp.where(listed > 0, slot, -1), mask=neuron < d_ff)
+        plt.store(place, jnp.where(here, slot, -1), mask=neuron < d_ff)
         return found + jnp.sum(listed)
 
     lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import axes
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton import Lists, hidden, over_chunks, product, programs, work_list
 from pallas_kernels.reference import active
@@ -53,7 +54,7 @@ def panel_dh(
       dy: (M, D).  w_down: (F, D).  dl1: (1,) f32, the cotangent of every |h|.
     """
     gated = up is not None
-    shape = jax.ShapeDtypeStruct(gate.shape, gate.dtype, manual_axis_type=jax.typeof(gate).manual_axis_type)
+    shape = axes.output(gate, gate.shape, gate.dtype)
     kept = (gate, up) if gated else (gate,)
     outputs = pl.pallas_call(
         partial(_dh_kernel, panel=gate.shape[1], config=config, gated=gated),

@@ -137,10 +137,14 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
         like = jax.eval_shape(sparse, gate, lists)[2]
         return *blocks.forward(*arguments), _vary_like(empty(like), x)
 
-    fits = needed <= room
-    y, l1, kept = sparse(gate, lists) if room == chunks else lax.cond(fits, sparse, instead, gate, lists)
+    fits, listed = needed <= room, lists
+    if room == chunks:
+        y, l1, kept = sparse(gate, listed)
+    else:
+        listed = lists.only_if(fits)
+        y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, lists, l1, overflow_rows)), (saved, Residuals(fits, lists, *kept).named())
+    return (y, _stats(gate, lists, l1, overflow_rows)), (saved, Residuals(fits, listed, *kept).named())
 
 
 def empty(like):

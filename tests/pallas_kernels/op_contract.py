@@ -98,6 +98,12 @@ def compiled(options: FFNOptions) -> Callable[..., Any]:
     return jax.jit(partial(differentiate, apply=partial(call, options=options)))
 
 
+@cache
+def compiled_forward(options: FFNOptions) -> Callable[..., Any]:
+    """The call alone, compiled once for each shape of its arguments."""
+    return jax.jit(partial(call, options=options))
+
+
 def run(function: Callable[..., Any], inputs: Arrays, *arguments: Any) -> Any:
     """Runs with f32 products in f32: unless asked, XLA multiplies f32 in a shorter type on a GPU."""
     with jax.default_matmul_precision("highest") if inputs["x"].dtype == np.float32 else nullcontext():
@@ -207,6 +213,16 @@ class Contract:
     def test_many_tokens(self, dtype, kind):
         self.check("uneven", self.path.many_tokens, dtype, kind)
         self.check("every-row-overflows", self.path.many_tokens, dtype, kind)
+
+    @pytest.mark.parametrize("pattern", ["uneven", "fully-dense", "all-zero"])
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_without_a_gradient(self, pattern, kind):
+        """Inference may run other kernels than the forward of a training step."""
+        inputs, active = self.layer(pattern, kind=kind)
+        y, stats = run(compiled_forward(self.path.options), inputs)
+        check_values(y, stats, inputs)
+        overflow_rows = 0 if self.path.options.format == "panel" else self.path.overflow_rows(active)
+        check_counts(stats, active, overflow_rows)
 
     def test_tiny_layer(self):
         """D and F far below a tile."""

@@ -1,11 +1,13 @@
 """What the contract has to know of PanelELL: when a call that is differentiated finds no room."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
-from op_contract import Path
+from op_contract import DL1, Path, call, check_everything, cotangent, differentiate, run
 
+from pallas_kernels import FFNOptions
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.pallas_triton import n_chunks
 
@@ -25,3 +27,18 @@ class PanelPath(Path):
         unions = padded.reshape(panels, config.panel, d_ff).any(axis=1).sum(axis=1)
         room = max(1, round(n_chunks(panels, d_ff, chunk) * self.options.capacity))
         return tokens if int((-(-unions // chunk)).sum()) > room else 0
+
+
+def check_a_batch_of_which_one_has_no_room(options: FFNOptions, **sizes: int) -> None:
+    """Under ``vmap`` both branches of a conditional run: neither may touch what is not its own."""
+    path = PanelPath(options, many_tokens=0, dtype="bfloat16", **sizes)
+    layers = [path.layer(pattern, path.tokens, path.dtype) for pattern in ("few", "fully-dense", "few")]
+    overflowing = [path.overflow_rows(active) for _, active in layers]
+    assert overflowing == [0, path.tokens, 0]
+    batch = {name: np.stack([inputs[name] for inputs, _ in layers]) for name in layers[0][0]}
+    dy = cotangent(batch)
+    step = jax.vmap(partial(differentiate, apply=partial(call, options=options)), in_axes=(0, 0, None))
+    results = run(jax.jit(step), batch, dy, DL1)
+    for index, (inputs, active) in enumerate(layers):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], results)
+        check_everything(one, inputs, dy[index], active, overflowing[index])

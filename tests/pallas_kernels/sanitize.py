@@ -20,8 +20,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_allow_exces
 import jax
 import jax.numpy as jnp
 from hybrid_path import HybridPath
-from op_contract import DL1, Path, check_everything, compiled, cotangent
-from panel_path import PanelPath
+from op_contract import DL1, Path, check_everything, compiled, compiled_forward, cotangent
+from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions
 
@@ -53,8 +53,13 @@ def main(formats: list[str]) -> None:
         for pattern in PATTERNS:
             inputs, active = path.layer(pattern, tokens, dtype, kind)
             dy = cotangent(inputs)
+            jax.block_until_ready(compiled_forward(options)(inputs))
             result = jax.device_get(compiled(options)(jax.tree.map(jnp.asarray, inputs), dy, DL1))
             check_everything(result, inputs, dy, active, path.overflow_rows(active))
+    if "panel" in formats:
+        check_a_batch_of_which_one_has_no_room(
+            FFNOptions("panel", "triton", tile=64, compression=4), d_model=72, d_ff=1024, tokens=256
+        )
     print(f"{len(calls) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from op_contract import Contract, call, differentiate
-from panel_path import PanelPath
+from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 from random_layers import random_layer
 
 from pallas_kernels import FFNOptions, device
@@ -62,6 +62,14 @@ class TestPanelOnHopper(Contract):
             pytest.skip("needs a Hopper GPU")
         self.skip_unsupported = lambda inputs, options: None
         self.test_pattern("uneven", "bfloat16", "gated")
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic_gpu"])
+def test_a_batch_of_which_one_has_no_room(backend):
+    if backend == "mosaic_gpu" and device.current().capability != 90:
+        pytest.skip("needs a Hopper GPU")
+    options = FFNOptions("panel", backend, tile=64, compression=4)
+    check_a_batch_of_which_one_has_no_room(options, d_model=128, d_ff=1024, tokens=512)
 
 
 # -- random layers, forward and backward -------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from op_contract import Contract
-from panel_path import PanelPath
+from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
@@ -71,6 +71,23 @@ def test_the_laws_of_a_config(changes, sentence):
         dataclasses.replace(small, **changes)
     with pytest.raises(ValueError, match=r"StageConfig.tile must be a power of two from 16 to 256; got 24"):
         configs.StageConfig(24, 16, 4, 2)
+
+
+def test_a_batch_of_which_one_has_no_room():
+    options = dataclasses.replace(TestPanelInterpreted.path.options, capacity=0.5)
+    check_a_batch_of_which_one_has_no_room(options, d_model=40, d_ff=300, tokens=33)
+
+
+def test_lists_that_do_not_fit_have_no_neuron():
+    """Whatever walks them stays in bounds."""
+    inputs, _ = TestPanelInterpreted.path.layer("fully-dense", 64, "float32")
+    x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
+    gate = kernels.gate_panel(x, weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
+    lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=32, room=2, interpret=True)
+    assert int(needed) > 2
+    assert int(lists.slots.max()) < len(lists.neurons)
+    empty = lists.only_if(needed <= 2)
+    assert not any(np.any(getattr(empty, name)) for name in ("n_pairs", "offsets", "counts", "hits"))
 
 
 @pytest.mark.parametrize("tokens", [16, 37, 333])
