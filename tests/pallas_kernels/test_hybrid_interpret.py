@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hybrid_path import HybridPath
 from op_contract import DL1, DTYPES, LAYERS, Contract, check_everything, cotangent, differentiate, run
+from truth import judge, rounding_to
 
 from pallas_kernels import FFNOptions, HybridELL, hybrid
 from pallas_kernels.hybrid import config as configs
@@ -122,7 +123,7 @@ def test_a_neuron_past_16_bits():
     inputs["x"][:, 0] = 1
     active = np.zeros((tokens, d_ff), bool)
     active[:, where] = True
-    options = dataclasses.replace(PATH.options, tile=256, compression=2, width=4)
+    options = dataclasses.replace(PATH.options, tile=64, compression=2, width=4)
     dy = cotangent(inputs)
     step = jax.jit(partial(differentiate, apply=partial(call, options=options)))
     check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 0)
@@ -146,12 +147,46 @@ def test_lists_by_neuron():
     assert (np.diff(lists.counts[lists.order]) <= 0).all()
 
 
+@jax.jit
+def pulled(inputs, dy):
+    """The gradients at the non-zeros of a call, and where they stand."""
+    ell, *_ = stored(inputs)
+    gate, up = (inputs["w_up"], None) if ell.up is None else (inputs["w_gate"], inputs["w_up"])
+    config = configs.choose(inputs["x"], gate, PATH.options)
+    dl1 = jnp.full(1, DL1, jnp.float32)
+    rows = backward.pull_rows(ell, dy, dl1, gate, up, inputs["w_down"], config=config.dx, interpret=True)
+    return rows, ell, backward.by_neuron(ell, PATH.d_ff)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hot", [1, 5, 72, 100])
-def test_hot_neurons(of_stages, hot, dtype, kind):
-    """The hottest neurons' weight gradients by a dense product, the others' by lists: one result."""
-    of_stages(weights={"hot": hot})
+def test_any_number_of_hot_neurons(hot, dtype, kind):
+    """The hottest neurons' weight gradients by a dense product, the others' by lists: one sum, rounded."""
+    inputs, active = PATH.layer("uneven", 33, dtype, kind)
+    dy = cotangent(inputs).astype(dtype)
+    rows, ell, lists = pulled(inputs, dy)
+    used = active & (active.sum(axis=1) <= PATH.options.width)[:, None]
+    coefficients = [rows.d_gate, *([] if rows.d_up is None else [rows.d_up]), rows.h]
+    others = np.random.default_rng(1).standard_normal((len(coefficients), PATH.d_ff, PATH.d_model))
+    others = others.astype(np.float32)
+    config = dataclasses.replace(configs.choose(inputs["x"], inputs["w_up"], PATH.options).weights, hot=hot)
+    step = partial(backward.pull_weights, dtype=jnp.dtype(dtype), config=config, interpret=True)
+    found = run(lambda inputs: jax.jit(step)(rows, ell, lists, inputs["x"], dy, list(others)), inputs)
+    for values, other, gradient in zip(coefficients, others, found, strict=True):
+        dense = np.zeros(used.shape)
+        where, slots = np.nonzero(np.arange(PATH.options.width)[None] < used.sum(axis=1)[:, None])
+        dense[where, np.asarray(ell.indices)[where, slots]] = np.asarray(values, np.float64)[where, slots]
+        assert (dense[~used] == 0).all()
+        true = dense.T @ np.asarray(dy if values is rows.h else inputs["x"], np.float64) + other
+        judge("gradient", gradient, true, rounding_to(dtype)(true), dtype)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hot_neurons(of_stages, dtype, kind):
+    """The whole layer with both ways at work."""
+    of_stages(weights={"hot": 5})
     inputs, active = PATH.layer("uneven", 33, dtype, kind)
     dy = cotangent(inputs)
     result = run(jax.jit(partial(differentiate, apply=call)), inputs, dy, DL1)

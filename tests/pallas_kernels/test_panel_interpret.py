@@ -26,6 +26,15 @@ class TestPanelInterpreted(Contract):
     )
 
 
+@jax.jit
+def written(x, weight):
+    """A call's lists, how many chunks they need, and its values."""
+    config = configs.choose(x, weight, TestPanelInterpreted.path.options)
+    gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
+    lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=config.chunk, interpret=True)
+    return lists, needed, kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 37])
 @pytest.mark.parametrize("pattern", ["uneven", "few", "all-zero", "fully-dense"])
 def test_the_kernels_write_the_format(pattern, tokens):
@@ -35,9 +44,7 @@ def test_the_kernels_write_the_format(pattern, tokens):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
     chunk = config.chunk
-    gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
-    lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=chunk, interpret=True)
-    values = kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
+    lists, needed, values = written(x, weight)
     expected = PanelELL.from_dense(reference.project(x, weight), panel=config.panel, chunk=chunk)
     used = int(needed) * chunk
     for name in ("offsets", "counts"):
@@ -98,9 +105,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     inputs, active = TestPanelInterpreted.path.layer("uneven", tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
-    gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
-    lists, _ = kernels.build_lists(gate, d_ff=len(weight), chunk=config.chunk, interpret=True)
-    kept = kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
+    lists, _, kept = written(x, weight)
     totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
     np.testing.assert_array_equal(totals, active.sum(axis=0))
     found = weights.token_lists(kept, lists, totals, limit=limit, interpret=True)
@@ -169,7 +174,8 @@ def test_either_way_alone_gives_the_weight_gradients(share, monkeypatch):
     assert hot.any() == (share > 1)
 
     def gradients(options):
-        return jax.grad(lambda inputs: jnp.sum(sparse_ffn(**inputs, options=options)[0]))(inputs)
+        total = jax.grad(lambda inputs: jnp.sum(sparse_ffn(**inputs, options=options)[0]))
+        return jax.jit(total)(inputs)
 
     expected = gradients(FFNOptions(format="dense"))
     small = dataclasses.replace(configs._for_f32(16), rare=configs.RareConfig(share=share))

@@ -38,7 +38,7 @@ def test_an_order_is_the_stable_permutation_by_falling_activity(hits):
 
 
 @property_test
-@given(st.integers(1, 40).flatmap(lambda n: st.permutations(range(n))))
+@given(st.sampled_from([1, 2, 7, 32, 40]).flatmap(lambda n: st.permutations(range(n))))
 def test_an_inverse_order_undoes_the_order(permutation):
     order = jnp.asarray(permutation, jnp.int32)
     inverse = inverse_order(order)
