@@ -2,8 +2,9 @@
 
 A probe computes the gates of four panels of tokens, spread over the call, and counts the neurons that each
 panel activates: 2 * 512 F D FLOPs, under one in a hundred of the gate stage at 65,536 tokens. A conditional
-then runs the PanelELL layer or the dense one. Both are exact, so the probe decides how long a call takes and
-never what it gives; it is part of the compiled program, and the host is not asked.
+then runs the PanelELL layer or the dense one (under ``vmap`` it is no longer one: both run). Both are exact,
+so the probe decides how long a call takes and never what it gives; it is part of the compiled program, and
+the host is not asked.
 
 Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a

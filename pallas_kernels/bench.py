@@ -8,7 +8,6 @@ accurate than it may be makes the program exit with 1.
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -34,6 +33,7 @@ from pallas_kernels.cases import (
 )
 from pallas_kernels.formats import TwELL
 from pallas_kernels.inputs import PROFILES, Activity
+from pallas_kernels.json_file import JsonFile
 from pallas_kernels.options import FFNOptions
 from pallas_kernels.shapes import PAPER, SHAPES, TOKENS
 from pallas_kernels.timing import Ceilings, Timing
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         options = FFNOptions(args.format, args.backend, tile=args.tile, compression=args.compression)
-        cases = _cases(args)
+        cases, file = _cases(args), JsonFile(args.json)
         for case in cases:
             choose_backend(case, options)
     except ValueError as error:
@@ -324,9 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         results.append(result)
         print(f"\n{table(result, limits)}", flush=True)
-        if args.json is not None:  # after every case: a run that is cut short keeps what it has
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(to_json(results, limits, command), indent=1) + "\n")
+        file.write(to_json(results, limits, command))  # after every case: what is cut short keeps what it has
     for failure in failures:
         print(f"WRONG: {failure}", file=sys.stderr)
     return 1 if failures else 0

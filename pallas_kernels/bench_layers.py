@@ -9,7 +9,6 @@ of y or over whole gradients, and a format that is less accurate than it may be 
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pallas_kernels import device as device_lib
 from pallas_kernels.cases import Case
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
 from pallas_kernels.inputs import PROFILES, Activity, like_trained, measure
+from pallas_kernels.json_file import JsonFile
 from pallas_kernels.options import FFNOptions
 from pallas_kernels.recorded import RecordedCase
 from pallas_kernels.shapes import PAPER, SHAPES
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     compared = layers(["dense", *args.formats] if args.formats else _FORMATS[args.direction], args.panels)
     try:
-        cases = _cases(args)
+        cases, file = _cases(args), JsonFile(args.json)
     except ValueError as error:
         parser.error(str(error))
     if args.tune:
@@ -330,9 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         failures += [f"{case}: {failure}" for failure in results[-1].failures]
         print(f"\n{table(results[-1])}", flush=True)
-        if args.json is not None:  # after every case: a run that is cut short keeps what it has
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(to_json(results, command), indent=1) + "\n")
+        file.write(to_json(results, command))  # after every case: a run that is cut short keeps what it has
     for failure in failures:
         print(f"WRONG: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -35,7 +35,8 @@ def sparse_ffn(
 
     Returns:
       y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through
-      y and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's.
+      y and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's. In reverse mode
+      only, but for the dense format with weights of x's type.
 
     Raises:
       ValueError, TypeError: arguments that do not fit, or options that cannot run here.

@@ -1,20 +1,17 @@
 """What a run says to people, through rich: plain lines where the output is no terminal."""
 
-import contextlib
 import datetime
-import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 
+from pallas_kernels import json_file
 from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
 from train.config import TrainConfig
@@ -28,7 +25,9 @@ _UNLIMITED = 1000
 def print_table(console: Console, table: Table) -> None:
     """Prints all of a table: rich would cut its cells to 80 columns where the output is no terminal."""
     needed = Measurement.get(console, console.options.update(width=_UNLIMITED), table).maximum
-    Console(file=console.file, width=max(console.width, needed), highlight=False).print(table)
+    width, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = width
 
 
 class Reporter:
@@ -133,36 +132,7 @@ def _quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
-class JsonFile:
-    """A file with the newest figures of a long run, whole at any moment; without a path it does nothing.
+class JsonFile(json_file.JsonFile):
+    """As there; a path that cannot be written is the user's to mend."""
 
-    Args:
-      path: where; its directory is made, and an older file stands until the first figures replace it.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-
-    def __init__(self, path: str | None) -> None:
-        self._path = None if path is None else Path(path).expanduser()
-        if self._path is not None:
-            with self._explained():
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.open("a").close()
-
-    def write(self, document: Mapping[str, Any]) -> None:
-        """Puts the figures so far in place of the last ones."""
-        if self._path is not None:
-            with self._explained():
-                partial = self._path.with_name(self._path.name + ".partial")
-                partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-                os.replace(partial, self._path)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"--json must name a file that can be written; {self._path}: {error.strerror}"
-            ) from error
+    unwritable = UserError

@@ -172,11 +172,11 @@ class PanelConfig:
 
 
 BREAK_EVEN = {"forward": 0.8, "train": 0.55}
-"""Share of the neurons that a panel of 128 tokens activates, up to which PanelELL is faster than
-the dense layer.
+"""Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than the dense one.
 
-On one NVIDIA H100, D 2048 and F 5632, at shares of 0.45 and 0.99: forward 0.57 and 0.97 to 1.10 of the dense
-layer's time. Forward and backward at 0.26 and 0.43: 0.53 and 0.74."""
+From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632: forward at shares of 0.45 and
+0.99 takes 0.57 and 0.97 to 1.10 of the dense layer's time, between which 0.8 lies; forward and backward at
+0.26 and 0.43 takes 0.53 and 0.74, beyond which 0.55 lies."""
 
 
 def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:

@@ -1,0 +1,45 @@
+"""Files that hold the figures of a long run: whole at any moment, however the run ends."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonFile:
+    """A file with the newest figures of a long run; without a path it does nothing.
+
+    Args:
+      path: where; its directory is made, and an older file stands until the first figures replace it.
+
+    Raises:
+      JsonFile.unwritable: it cannot be written.
+    """
+
+    unwritable: type[Exception] = ValueError
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path).expanduser()
+        if self._path is not None:
+            with self._explained():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.open("a").close()
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Puts the figures so far in place of the last ones."""
+        if self._path is not None:
+            with self._explained():
+                partial = self._path.with_name(self._path.name + ".partial")
+                partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, self._path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.unwritable(
+                f"--json must name a file that can be written; {self._path}: {error.strerror}"
+            ) from error
