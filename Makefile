@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= auto
+# One more requirement of the test environment, such as an older JAX: make test REQUIRE='jax~=0.11.0' VENV=.venv-0.11
+REQUIRE ?=
 
 .PHONY: train test lint
 
@@ -26,5 +28,5 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(REQUIRE)
 	touch $@ $(VENV)/.installed
