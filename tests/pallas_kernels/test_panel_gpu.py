@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import Contract, call, differentiate
+from op_contract import Contract
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
-from random_layers import random_layer
+from random_layers import check_errors, errors
 
 from pallas_kernels import FFNOptions, device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
-
-DENSE = FFNOptions(format="dense", backend="xla")
 
 
 class TestPanelOnGPU(Contract):
@@ -95,31 +93,6 @@ LAYERS = [
 ]
 
 
-def errors(key, rate, *, options, **sizes):
-    """Largest and root-mean-square error of y and of every gradient against f32,
-    ours and the dense path's."""
-    inputs = random_layer(key, rate, **sizes)
-    dy = jax.random.normal(jax.random.fold_in(key, 1), inputs["x"].shape).astype(sizes["dtype"])
-    dy, dl1 = dy.astype(jnp.float32), jnp.float32(0.25)
-    wide = {name: value.astype(jnp.float32) for name, value in inputs.items()}
-
-    def results(inputs, options):
-        (y, _), gradients = differentiate(inputs, dy, dl1, partial(call, options=options))
-        return {"y": y} | gradients
-
-    true = results(wide, DENSE)
-
-    def distances(values):
-        def one(value, truth):
-            error = value.astype(jnp.float32) - truth
-            return jnp.stack([jnp.max(jnp.abs(error)), jnp.sqrt(jnp.mean(error**2))])
-
-        return {name: one(values[name], true[name]) for name in true}
-
-    scale = {name: jnp.stack([jnp.max(jnp.abs(t)), jnp.sqrt(jnp.mean(t**2))]) for name, t in true.items()}
-    return distances(results(inputs, options)), distances(results(inputs, DENSE)), scale
-
-
 @pytest.fixture(scope="module")
 def compiled_layers():
     """One program for each of `LAYERS` that this device can run, compiled side by side."""
@@ -146,14 +119,7 @@ def test_random_layers(compiled_layers, index, draw):
     rate = 10 ** rng.uniform(-3, -0.05)
     key = jax.random.key(int(rng.integers(2**31)))
     ours, dense, scale = jax.device_get(compiled_layers[index](key, jnp.float32(rate)))
-    dtype = LAYERS[index][5]
-    # Where the dense error is by chance far smaller, as it can be with a handful of active gates: half an ulp
-    # for the rounding of a coefficient and half for that of the result; in f32, the order of summation.
-    ulp = float(jnp.finfo(dtype).eps)
-    floors = np.array([32 * ulp, 4 * ulp] if dtype == "float32" else [ulp / 1.5, ulp / 4])
-    for name, error in ours.items():
-        allowed = 1.5 * np.maximum(dense[name], floors * scale[name])
-        assert (error <= allowed).all(), f"{name}: errors {error}, allowed {allowed}"
+    check_errors(ours, dense, scale, dtype=LAYERS[index][5])
 
 
 def test_enough_random_layers():

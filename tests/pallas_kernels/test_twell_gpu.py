@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from designed import layer
 from op_contract import Contract, Path, call, check_counts, check_values, run
-from random_layers import random_layer
+from random_layers import DENSE, random_layer
 
 from pallas_kernels import FFNOptions, device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
-
-DENSE = FFNOptions(format="dense", backend="xla")
 
 
 class TestTwELLOnGPU(Contract):
