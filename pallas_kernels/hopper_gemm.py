@@ -48,6 +48,9 @@ TILE_M = ROWS * COMPUTE_WARPGROUPS
 TILE_K = 64
 
 _GROUP_M = 8
+_TILES_EACH = 64
+"""Tiles of a program at most. Programs that run side by side share operands while they are in L2, but drift
+apart; the next ones start in step again."""
 # A thread of the first two holds 128 accumulators; all three warpgroups together fit a core.
 _MULTIPLY_REGISTERS, _PACK_REGISTERS = 176, 152
 
@@ -96,9 +99,19 @@ def gemm(
       scratch: the epilogue's shared memory, by name.
       interpret: what `plgpu.kernel` takes by this name.
     """
-    programs = min(device.current().cores or 1, pl.cdiv(w.shape[0], tile) * pl.cdiv(x.shape[0], TILE_M))
+    cores = device.current().cores or 1
+    rounds, rest = divmod(pl.cdiv(w.shape[0], tile) * pl.cdiv(x.shape[0], TILE_M), cores * _TILES_EACH)
+    programs = rounds * cores + min(rest, cores)
     return plgpu.kernel(
-        partial(_kernel, epilogue=epilogue, outputs=len(out_type), tile=tile, stages=stages, scratch=scratch),
+        partial(
+            _kernel,
+            epilogue=epilogue,
+            outputs=len(out_type),
+            tile=tile,
+            stages=stages,
+            scratch=scratch,
+            cores=cores,
+        ),
         out_type=tuple(out_type),
         grid=(programs,),
         grid_names=("program",),
@@ -115,7 +128,7 @@ def _transforms(dtype):
     return plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(swizzle)
 
 
-def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch):
+def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch, cores):
     """One loop over the slices of all tiles of a program, which each warpgroup walks at its own pace.
 
     Slices are numbered over all tiles of a program, and slice n uses slot n mod stages. Warpgroups 0 and 1
@@ -141,12 +154,10 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
     (tokens, d_model), d_ff = x_gmem.shape, w_gmem.shape[0]
     n_blocks, n_tiles, n_slices = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, tile), pl.cdiv(d_model, TILE_K)
     assert len(outputs_gmem) == outputs
-    warpgroup, program, programs = (
-        lax.axis_index("warpgroup"),
-        lax.axis_index("program"),
-        lax.axis_size("program"),
-    )
-    n_mine = lax.div(n_blocks * n_tiles - 1 - program, programs) + 1
+    warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
+    # The programs of a round, one a core, take turns at its tiles.
+    first_tile = lax.div(program, cores) * (cores * _TILES_EACH) + lax.rem(program, cores)
+    n_mine = jnp.minimum(lax.div(n_blocks * n_tiles - 1 - first_tile, cores) + 1, _TILES_EACH)
     n_all = n_mine * n_slices
     transforms = _transforms(x_gmem.dtype)
 
@@ -165,7 +176,7 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
     def _program(x_ring, w_ring, buffer, full, empty, granted, written, scratch_refs):
         def place_of(nth):
             """Row block and tile of columns of this program's ``nth`` tile."""
-            return plgpu.planar_snake(program + nth * programs, (n_blocks, n_tiles), 0, _GROUP_M)
+            return plgpu.planar_snake(first_tile + nth * cores, (n_blocks, n_tiles), 0, _GROUP_M)
 
         def slot_of(number):
             return lax.rem(number, jnp.int32(stages))

@@ -37,10 +37,12 @@ def test_lowers(gate, tokens, d_model):
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("sizes", [(392, 192, 264), (264, 64, 128)], ids=str)
 def test_every_row_and_column(monkeypatch, sizes, stages):
-    """More tiles than programs, so that a ring goes around them; a D of one slice; a cut row block."""
+    """More tiles than programs, so that a ring goes around them; two rounds of programs; a D of one slice;
+    a cut row block."""
     tokens, d_model, d_ff = sizes
     tile, cores = 128, 4
     rows, columns = (pl.cdiv(n, m) * m for n, m in ((tokens, TILE_M), (d_ff, tile)))
+    monkeypatch.setattr(hopper_gemm, "_TILES_EACH", 2)
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", 90, cores))
     for_x, for_w = jax.random.split(jax.random.key(0))
     x = jax.random.normal(for_x, (tokens, d_model), jnp.bfloat16)
