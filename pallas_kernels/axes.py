@@ -16,6 +16,12 @@ def vary_alike(*trees: Any) -> Any:
     return jax.tree.map(lambda array: _cast(array, axes - _varying(array)), trees)
 
 
+def vary_with(like: jax.Array, tree: Any) -> Any:
+    """The arrays of a tree, each varying also over the axes that ``like`` varies over."""
+    axes = _varying(like)
+    return jax.tree.map(lambda array: _cast(array, axes - _varying(array)), tree)
+
+
 def output(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     """An output of a kernel that varies over the axes that its input ``like`` varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -57,7 +57,7 @@ def backward(
 
 
 def _zeros_like(x, weight):
-    return axes.vary_alike(jnp.zeros(weight.shape, jnp.float32), x)[0]
+    return axes.vary_with(x, jnp.zeros(weight.shape, jnp.float32))
 
 
 def _split(rows: jax.Array) -> jax.Array:

@@ -167,7 +167,7 @@ def by_neuron(ell: Ell, d_ff: int) -> Lists:
     # Unsigned keys, and pairs of a key and one value: what XLA gives to the radix sort of the GPU's library.
     key_type = jnp.uint16 if d_ff < 1 << 16 else jnp.uint32
     neurons = jnp.where(_used(ell), ell.indices.astype(jnp.int32), d_ff).astype(key_type).reshape(-1)
-    (places,) = axes.vary_alike(lax.iota(jnp.int32, tokens * width), neurons)[:1]
+    places = axes.vary_with(neurons, lax.iota(jnp.int32, tokens * width))
     neurons, places = lax.sort((neurons, places), num_keys=1, is_stable=True)
     bounds = jnp.searchsorted(neurons, jnp.arange(d_ff + 1, dtype=key_type), method="scan_unrolled")
     starts, counts = bounds[:-1], jnp.diff(bounds)

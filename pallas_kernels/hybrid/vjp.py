@@ -167,7 +167,7 @@ def _backward(options, backend, residuals, cotangents):
     scale = (dl1 / x.shape[0]).astype(x.dtype).astype(jnp.float32).reshape(1)
     w_gate, w_up = _roles(*arguments[1:3])
     pulled = pull_rows(ell, dy, scale, w_gate, w_up, w_down, config=config.dx, interpret=interpret)
-    zero, _ = axes.vary_alike(jnp.zeros(w_down.shape, jnp.float32), x)
+    zero = axes.vary_with(x, jnp.zeros(w_down.shape, jnp.float32))
     dense = [zero] * (2 if w_up is None else 3)
     dx, *dense = _backup_gradients(
         ell.overflows, config.backup_rows, (pulled.dx, *dense), x, dy, scale, w_gate, w_up, w_down

@@ -79,9 +79,8 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
         stages=_STAGES,
         scratch={},
     )
-    _, values, hits, nnz = axes.vary_alike(
-        x, values, hits, nnz
-    )  # Mosaic GPU's outputs do not say so themselves
+    # Mosaic GPU's outputs do not say so themselves.
+    values, hits, nnz = axes.vary_with(x, (values, hits, nnz))
     return GatePanel(values, hits, jnp.sum(nnz, axis=0)[:tokens])
 
 

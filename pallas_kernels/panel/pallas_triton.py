@@ -453,8 +453,8 @@ def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
     *terms, y_ref = refs
     tokens, d_model = y_ref.shape
     n_panels, n_tiles = counts_ref.shape[0], pl.cdiv(d_model, config.tile)
-    # Neighbouring panels have most neurons in common, at much the same place of their lists: programs that run
-    # side by side on the same columns ask L2 for the same rows at the same time.
+    # Neighbouring panels share most of their neurons, at much the same place of their lists: programs that
+    # run side by side on the same columns ask L2 for the same rows at the same time.
     which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
     start, count = offsets_ref[which], counts_ref[which]
     within = lax.iota(jnp.int32, panel)

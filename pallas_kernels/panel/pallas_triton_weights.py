@@ -178,7 +178,8 @@ def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
 
 
 class TokenLists(NamedTuple):
-    """The tokens of every rare neuron, ascending.
+    """The tokens of every rare neuron, ascending: 8 F limit bytes, at a limit of M / 64 a sixteenth of
+    an (M, F) array in bf16.
 
     Attributes:
       rows: (F, limit) int32, tokens; the first ``totals[j]`` of a rare neuron j mean something.

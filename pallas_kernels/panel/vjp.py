@@ -135,7 +135,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
 
     def instead(gate, lists):
         like = jax.eval_shape(sparse, gate, lists)[2]
-        return *blocks.forward(*arguments), _vary_like(empty(like), x)
+        return *blocks.forward(*arguments), axes.vary_with(x, empty(like))
 
     fits, listed = needed <= room, lists
     if room == chunks:
@@ -150,10 +150,6 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
 def empty(like):
     """Arrays of some shapes whose values nobody reads."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-
-
-def _vary_like(tree, like):
-    return jax.tree.map(lambda leaf: axes.vary_alike(leaf, like)[0], tree)
 
 
 def pull_back(

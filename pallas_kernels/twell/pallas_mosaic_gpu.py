@@ -77,7 +77,7 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
             "gates": plgpu.SMEM((tile // 8 * WARPGROUP,), jnp.uint32),
         },
     )
-    _, words, hits = axes.vary_alike(x, words, hits)  # Mosaic GPU's outputs do not say so themselves
+    words, hits = axes.vary_with(x, (words, hits))  # Mosaic GPU's outputs do not say so themselves
     packed = TwELL(words, None, d_ff, tile, slots, x.dtype)
     return packed, jnp.sum(hits, axis=0, dtype=jnp.int32)[:d_ff]
 
