@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -52,17 +53,16 @@ class Ceilings:
 def measure(contestants: Mapping[Key, Call], *, rounds: int = 7, chain_ms: float = 40.0) -> dict[Key, Timing]:
     """Times calls that dispatch compiled programs and return their outputs.
 
-    Every round runs one chain of each contestant, so that a clock that drifts hits all alike; a chain lasts
-    about ``chain_ms`` between two synchronisations. As long a chain of the same contestant goes before it and
-    is not counted: a device at its power limit sets its clock by what ran just before, and each contestant
-    is to be timed at its own. A first round is not counted.
+    Every round runs one chain of each contestant, in an order of its own. A device at its power limit sets
+    its clock by what ran just before; so as long a chain of the same contestant goes before each, uncounted,
+    and nobody has the same neighbour every time. A first round is not counted.
     """
     calls = {name: _chain_length(call, chain_ms) for name, call in contestants.items()}
     samples: dict[Key, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
-        for name, call in contestants.items():
-            _chain(call, calls[name])
-            samples[name].append(_chain(call, calls[name]))
+    for nth in range(rounds + 1):
+        for name in random.Random(nth).sample(list(contestants), len(contestants)):
+            _chain(contestants[name], calls[name])
+            samples[name].append(_chain(contestants[name], calls[name]))
     return {name: Timing(tuple(samples[name][1:]), calls[name]) for name in contestants}
 
 

@@ -71,10 +71,12 @@ def test_an_impossible_activity_is_an_error(fields, law):
 
 def test_contestants_take_turns():
     log: list[str] = []
-    times = timing.measure({name: partial(log.append, name) for name in "ab"}, rounds=3, chain_ms=0.0)
-    assert "".join(log)[-48:] == ("aaa" * 2 + "bbb" * 2) * 4  # a run-in each, and a round that does not count
-    assert [(len(each.samples_ms), each.calls) for each in times.values()] == [(3, 3)] * 2
-    assert times["a"].median_ms == sorted(times["a"].samples_ms)[1]
+    times = timing.measure({name: partial(log.append, name) for name in "ab"}, rounds=7, chain_ms=0.0)
+    # Three calls a chain and as many before it: 12 calls a round, and one round more that does not count.
+    rounds = {"".join(log[first : first + 12]) for first in range(len(log) - 96, len(log), 12)}
+    assert rounds == {"aaaaaabbbbbb", "bbbbbbaaaaaa"}
+    assert [(len(each.samples_ms), each.calls) for each in times.values()] == [(7, 3)] * 2
+    assert times["a"].median_ms == sorted(times["a"].samples_ms)[3]
 
 
 def test_what_does_not_compile_is_an_answer():
