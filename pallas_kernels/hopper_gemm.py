@@ -8,15 +8,20 @@ loop and an epilogue of their own, which no other GEMM of JAX lets them have.
 Who does what. Two warpgroups multiply; they leave a rounded tile in shared memory and go on with the next
 one, and the third warpgroup runs the epilogues. So the tensor cores do not idle while a tile is packed.
 
-What else was tried, on one NVIDIA H100 at M = 65,536, D = 2048 and F = 5632, as multiples of XLA's bare
-product timed in turn, PanelELL's gate and then TwELL's. This design: 1.02 to 1.07, and 1.05; at M = 524,288
-PanelELL's is 1.11. One round of programs for all tiles: 1.03 to 1.09, 1.08; 1.19. Programs that claim tiles
-from a counter: 1.08 to 1.12, 1.04 to 1.14; 1.15. The multiplying warpgroups run the epilogue of their tile,
-while loads come from a pipeline that drains at each tile: 1.11, 1.02 to 1.17; from a ring over all tiles: 1.11,
-1.10; with one of the two lagging: 1.10, 1.15; with two programs sharing loads: 1.13, 1.08. Each has a tile of
-its own, and one multiplies while the other packs: 1.29, 1.36. A fourth warpgroup that only loads leaves
-too few registers for products of 256 columns. The bare GEMM for Hopper among JAX's own Pallas examples takes
-1.04 to 1.10 on the same card.
+What else was tried, on one NVIDIA H100 at D = 2048 and F = 5632, as multiples of XLA's bare product timed in
+turn: the gates of PanelELL and of TwELL at 65,536 tokens, and PanelELL's at 524,288.
+
+    this design                                                     1.02 to 1.07   1.05           1.11
+    one round of programs for all tiles                             1.03 to 1.09   1.08           1.19
+    programs claim tiles from a counter                             1.08 to 1.12   1.04 to 1.14   1.15
+    those who multiply pack too; a pipeline that drains at a tile   1.11           1.02 to 1.17
+    the same; a ring over all tiles                                 1.11           1.10
+    the same; one of the two lags                                   1.10           1.15
+    the same; two programs share loads                              1.13           1.08
+    each of the two has a tile of its own                           1.29           1.36
+
+A fourth warpgroup that only loads leaves too few registers for products of 256 columns. The bare GEMM for
+Hopper among JAX's own examples takes 1.04 to 1.10 on the same card.
 
 Work: 2 M F D FLOPs. Bytes: (M D + F D) read at the least, and what the epilogue writes.
 
