@@ -1,0 +1,120 @@
+"""A program that compiles every format, forward and backward, for GPUs that need not be there.
+
+What lowering leaves open shows here: shared memory, registers, and whether the assembler takes the PTX. It
+needs JAX's plugin for CUDA, of the version of JAX, but neither a GPU nor a driver. Names of GPUs as arguments
+compile for those alone.
+
+pip install jax-cuda12-plugin==0.11.2 jax-cuda12-pjrt==0.11.2
+PYTHONPATH=.:tests/pallas_kernels python tests/pallas_kernels/compile_for.py
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which would ask a driver
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+from op_contract import call, differentiate
+
+from pallas_kernels import FFNOptions, device
+
+CORES = {
+    "NVIDIA A100-SXM4-80GB": 108,
+    "NVIDIA GeForce RTX 4090": 128,
+    "NVIDIA H100 80GB HBM3": 132,
+    "NVIDIA H200": 132,
+    "NVIDIA B200": 148,
+}
+LAYERS = [
+    # tokens, D, F, type, gated
+    (65536, 2048, 5632, "bfloat16", True),
+    (4096, 2048, 8192, "float16", False),
+    (1025, 1000, 2050, "float32", True),
+]
+FORMATS = ("twell", "panel", "hybrid", "auto")
+
+
+def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
+    """What a function is traced under, and where its arguments are, to be compiled for a GPU."""
+    gpu = AbstractDevice(device_kind=kind, num_cores=CORES[kind], platform="gpu")
+    mesh = AbstractMesh((), (), abstract_device=gpu)
+    with use_abstract_mesh(mesh):
+        found = device.current()
+    major, minor = divmod(found.capability, 10)
+    config = f"""
+      platform_name: "CUDA"
+      device_description_str: "{kind}"
+      dnn_version_info {{ major: 9 minor: 10 }}
+      gpu_device_info {{
+        cuda_compute_capability {{ major: {major} minor: {minor} }}
+        core_count: {CORES[kind]}
+        shared_memory_per_block: 49152
+        shared_memory_per_block_optin: {found.shared_memory}
+        shared_memory_per_core: {found.shared_memory + 1024}
+        threads_per_block_limit: 1024
+        threads_per_warp: 32
+        threads_per_core_limit: 1536
+        registers_per_core_limit: 65536
+        registers_per_block_limit: 65536
+        fpus_per_core: 128
+        block_dim_limit_x: 2147483647
+        block_dim_limit_y: 65535
+        block_dim_limit_z: 65535
+        clock_rate_ghz: 1.7
+        memory_bandwidth: 3000000000000
+        l2_cache_size: 52428800
+        device_memory_size: 80000000000
+      }}
+    """
+    described = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=config)
+    return mesh, SingleDeviceSharding(described.devices[0])
+
+
+def _compile(job) -> str | None:
+    """Compiles one program; why it cannot be, or None."""
+    (kind, (mesh, sharding)), format, backward, (tokens, d_model, d_ff, dtype, gated) = job
+    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype, sharding=sharding)
+    names = ("w_gate", "w_up", "w_down") if gated else ("w_up", "w_down")
+    inputs = {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype, sharding=sharding)}
+    inputs |= dict.fromkeys(names, weight)
+    layer = partial(call, options=FFNOptions(format=format))
+
+    def step(inputs):
+        return differentiate(inputs, jnp.ones(inputs["x"].shape, jnp.float32), 1.0, layer)
+
+    try:
+        with use_abstract_mesh(mesh):
+            traced = jax.jit(step if backward else layer).trace(inputs)
+            temporary = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
+        found, failure = f"{temporary.temp_size_in_bytes / 2**20:,.0f} MiB beside its arguments", None
+    except Exception as error:  # whatever a compiler raises
+        found = failure = str(error).strip().splitlines()[0]
+    direction = "forward and backward" if backward else "forward"
+    shape = f"{tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {'gated' if gated else 'non-gated'}"
+    print(f"{kind}: {format}, {direction}, {shape}: {found}", flush=True)
+    return failure
+
+
+def main(kinds: list[str]) -> int:
+    unknown = sorted(set(kinds) - set(CORES))
+    if unknown:
+        print(f"GPUs must be among {', '.join(CORES)}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    targets = [(kind, _target(kind)) for kind in kinds or CORES]
+    jobs = list(product(targets, FORMATS, (False, True), LAYERS))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failures = [failure for failure in pool.map(_compile, jobs) if failure]
+    print(f"{len(jobs) - len(failures)} of {len(jobs)} programs compile, JAX {jax.__version__}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
