@@ -108,7 +108,12 @@ def main(kinds: list[str]) -> int:
     if unknown:
         print(f"GPUs must be among {', '.join(CORES)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    targets = [(kind, _target(kind)) for kind in kinds or CORES]
+    try:
+        targets = [(kind, _target(kind)) for kind in kinds or CORES]
+    except NotImplementedError:
+        names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
+        print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
+        return 2
     jobs = list(product(targets, FORMATS, (False, True), LAYERS))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(_compile, jobs) if failure]
