@@ -5,7 +5,7 @@ Subclass `AcrossDevices` in a thin file, with the options and sizes of each form
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import jax
@@ -41,7 +41,9 @@ def objective(options, inputs, dy, dl1):
     return jnp.sum(terms) + dl1 * stats.l1, (jnp.sum(jnp.abs(terms)) + dl1 * stats.l1, stats)
 
 
+@cache
 def on_one(options):
+    """The same on one device, compiled once for all patterns and both ways of spreading tokens."""
     return jax.jit(
         lambda inputs, dy: jax.value_and_grad(partial(objective, options), has_aux=True)(inputs, dy, DL1)
     )

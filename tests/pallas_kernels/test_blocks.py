@@ -1,6 +1,6 @@
 """The dense layer over blocks of tokens, against the dense layer over all of them."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +16,28 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 16)
 
 
+@cache
+def layer(kind):
+    """Of 64 tokens, from which each test takes the first: drawing them compiles for every number of them."""
+    sizes = {"tokens": 64, "d_model": 24, "d_ff": 40}
+    return ffn_inputs(jax.random.key(0), Activity(12), **sizes, gated=kind == "gated", dtype="float32")
+
+
 def arguments(tokens, kind):
-    inputs = ffn_inputs(
-        jax.random.key(0),
-        Activity(12),
-        tokens=tokens,
-        d_model=24,
-        d_ff=40,
-        gated=kind == "gated",
-        dtype="float32",
-    )
-    return inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"]
+    inputs = layer(kind)
+    return inputs["x"][:tokens], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"]
 
 
 @pytest.mark.parametrize("kind", ["gated", "non-gated"])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 48, 61])
 def test_blocks_are_the_layer(tokens, kind):
     weights = arguments(tokens, kind)
-    y, stats = reference.ffn(*weights)
+    y, stats = jax.jit(reference.ffn)(*weights)
     found, l1 = jax.jit(blocks.forward)(*weights)
     np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(l1 / tokens, stats.l1, rtol=1e-5)
     dy, dl1 = jax.random.normal(jax.random.key(1), y.shape), jnp.float32(3.0)
-    expected = dense.recompute_backward(*weights, dy, dl1, dtype=dy.dtype)
+    expected = jax.jit(partial(dense.recompute_backward, dtype=dy.dtype))(*weights, dy, dl1)
     found = jax.jit(partial(blocks.backward, dtype=dy.dtype))(*weights, dy, dl1)
     for name, a, b in zip(("dx", "dw_gate", "dw_up", "dw_down"), found, expected, strict=True):
         if b is None:

@@ -112,8 +112,8 @@ def test_twell_words(dtype):
 
 def test_twell_names_the_last_of_65536_neurons():
     gate = jnp.zeros((1, 65536), jnp.bfloat16).at[0, jnp.array([0, 65535])].set(1)
-    packed = TwELL.from_dense(gate, tile=256, compression=8)
-    np.testing.assert_array_equal(packed.to_dense(), gate)
+    packed = twell(gate, tile=256, compression=8)
+    np.testing.assert_array_equal(to_dense(packed), gate)
     with pytest.raises(ValueError, match="at most F = 65536 neurons; got F = 65537"):
         TwELL.from_dense(jnp.zeros((1, 65537)), tile=256, compression=8)
 
@@ -147,9 +147,9 @@ def test_hybrid(gate):
 @pytest.mark.parametrize(("d_ff", "index"), [(65536, "uint16"), (65537, "int32")])
 def test_hybrid_indices_are_as_narrow_as_f_allows(d_ff, index):
     gate = jnp.zeros((2, d_ff), jnp.float32).at[:, jnp.array([0, d_ff - 1])].set(2)
-    packed = HybridELL.from_dense(gate, width=3, backup_rows=0)
+    packed = hybrid(gate, width=3, backup_rows=0)
     assert packed.indices.dtype == index
-    np.testing.assert_array_equal(packed.to_dense(), gate)
+    np.testing.assert_array_equal(to_dense(packed), gate)
     assert packed.nbytes == nbytes(
         packed.values, packed.indices, packed.nnz, packed.backup, packed.backup_ids
     )
@@ -196,9 +196,9 @@ def test_a_panel_format_without_room_says_so(gate):
 # -- all three ---------------------------------------------------------------------------------------------
 
 PACKERS = {
-    "TwELL": lambda gate: TwELL.from_dense(gate, tile=TILE, compression=COMPRESSION),
-    "HybridELL": lambda gate: HybridELL.from_dense(gate, width=WIDTH, backup_rows=BACKUP),
-    "PanelELL": lambda gate: PanelELL.from_dense(gate, panel=PANEL, chunk=CHUNK),
+    "TwELL": lambda gate: twell(gate, tile=TILE, compression=COMPRESSION),
+    "HybridELL": lambda gate: hybrid(gate, width=WIDTH, backup_rows=BACKUP),
+    "PanelELL": lambda gate: panels(gate, panel=PANEL, chunk=CHUNK),
 }
 
 
@@ -208,7 +208,7 @@ def test_packed_gates_pass_through_jit_and_tree_map(name):
     again = jax.jit(lambda packed: packed)(packed)
     assert type(again) is type(packed)
     assert jax.tree.structure(again) == jax.tree.structure(packed)
-    np.testing.assert_array_equal(again.to_dense(), packed.to_dense())
+    np.testing.assert_array_equal(again.to_dense(), to_dense(packed))
 
 
 @pytest.mark.parametrize("name", PACKERS)

@@ -48,7 +48,10 @@ def assert_kernels(text, kind="gated"):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], ids=str)
 def test_types_and_odd_sizes(sizes, dtype, kind):
-    assert_kernels(lowered(partial(call, options=OPTIONS), shapes(*sizes, dtype, kind)), kind)
+    """With the gradients, whose backward is the dense layer's: the tests below have the call alone."""
+    dy = jax.ShapeDtypeStruct(sizes[:2], jnp.float32)
+    step = partial(differentiate, dl1=1.0, apply=partial(call, options=OPTIONS))
+    assert_kernels(lowered(step, shapes(*sizes, dtype, kind), dy), kind)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -68,7 +71,7 @@ def test_shapes_of_published_models(name, tokens):
     assert_kernels(text, kind)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # 16 and 32 bits: their words differ
 @pytest.mark.parametrize(
     "sizes",
     [(7, 512, 65536), (2**20, 4096, 65536), (2**20, 4096, 1024), (2**20, 64, 65536)],
@@ -87,15 +90,6 @@ def test_no_dense_intermediate(kind):
     assert "tensor<65536x2048xbf16>" in text
     dense = FFNOptions(format="dense")
     assert re.search(r"tensor<65536x5632x", lowered(partial(call, options=dense), shapes(65536, 2048, 5632)))
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grad(dtype, kind):
-    inputs = shapes(7, 40, 200, dtype, kind)
-    dy = jax.ShapeDtypeStruct((7, 40), jnp.float32)
-    step = partial(differentiate, dl1=1.0, apply=partial(call, options=OPTIONS))
-    assert_kernels(lowered(step, inputs, dy), kind)
 
 
 def batched(inputs, names):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import DL1, LAYERS, call, compiled, cotangent, run
+from op_contract import DL1, call, compiled, cotangent, run
 from truth import gradients
 
 from pallas_kernels import FFNOptions
@@ -52,24 +52,38 @@ def weights_of(inputs):
     return [name for name in inputs if name != "x"]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", OPTIONS)
+# Of the other kind the contract has them, in every format, beside sums that nothing rounds.
+@pytest.mark.parametrize(("name", "kind"), [(name, "gated") for name in OPTIONS] + [("dense", "non-gated")])
 def test_unrounded_gradients_are_closer_to_the_truth(name, kind):
-    """And rounded ones are, bit for bit, those of weights that the caller has cast."""
+    """Than the same rounded once more, to x's type."""
     inputs = layer(kind)
     dy, dtype = cotangent(inputs), inputs["x"].dtype
     true, eps = true_gradients(inputs, dy), float(jnp.finfo(dtype).eps)
+    unrounded = differentiated(inputs, dy, name, "auto")
+    for weight in weights_of(inputs):
+        assert unrounded[weight].dtype == np.float32
+        rounded = unrounded[weight].astype(dtype)
+        assert error(unrounded[weight], true[weight]) < 0.97 * error(rounded, true[weight])
+        assert error(unrounded[weight], true[weight]) < eps
+    assert unrounded["x"].dtype == dtype
+    assert error(unrounded["x"], true["x"]) < eps
+
+
+# The public call rounds before it turns to a format: the dense one shows it, and the quickest of the others.
+@pytest.mark.parametrize(("name", "kind"), [("dense", "gated"), ("dense", "non-gated"), ("twell", "gated")])
+def test_rounded_gradients_are_those_of_weights_that_the_caller_has_cast(name, kind):
+    """Bit for bit, and further from the truth than unrounded ones."""
+    inputs = layer(kind)
+    dy, dtype = cotangent(inputs), inputs["x"].dtype
+    true = true_gradients(inputs, dy)
     unrounded, rounded = (differentiated(inputs, dy, name, choice) for choice in ("auto", "input"))
     narrow = {name: value.astype(dtype) for name, value in inputs.items()}
     outside = differentiated(narrow, dy, name, "auto")
     for weight in weights_of(inputs):
-        assert (unrounded[weight].dtype, rounded[weight].dtype) == (np.float32, np.float32)
-        assert outside[weight].dtype == dtype
+        assert (rounded[weight].dtype, outside[weight].dtype) == (np.float32, dtype)
         np.testing.assert_array_equal(rounded[weight], outside[weight].astype(np.float32))
         assert error(unrounded[weight], true[weight]) < 0.97 * error(rounded[weight], true[weight])
-        assert error(unrounded[weight], true[weight]) < eps
-    assert unrounded["x"].dtype == rounded["x"].dtype == dtype
-    assert error(unrounded["x"], true["x"]) < eps
+    assert rounded["x"].dtype == dtype
 
 
 def test_asking_for_float32_changes_no_bit():
@@ -81,7 +95,7 @@ def test_asking_for_float32_changes_no_bit():
             assert asked[weight].tobytes() == usual[weight].tobytes()
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "panel without room"])
+@pytest.mark.parametrize("name", ["dense", "twell", "panel"])
 def test_micro_batches_add_up_in_float32(name):
     """Gradients of eight micro-batches, added as they come: rounding each of them costs accuracy."""
     inputs = layer("gated")

@@ -16,7 +16,7 @@ from train.errors import UserError
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2, context_length=32,
-    ffn=FFNOptions(backend="interpret", panel=16, tile=32, capacity=1.0),
+    ffn=FFNOptions(backend="interpret", tile=32, compression=1),
 )  # fmt: skip
 
 
@@ -32,13 +32,13 @@ def printed(**changes):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "new" / "step.json"
-    rows, text = printed(formats=("dense", "panel"), remats=("none", "sparse"), json=str(path))
+    rows, text = printed(formats=("dense", "twell"), remats=("none", "sparse"), json=str(path))
     return rows, text, json.loads(path.read_text())
 
 
 def test_every_case_has_its_times_memory_and_activity(measured):
     rows, text, _ = measured
-    cases = [("dense", "none"), ("panel", "none"), ("dense", "sparse"), ("panel", "sparse")]
+    cases = [("dense", "none"), ("twell", "none"), ("dense", "sparse"), ("twell", "sparse")]
     assert [(row.case.format, row.case.remat) for row in rows] == cases
     for row in rows:
         assert row.failure is None
@@ -61,7 +61,7 @@ def test_json_has_every_row_and_what_it_was_asked(measured):
     assert document["options"]["nnz"] == 6
     assert document["options"]["model"]["d_ff"] == 128
     assert [row["median_ms"] for row in document["rows"]] == [row.median_ms for row in rows]
-    assert document["rows"][1]["format"] == "panel"
+    assert document["rows"][1]["format"] == "twell"
 
 
 def test_a_case_without_room_is_a_row_and_the_others_go_on(monkeypatch):
