@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import Contract
+from op_contract import DL1, Contract, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
 
 
 class TestPanelInterpreted(Contract):
@@ -136,24 +137,36 @@ def test_prefix_sums(n, monkeypatch):
         np.testing.assert_array_equal(kernels.prefix_sums(jnp.asarray(counts)), np.cumsum(counts))
 
 
-@pytest.mark.parametrize("pattern", ["uneven", "few", "fully-dense"])
-def test_chunks_in_pairs_give_the_same_values(pattern):
-    inputs, _ = TestPanelInterpreted.path.layer(pattern, 37, "float32")
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [("uneven", "gated"), ("uneven", "non-gated"), ("few", "gated"), ("fully-dense", "gated")],
+)
+def test_chunks_in_pairs_give_the_same_values(pattern, kind):
+    inputs, _ = TestPanelInterpreted.path.layer(pattern, 37, "float32", kind)
+    dy, dl1 = jnp.asarray(cotangent(inputs)), jnp.full(1, DL1, jnp.float32)
     inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
-    config = dataclasses.replace(
-        configs._for_f32(16), up_keep=configs.StageConfig(16, 16, 4, 2), dh=configs.StageConfig(16, 16, 4, 2)
+    gate_weight = inputs.get("w_gate", inputs["w_up"])
+    up_weight = inputs["w_up"] if kind == "gated" else None
+    gate = kernels.gate_panel(
+        inputs["x"], gate_weight, panel=16, config=configs._for_f32(16).gate, interpret=True
     )
-    gate = kernels.gate_panel(inputs["x"], inputs["w_gate"], panel=16, config=config.gate, interpret=True)
-    lists, needed = kernels.build_lists(gate, d_ff=len(inputs["w_gate"]), chunk=16, interpret=True)
-    one, two = (
-        kernels.panel_up(gate, lists, inputs["x"], inputs["w_up"], config=stage, keep=True, interpret=True)
-        for stage in (config.up_keep, config.up)
-    )
-    assert config.up.tile == 2 * config.chunk
+    lists, needed = kernels.build_lists(gate, d_ff=len(gate_weight), chunk=16, interpret=True)
     used = int(needed) * 16
-    for name in ("h", "gate", "up"):
-        np.testing.assert_array_equal(getattr(one, name)[:used], getattr(two, name)[:used], err_msg=name)
-    np.testing.assert_allclose(one.l1, two.l1, rtol=1e-6)
+
+    def stages(tile):
+        config = configs.StageConfig(tile, 16, 4, 2)
+        hidden = kernels.panel_up(
+            gate, lists, inputs["x"], up_weight, config=config, keep=True, interpret=True
+        )
+        kept = (hidden.h, None) if up_weight is None else (hidden.gate, hidden.up)
+        gradients = panel_dh(*kept, lists, dy, inputs["w_down"], dl1, config=config, interpret=True)
+        return [value[:used] for value in jax.tree.leaves((hidden._replace(l1=None), gradients))], hidden.l1
+
+    (alone, l1), (pairs, l1_of_pairs) = stages(16), stages(32)
+    assert len(alone) == (6 if kind == "gated" else 3)
+    for one, two in zip(alone, pairs, strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(l1, l1_of_pairs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
