@@ -1,10 +1,10 @@
 """``format="auto"`` on a GPU: the program itself finds out, call by call, whether sparsity pays.
 
-A probe computes the gates of four panels of tokens, spread over the call, and counts the neurons that each
-panel activates: 2 * 512 F D FLOPs, under one in a hundred of the gate stage at 65,536 tokens. A conditional
-then runs the PanelELL layer or the dense one (under ``vmap`` it is no longer one: both run). Both are exact,
-so the probe decides how long a call takes and never what it gives; it is part of the compiled program, and
-the host is not asked.
+A probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the neurons that
+each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens. A conditional then runs
+the PanelELL layer or the dense one (under ``vmap`` it is no longer one: both run). Both are exact, so the
+probe decides how long a call takes and never what it gives; it is part of the compiled program, and the host
+is not asked.
 
 Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
@@ -24,7 +24,8 @@ from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import vjp as panel_vjp
 
-_PROBES = 4
+_PROBES, _PANELS_EACH = 4, 16
+_GOLDEN = 0.6180339887498949
 
 
 def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int, direction: str) -> jax.Array:
@@ -32,11 +33,20 @@ def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int, direction: str) -> 
 
     ``direction`` is ``"forward"``, or ``"train"`` for a call that is differentiated.
     """
-    tokens = x.shape[0]
-    starts = [(tokens - panel_tokens) * nth // (_PROBES - 1) for nth in range(_PROBES)]
+    starts = [nth * panel_tokens for nth in _probed(x.shape[0] // panel_tokens)]
     sample = jnp.concatenate([lax.slice_in_dim(x, start, start + panel_tokens) for start in starts])
-    active = reference.active(reference.project(sample, w_gate)).reshape(_PROBES, panel_tokens, -1)
+    active = reference.active(reference.project(sample, w_gate)).reshape(len(starts), panel_tokens, -1)
     return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN[direction]
+
+
+def _probed(n_panels: int) -> list[int]:
+    """Which panels to look at.
+
+    Multiples of the golden ratio spread them over the call, and at none of its simple fractions: there
+    sequences begin, and their first tokens activate far more neurons than others.
+    """
+    count = min(_PROBES, max(1, n_panels // _PANELS_EACH))
+    return [int(n_panels * (nth * _GOLDEN % 1)) for nth in range(1, count + 1)]
 
 
 def _plan(x, w_gate, w_up, options: FFNOptions, direction: str):

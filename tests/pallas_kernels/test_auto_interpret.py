@@ -49,6 +49,14 @@ def test_the_probe_sees_the_whole_call():
         assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), 16, "train")) is expected, dense_from
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8, 32])
+def test_the_probe_is_not_misled_by_how_sequences_begin(sequences):
+    """The first token of each activates every neuron, as attention's sinks do; no other activates any."""
+    x = np.full((sequences * 2048, 8), -1.0)
+    x[::2048] = 1
+    assert bool(adaptive.pays(jnp.asarray(x), jnp.ones((100, 8)), 128, "train"))
+
+
 @pytest.mark.parametrize("break_even", [0.0, 2.0])
 def test_either_decision_gives_the_same_result(monkeypatch, break_even):
     """The probe decides how long a call takes, never what it gives."""
