@@ -89,9 +89,8 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
         outputs, (gate, up) = dense_layer.forward(x, w_gate, w_up, w_down)
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
         residuals = panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
-        return axes.vary_with(
-            x, (outputs, residuals)
-        )  # constants too: what the other branch gives is computed
+        # Constants too: what the other branch gives is computed.
+        return axes.vary_with(x, (outputs, residuals))
 
     outputs, residuals = lax.cond(decision, sparse, dense, *arguments)
     return outputs, (saved, residuals.named())

@@ -12,14 +12,12 @@ def vary_alike(*trees: Any) -> Any:
 
     A kernel reads local arrays: a weight that every device holds is, to it, one more local array.
     """
-    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
-    return jax.tree.map(lambda array: _cast(array, axes - _varying(array)), trees)
+    return _vary(trees, frozenset[str]().union(*map(_varying, jax.tree.leaves(trees))))
 
 
 def vary_with(like: jax.Array, tree: Any) -> Any:
     """The arrays of a tree, each varying also over the axes that ``like`` varies over."""
-    axes = _varying(like)
-    return jax.tree.map(lambda array: _cast(array, axes - _varying(array)), tree)
+    return _vary(tree, _varying(like))
 
 
 def output(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
@@ -31,5 +29,9 @@ def _varying(array: jax.Array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 
-def _cast(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+def _vary(tree: Any, axes: frozenset[str]) -> Any:
+    def cast(array):
+        missing = axes - _varying(array)
+        return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+    return jax.tree.map(cast, tree)

@@ -96,7 +96,7 @@ def _compile(job) -> str | None:
             temporary = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
         found, failure = f"{temporary.temp_size_in_bytes / 2**20:,.0f} MiB beside its arguments", None
     except Exception as error:  # whatever a compiler raises
-        found = failure = str(error).strip().splitlines()[0]
+        found = failure = next(iter(str(error).strip().splitlines()), repr(error))
     direction = "forward and backward" if backward else "forward"
     shape = f"{tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {'gated' if gated else 'non-gated'}"
     print(f"{kind}: {format}, {direction}, {shape}: {found}", flush=True)
@@ -110,13 +110,13 @@ def main(kinds: list[str]) -> int:
         return 2
     try:
         targets = [(kind, _target(kind)) for kind in kinds or CORES]
-    except NotImplementedError:
+    except NotImplementedError:  # how JAX says that it knows no CUDA: a lack of the user's, not ours
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
     jobs = list(product(targets, FORMATS, (False, True), LAYERS))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failures = [failure for failure in pool.map(_compile, jobs) if failure]
+        failures = [failure for failure in pool.map(_compile, jobs) if failure is not None]
     print(f"{len(jobs) - len(failures)} of {len(jobs)} programs compile, JAX {jax.__version__}")
     return 1 if failures else 0
 
