@@ -50,8 +50,10 @@ def test_the_probe_sees_the_whole_call():
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 4, 8, 32])
-def test_the_probe_is_not_misled_by_how_sequences_begin(sequences):
-    """The first token of each activates every neuron, as attention's sinks do; no other activates any."""
+def test_the_probe_is_not_misled_by_how_sequences_begin(monkeypatch, sequences):
+    """The first token of each activates every neuron, as attention's sinks do; no other activates any:
+    with one such panel in the sample it would not pay."""
+    monkeypatch.setattr("pallas_kernels.panel.config.BREAK_EVEN", {"train": 0.1})
     x = np.full((sequences * 2048, 8), -1.0)
     x[::2048] = 1
     assert bool(adaptive.pays(jnp.asarray(x), jnp.ones((100, 8)), 128, "train"))
