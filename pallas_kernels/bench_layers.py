@@ -124,6 +124,7 @@ def run(
     *,
     rounds: int,
     chain_ms: float,
+    rest_s: float = 0.0,
 ) -> Result:
     """Compiles, checks and times a case.
 
@@ -139,7 +140,7 @@ def run(
     failures = [f"{name} did not compile: {p}" for name, p in compiled.items() if isinstance(p, Exception)]
     calls = {name: partial(p, inputs, dy) for name, p in compiled.items() if not isinstance(p, Exception)}
     errors, wrong = _judge(calls, inputs, dy, direction, list(compared))
-    times = timing.measure(calls, rounds=rounds, chain_ms=chain_ms)
+    times = timing.measure(calls, rounds=rounds, chain_ms=chain_ms, rest_s=rest_s)
     rows = [
         Row(name, times[name], errors.get(name), timing.temporary_bytes(compiled[name])) for name in calls
     ]
@@ -245,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time")
     parser.add_argument("--chain-ms", type=float, default=30.0, help="length of a sample")
+    parser.add_argument(
+        "--rest", type=float, default=0.0, metavar="SECONDS",
+        help="let the device rest so long before each sample, instead of running it in with the same calls",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     return parser
 
@@ -255,6 +260,8 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
     Raises:
       ValueError: options that exclude each other, or a layer that cannot be as active as asked.
     """
+    if args.rest < 0:
+        raise ValueError(f"--rest must be at least 0 seconds; got {args.rest}")
     if args.like_trained and not args.nnz:
         raise ValueError("--like-trained goes with --nnz, which says how active the layers are; got none")
     if args.inputs is not None:
@@ -319,12 +326,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         _tune(cases, args.direction, panels)
     command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
+    sampling = {"rounds": args.rounds, "chain_ms": args.chain_ms, "rest_s": args.rest}
     results: list[Result] = []
     failures: list[str] = []
     print(f"{device.kind}, JAX {jax.__version__}", flush=True)
     for case in cases:
         try:
-            results.append(run(case, args.direction, compared, rounds=args.rounds, chain_ms=args.chain_ms))
+            results.append(run(case, args.direction, compared, **sampling))
         except RuntimeError as error:  # such as no room on the device: the other cases may have it
             failures.append(f"{case} did not run: {error}")
             continue

@@ -50,18 +50,25 @@ class Ceilings:
         return 1e3 * max(flops / self.flops, bytes_moved / self.bytes)
 
 
-def measure(contestants: Mapping[Key, Call], *, rounds: int = 7, chain_ms: float = 40.0) -> dict[Key, Timing]:
+def measure(
+    contestants: Mapping[Key, Call], *, rounds: int = 7, chain_ms: float = 40.0, rest_s: float = 0.0
+) -> dict[Key, Timing]:
     """Times calls that dispatch compiled programs and return their outputs.
 
     Every round runs one chain of each contestant, in an order of its own. A device at its power limit sets
     its clock by what ran just before; so as long a chain of the same contestant goes before each, uncounted,
-    and nobody has the same neighbour every time. A first round is not counted.
+    and nobody has the same neighbour every time: times of calls that follow each other without end. With
+    ``rest_s`` the device rests so many seconds instead, and a chain that is over before it gets there runs at
+    its full clock: times of calls that come now and then. A first round is not counted.
     """
     calls = {name: _chain_length(call, chain_ms) for name, call in contestants.items()}
     samples: dict[Key, list[float]] = {name: [] for name in contestants}
     for nth in range(rounds + 1):
         for name in random.Random(nth).sample(list(contestants), len(contestants)):
-            _chain(contestants[name], calls[name])
+            if rest_s:
+                time.sleep(rest_s)
+            else:
+                _chain(contestants[name], calls[name])
             samples[name].append(_chain(contestants[name], calls[name]))
     return {name: Timing(tuple(samples[name][1:]), calls[name]) for name in contestants}
 

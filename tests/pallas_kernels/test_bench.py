@@ -1,6 +1,7 @@
 """The benchmark's pieces on tiny layers: inputs, timing, accuracy, and the program's exit status."""
 
 import json
+import time
 from functools import partial
 
 import jax
@@ -77,6 +78,14 @@ def test_contestants_take_turns():
     assert rounds == {"aaaaaabbbbbb", "bbbbbbaaaaaa"}
     assert [(len(each.samples_ms), each.calls) for each in times.values()] == [(7, 3)] * 2
     assert times["a"].median_ms == sorted(times["a"].samples_ms)[3]
+
+
+def test_a_rest_takes_the_place_of_the_run_in(monkeypatch):
+    log: list[str | float] = []
+    monkeypatch.setattr(time, "sleep", log.append)
+    timing.measure({name: partial(log.append, name) for name in "ab"}, rounds=2, chain_ms=0.0, rest_s=0.5)
+    rounds = {tuple(log[first : first + 8]) for first in range(len(log) - 24, len(log), 8)}
+    assert rounds <= {(0.5, *"aaa", 0.5, *"bbb"), (0.5, *"bbb", 0.5, *"aaa")}
 
 
 def test_what_does_not_compile_is_an_answer():

@@ -96,6 +96,7 @@ def pretended_gpu(monkeypatch):
         ("--inputs none.npz", "there is none at none.npz"),
         ("--nnz 9000", "a mean nnz of 9000 needs more than the"),
         ("--tokens 0", "at least 1"),
+        ("--rest -1", "--rest must be at least 0 seconds; got -1.0"),
     ],
 )
 def test_bad_arguments_end_the_program_with_a_sentence(pretended_gpu, capsys, arguments, sentence):
