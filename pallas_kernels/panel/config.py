@@ -215,7 +215,7 @@ def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
-            up=StageConfig(256, 32, 8, 6, 16) if deep else StageConfig(128, 64, 4, 3, 32),
+            up=StageConfig(256, 64, 8, 4, 16) if deep else StageConfig(128, 64, 4, 3, 32),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
             down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),

@@ -41,6 +41,7 @@ OUT_OF_RANGE = 1 << 30
 _LIST_BLOCK = 8192
 _MOST_IN_ONE_PASS = 8192
 _GROUP_M = 8
+_WGMMA_ROWS = 64
 
 
 class GatePanel(NamedTuple):
@@ -74,7 +75,8 @@ class Lists(NamedTuple):
       segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0
         past the count.
       owner: (n_slots / chunk,) int32, the panel of each chunk in use.
-      pairs: (n_slots / chunk,) int32, every panel's first chunk, third, and so on.
+      pairs: (n_slots / chunk,) int32, every panel's first chunk, third, and so on: twice its number, and one
+        more where the panel has the next chunk too.
       n_pairs: (1,) int32, how many those are.
       offsets: (n_panels + 1,) int32.
       counts: (n_panels,) int32.
@@ -144,8 +146,7 @@ def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
     which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
     rows = which * panel + lax.iota(jnp.int32, panel)
     columns = tile_id * config.tile + lax.iota(jnp.int32, config.tile)
-    acc = product(w_ref, jnp.minimum(columns, d_ff - 1), x_ref, jnp.minimum(rows, tokens - 1), config.tile_k)
-    gate = acc.astype(x_ref.dtype)
+    gate = product(w_ref, jnp.minimum(columns, d_ff - 1), x_ref, jnp.minimum(rows, tokens - 1), config.tile_k)
     mask = active(gate.astype(jnp.float32))
     if tokens % panel:
         mask &= (rows < tokens)[None, :]
@@ -161,7 +162,8 @@ def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
 
 
 def product(a_ref, a_rows, b_ref, b_rows, tile_k):
-    """Rows of a (., D) times rows of b (., D), summed over D in f32: (len(a_rows), len(b_rows))."""
+    """Rows of a (., D) times rows of b (., D), summed over D in f32 and rounded to their type:
+    (len(a_rows), len(b_rows))."""
     depth = a_ref.shape[1]
 
     def step(k, acc, masked):
@@ -179,7 +181,9 @@ def product(a_ref, a_rows, b_ref, b_rows, tile_k):
     acc = jnp.zeros((a_rows.shape[0], b_rows.shape[0]), jnp.float32)
     whole = depth // tile_k
     acc = lax.fori_loop(0, whole, lambda i, acc: step(i * tile_k, acc, False), acc)
-    return step(whole * tile_k, acc, True) if depth % tile_k else acc
+    if depth % tile_k:
+        acc = step(whole * tile_k, acc, True)
+    return acc.astype(a_ref.dtype)
 
 
 def _dot(a, b, dimensions):
@@ -288,7 +292,8 @@ def _lists_kernel(
     put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
     nth = chunks - start // chunk
     pair = ended_pairs_ref[which] - ((end - start) // chunk + 1) // 2 + nth // 2
-    put(pairs_ref, pair, chunks, used & (nth % 2 == 0))
+    followed = ((chunks + 1) * chunk < end).astype(jnp.int32)
+    put(pairs_ref, pair, 2 * chunks + followed, used & (nth % 2 == 0))
 
 
 # -- up ------------------------------------------------------------------------------------------------------
@@ -359,33 +364,54 @@ def over_chunks(work_refs, panel, tile, body):
     """Runs ``body(chunk, its panel, that panel's rows, slots, neurons)`` for a program's share.
 
     A tile of two chunks takes a panel's chunks in pairs, and its last one alone if they are odd: twice the
-    work for each row of x that is read.
+    work for each row of x that is read. What a tile is comes from loads that wait for each other, so they are
+    made a tile ahead.
     """
     neurons_ref, owner_ref, pairs_ref, n_pairs_ref, offsets_ref = work_refs
     size = neurons_ref.shape[0] // owner_ref.shape[0]
+    in_pairs = tile > size
     first, step = pl.program_id(0), pl.num_programs(0)
-    total = n_pairs_ref[0] if tile > size else offsets_ref[offsets_ref.shape[0] - 1] // size
+    total = n_pairs_ref[0] if in_pairs else offsets_ref[offsets_ref.shape[0] - 1] // size
 
-    def one(nth, carry):
-        chunk = first + nth * step
-        if tile > size:
-            chunk = pairs_ref[chunk]
-        which = owner_ref[chunk]
+    def look_up(nth):
+        place = first + nth * step
+        entry = jnp.minimum(place, owner_ref.shape[0] - 1)
+        if in_pairs:  # past the list's end nothing was written
+            entry = jnp.where(place < total, pairs_ref[entry], 0)
+        chunk = entry >> 1 if in_pairs else entry
+        slots = jnp.minimum(chunk * size + lax.iota(jnp.int32, tile), neurons_ref.shape[0] - 1)
+        return entry, owner_ref[chunk], plt.load(neurons_ref.at[slots])
 
-        def take(length):
-            slots = chunk * size + lax.iota(jnp.int32, length)
-            rows = which * panel + lax.iota(jnp.int32, panel)
-            body(chunk, which, rows, slots, plt.load(neurons_ref.at[slots]))
+    def one(nth, found):
+        entry, which, neurons = found
+        following = look_up(nth + 1)
+        chunk = entry >> 1 if in_pairs else entry
+        rows = which * panel + lax.iota(jnp.int32, panel)
 
-        if tile == size:
-            take(size)
-            return carry
-        followed = (chunk + 1) * size < offsets_ref[which + 1]
-        pl.when(followed)(lambda: take(tile))
-        pl.when(~followed)(lambda: take(size))
-        return carry
+        def take(neurons):
+            slots = chunk * size + lax.iota(jnp.int32, neurons.shape[0])
+            body(chunk, which, rows, slots, neurons)
 
-    lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, jnp.int32(0))
+        if in_pairs:
+            alone = entry & 1 == 0
+            pl.when(~alone)(lambda: take(neurons))
+            pl.when(alone)(lambda: take(plt.load(neurons_ref.at[chunk * size + lax.iota(jnp.int32, size)])))
+        else:
+            take(neurons)
+        return following
+
+    lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, look_up(jnp.int32(0)))
+
+
+def gathered_product(w_ref, neurons, x_ref, rows, tile_k):
+    """`product` of gathered rows of weights and a panel's rows of x: (len(neurons), len(rows)).
+
+    The longer side makes the columns of the tensor cores' tile: wgmma reads them again for every 64 rows, up
+    to 256 at once.
+    """
+    if neurons.shape[0] > rows.shape[0] >= _WGMMA_ROWS:
+        return product(x_ref, rows, w_ref, neurons, tile_k).T
+    return product(w_ref, neurons, x_ref, rows, tile_k)
 
 
 def _up_kernel(*refs, panel, segments, config, gated):
@@ -394,12 +420,14 @@ def _up_kernel(*refs, panel, segments, config, gated):
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons):
+        bits = plt.load(segments_ref.at[slots]).astype(jnp.int32)[:, None]
         if gated:
             x_ref, w_ref = operands
-            up = product(w_ref, neurons, x_ref, jnp.minimum(rows, x_ref.shape[0] - 1), config.tile_k)
-            up = up.astype(h_ref.dtype)
-        bits = plt.load(segments_ref.at[slots]).astype(jnp.int32)[:, None]
-        written = bits >> (within // (panel // segments)) & 1 > 0
+            rows = jnp.minimum(rows, x_ref.shape[0] - 1)
+            up = gathered_product(w_ref, neurons, x_ref, rows, config.tile_k)
+        # Not //, whose care for signs hides from Triton that neighbours share a bit: it would load them
+        # one by one.
+        written = bits >> lax.div(within, jnp.int32(panel // segments)) & 1 > 0
         gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
         h = hidden(gate, up) if gated else gate
         place = (slots[:, None], within)

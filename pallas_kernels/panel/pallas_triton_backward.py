@@ -20,7 +20,14 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import axes
 from pallas_kernels.panel.config import StageConfig
-from pallas_kernels.panel.pallas_triton import Lists, hidden, over_chunks, product, programs, work_list
+from pallas_kernels.panel.pallas_triton import (
+    Lists,
+    gathered_product,
+    hidden,
+    over_chunks,
+    programs,
+    work_list,
+)
 from pallas_kernels.reference import active
 
 
@@ -76,13 +83,15 @@ def _dh_kernel(*refs, panel, config, gated):
     def body(chunk, which, rows, slots, neurons):
         place = (slots[:, None], within)
         dtype = kept_refs[0].dtype
-        acc = product(w_ref, neurons, dy_ref, jnp.minimum(rows, dy_ref.shape[0] - 1), config.tile_k)
+        from_y = gathered_product(
+            w_ref, neurons, dy_ref, jnp.minimum(rows, dy_ref.shape[0] - 1), config.tile_k
+        )
         gate, *up = (plt.load(ref.at[place]) for ref in kept_refs)
         h = hidden(gate, up[0]) if gated else gate
         # d|h|/dh = sign(h); both parts are rounded before and after they are added, as the reference does.
         wide = h.astype(jnp.float32)
         sign = (wide > 0).astype(jnp.float32) - (wide < 0).astype(jnp.float32)
-        dh = (acc.astype(dtype).astype(jnp.float32) + sign * dl1_ref[0]).astype(dtype)
+        dh = (from_y.astype(jnp.float32) + sign * dl1_ref[0]).astype(dtype)
         dh = jnp.where(active(gate.astype(jnp.float32)), dh.astype(jnp.float32), 0.0)
         if gated:  # h = g u: dg = dh u, du = dh g
             dg = (dh * up[0].astype(jnp.float32)).astype(dtype)
