@@ -29,8 +29,8 @@ Work: 2 M F D FLOPs. Bytes: (M D + F D) read at the least, and what the epilogue
 Numerics. f32 accumulation of products of 16-bit values.
 
 Limits. Compute capability 9.0; bf16 or f16; M and F multiples of 8 and D of 64, the shared-memory tiles that
-TMA fills. Tiles past the edge of M or F hold zeros, except that the columns past F of a row with a NaN or an
-infinity may be NaN: an epilogue must not let them through.
+TMA fills. Tiles past the edge of M or F hold zeros, or NaN where the row of x or of w that they share has a
+NaN or an infinity: an epilogue must let neither rows past M nor columns past F through.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.options import FFNOptions
 
 _SHARED_MEMORY_ROOM = 8 * 1024
-_UNKNOWN_CORES = 108
+_WIDEST_SLICE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StageConfig:
     per_core: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("tile", 16, 256), ("tile_k", 16, 128), ("num_warps", 1, 16)):
+        for name, low, high in (("tile", 16, 256), ("tile_k", 16, _WIDEST_SLICE), ("num_warps", 1, 16)):
             value = getattr(self, name)
             if not low <= value <= high or value & (value - 1):
                 raise ValueError(
@@ -191,13 +191,18 @@ def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | Non
 def heuristic(x: jax.Array, options: FFNOptions, device: Device) -> PanelConfig:
     """Configs for x (M, D) where nothing was tuned."""
     panel = min(options.panel, max(16, _power_of_2_above(x.shape[0])))
-    return _for_tensor_cores(panel, device) if x.dtype.itemsize == 2 else _for_f32(panel)
+    return _for_tensor_cores(panel, x.shape[1], device) if x.dtype.itemsize == 2 else _for_f32(panel)
 
 
 def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:
-    """The call's bucket in the tuning table ``panel``."""
+    """The call's bucket in the tuning table ``panel``.
+
+    A rest of D beyond its slices takes the shared memory of one slice more: such a D has a bucket of its own.
+    """
+    tokens, d_model = x.shape
+    rest = int(d_model % _WIDEST_SLICE > 0)
     return tuning.bucket(
-        tokens=x.shape[0], d_model=x.shape[1], d_ff=w.shape[0], itemsize=x.dtype.itemsize, panel=panel
+        tokens=tokens, d_model=d_model, d_ff=w.shape[0], itemsize=x.dtype.itemsize, panel=panel, rest=rest
     )
 
 
@@ -206,16 +211,18 @@ def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
     return dataclasses.replace(config, **stages)
 
 
-def _for_tensor_cores(panel: int, device: Device) -> PanelConfig:
+def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
     """As tuned on Hopper where shared memory allows, narrower slices elsewhere."""
     if device.shared_memory >= 160 * 1024:
         warps = 8 if panel == 128 else 4
         per_core = 1 if warps == 8 else 2
         deep = panel == 128 and device.shared_memory >= 220 * 1024
+        # A rest of D takes the shared memory of one slice more.
+        wide = StageConfig(256, 32, 8, 6, 16) if d_model % 64 else StageConfig(256, 64, 8, 4, 16)
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
-            up=StageConfig(256, 64, 8, 4, 16) if deep else StageConfig(128, 64, 4, 3, 32),
+            up=wide if deep else StageConfig(128, 64, 4, 3, 32),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
             down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),

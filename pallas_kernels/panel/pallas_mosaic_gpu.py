@@ -61,8 +61,10 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
             ],
             hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, _TILE)],
             nnz.at[place.tile_id, pl.ds(place.row, hopper_gemm.ROWS)],
+            jnp.minimum(tokens - place.row, hopper_gemm.ROWS),
             jnp.minimum(d_ff - column, _TILE),
             width=width,
+            all_rows=tokens % TILE_M == 0,
             dtype=x.dtype,
         )
 
@@ -81,20 +83,22 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
     )
     # Mosaic GPU's outputs do not say so themselves.
     values, hits, nnz = axes.vary_with(x, (values, hits, nnz))
-    return GatePanel(values, hits, jnp.sum(nnz, axis=0)[:tokens])
+    return GatePanel(values, hits, nnz)
 
 
-def _write(acc, values, hits, nnz, columns_left, *, width, dtype):
+def _write(acc, values, hits, nnz, rows_left, columns_left, *, width, all_rows, dtype):
     """Writes a warpgroup's (64, 256) accumulator to its values, hit counts and counts of each token."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, scalar))
-    def write(_, acc, values, hits, nnz, columns_left):
-        operands = [address(values, 64), address(hits, 64), address(nnz, 64), columns_left.registers.flat[0]]
-        constraints = ",".join(["f"] * (_TILE // 2) + ["l", "l", "l", "r"])
-        assemble(_epilogue(width, dtype), [*hopper_gemm.values(acc), *operands], constraints)
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, scalar, scalar))
+    def write(_, acc, values, hits, nnz, rows_left, columns_left):
+        pointers = [address(values, 64), address(hits, 64), address(nnz, 64)]
+        scalars = [left.registers.flat[0] for left in (rows_left, columns_left)]
+        constraints = ",".join(["f"] * (_TILE // 2) + ["l", "l", "l", "r", "r"])
+        text = _epilogue(width, all_rows, dtype)
+        assemble(text, [*hopper_gemm.values(acc), *pointers, *scalars], constraints)
 
-    write(acc, values, hits, nnz, columns_left)
+    write(acc, values, hits, nnz, rows_left, columns_left)
 
 
 def _gates(group):
@@ -102,24 +106,29 @@ def _gates(group):
     return [f"${half * _EACH + 2 * group + nth}" for half in range(2) for nth in range(2)]
 
 
-def _epilogue(width, dtype):
+def _epilogue(width, all_rows, dtype):
     """The epilogue of one thread, as PTX.
 
-    Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; columns of the tile that exist.
+    Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the tile
+    that exist. With ``all_rows`` no tile has less than all of its rows.
     """
-    values, hits, nnz, columns_left = (f"${2 * _EACH + i}" for i in range(4))
+    values, hits, nnz, rows_left, columns_left = (f"${2 * _EACH + i}" for i in range(5))
     threshold, convert = (
         table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
     )
     lines = [
-        "{ .reg .pred p, q, odd; .reg .b64 to, wide; .reg .f32 z0, z1;",
+        "{ .reg .pred p, q, odd, exists0, exists1; .reg .b64 to, wide; .reg .f32 z0, z1;",
         (
-            ".reg .b32 tid, lane, quarter, warp, row, t, left, own, low, high, n0, n1, v0, v1, column, k0, "
-            "k1, k2, k3;"
+            ".reg .b32 tid, lane, quarter, warp, row, t, left, left0, left1, own, low, high, n0, n1, v0, v1, "
+            "column, k0, k1, k2, k3;"
         ),
         *(f".reg .b32 b{group}_{i};" for group in range(_BATCH) for i in range(4)),
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
         "shr.u32 warp, tid, 5; shr.u32 column, lane, 2; shr.u32 left, " + columns_left + ", 3;",
+        # Rows past M are zeros, but zero times an infinite weight is NaN: no column of theirs is there.
+        f"mad.lo.u32 row, warp, {SEGMENT}, column; setp.lt.s32 exists0, row, {rows_left};",
+        f"add.u32 t, row, 8; setp.lt.s32 exists1, t, {rows_left};",
+        *(f"selp.b32 left{half}, left, 0, exists{half};" for half in range(2)),
         # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are
         # those of the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
         "and.b32 t, column, 1; setp.ne.u32 odd, t, 0;",
@@ -133,8 +142,9 @@ def _epilogue(width, dtype):
         # Votes of a batch of groups before the first branch on one: their latencies overlap.
         for group in batch:
             # Active unless at or under the threshold, so NaN is active; columns past F are not.
-            lines.append(f"setp.gt.u32 p, left, {group};")
             for i, gate in enumerate(_gates(group)):
+                if i == 0 or (i == 2 and not all_rows):
+                    lines.append(f"setp.gt.u32 p, left{i // 2}, {group};")
                 lines.append(
                     f"setp.gtu.and.f32 q, {gate}, {threshold}, p; @q add.u32 n{i // 2}, n{i // 2}, 1;"
                 )
@@ -149,6 +159,8 @@ def _epilogue(width, dtype):
             for i, word in ((0, "v0"), (2, "v1")):
                 for nth in (i, i + 1):
                     lines.append(f"max.NaN.f32 z{nth - i}, {_gates(group)[nth]}, 0f00000000;")
+                    if not all_rows:
+                        lines.append(f"selp.f32 z{nth - i}, z{nth - i}, 0f00000000, exists{nth // 2};")
                 lines.append(
                     f"{convert} {word}, z1, z0; movmatrix.sync.aligned.m8n8.trans.b16 {word}, {word};"
                 )
@@ -175,7 +187,7 @@ def _epilogue(width, dtype):
         "shl.b32 n1, n1, 16; add.u32 n0, n0, n1;",
         "shfl.sync.bfly.b32 t, n0, 1, 31, -1; add.u32 n0, n0, t;",
         "shfl.sync.bfly.b32 t, n0, 2, 31, -1; add.u32 n0, n0, t;",
-        "mad.lo.u32 row, warp, 16, column; mul.wide.u32 wide, row, 4; add.s64 to, " + nnz + ", wide;",
+        "mul.wide.u32 wide, row, 4; add.s64 to, " + nnz + ", wide;",
         "and.b32 t, n0, 65535; shr.u32 n1, n0, 16; setp.eq.u32 p, quarter, 0;",
         "@p st.global.b32 [to], t; @p st.global.b32 [to+32], n1; }",
     ]

@@ -10,7 +10,8 @@ only neurons that some token of the panel activates, the up projection reads the
 the down projection and the weight gradients take them as operands without a gather of single values.
 
 **`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes and M F / P of hit counts.
-**`build_lists`**: reads the hit counts, writes 4 bytes an active (panel, neuron) pair.
+**`count_active`**: reads the hit counts, writes M F / P of them.
+**`build_lists`**: reads them again, writes 4 bytes an active (panel, neuron) pair.
 **`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly
 however uneven the panels are.
 **`panel_down`**: 2 M union D FLOPs; writes y.
@@ -39,7 +40,6 @@ _CONTRACT_FIRST = (((0,), (0,)), ((), ()))
 OUT_OF_RANGE = 1 << 30
 """An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
 _LIST_BLOCK = 8192
-_MOST_IN_ONE_PASS = 8192
 _GROUP_M = 8
 _WGMMA_ROWS = 64
 
@@ -51,7 +51,7 @@ class GatePanel(NamedTuple):
       values: (n_panels, F', P), F' of at least F: the rectified gates, written where ``hits`` is above 0.
       hits: (n_panels * segments, F') uint8: for how many of a segment's P / segments tokens a
         neuron is active.
-      nnz: (M,) int32, active gates of each token.
+      nnz: (n_tiles, n_panels * P) int32, active gates of each token in each tile of columns.
     """
 
     values: jax.Array
@@ -62,6 +62,22 @@ class GatePanel(NamedTuple):
     def segments(self) -> int:
         """Segments of a panel: values stand only in those that the neuron is active in."""
         return self.hits.shape[0] // self.values.shape[0]
+
+
+class Counts(NamedTuple):
+    """How many gates of each panel are active.
+
+    Attributes:
+      neurons: (n_panels,) int32, neurons that are active for at least one token.
+      gates: (n_panels,) int32, active gates of all tokens.
+      most: (n_panels,) int32, active gates of the token that has most.
+      hits: (n_panels, F) uint8, for how many of the tokens a neuron is active.
+    """
+
+    neurons: jax.Array
+    gates: jax.Array
+    most: jax.Array
+    hits: jax.Array
 
 
 class Lists(NamedTuple):
@@ -137,7 +153,7 @@ def gate_panel(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_gate",
     )(x, w_gate)
-    return GatePanel(values, hits, jnp.sum(nnz, axis=0)[:tokens])
+    return GatePanel(values, hits, nnz)
 
 
 def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
@@ -202,8 +218,62 @@ def _grouped_order(program, n_rows, n_columns):
 # -- lists ---------------------------------------------------------------------------------------------------
 
 
+def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Counts:
+    """Sums what the gate stage has counted by segments of a panel and tiles of columns."""
+    n_panels = gate.values.shape[0]
+    each = axes.output(gate.hits, (n_panels,), jnp.int32)
+    neurons, gates, most, hits = pl.pallas_call(
+        partial(_count_kernel, segments=gate.segments, panel=gate.values.shape[2], d_ff=d_ff),
+        out_shape=(each, each, each, axes.output(gate.hits, (n_panels, d_ff), jnp.uint8)),
+        grid=(n_panels,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        name="panel_count",
+    )(gate.hits, gate.nnz)
+    return Counts(neurons, gates, most, hits)
+
+
+def _count_kernel(
+    by_segment_ref, nnz_ref, neurons_ref, gates_ref, most_ref, hits_ref, *, segments, panel, d_ff
+):
+    which = pl.program_id(0)
+
+    def add_tile(tile, nnz):
+        return nnz + plt.load(nnz_ref.at[tile, which * panel + lax.iota(jnp.int32, panel)])
+
+    n_tiles = jnp.int32(nnz_ref.shape[0])
+    nnz = lax.fori_loop(jnp.int32(0), n_tiles, add_tile, jnp.zeros((panel,), jnp.int32))
+    gates_ref[which], most_ref[which] = jnp.sum(nnz), jnp.max(nnz)
+
+    def add_block(neuron, inside, neurons):
+        hits = jnp.zeros(neuron.shape, jnp.int32)
+        for segment in range(segments):
+            place = by_segment_ref.at[which * segments + segment, neuron]
+            hits += plt.load(place, mask=inside, other=0).astype(jnp.int32)
+        plt.store(hits_ref.at[which, neuron], hits.astype(jnp.uint8), mask=inside)  # at most P of 128
+        return neurons + jnp.sum((hits > 0).astype(jnp.int32))
+
+    neurons_ref[which] = over_neurons(d_ff, add_block)
+
+
+def over_neurons(d_ff, body):
+    """Sums ``body(neurons, which of them are below F, sum so far)`` up over blocks of all neurons."""
+    width = min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
+
+    def block(nth, total):
+        neuron = nth * width + lax.iota(jnp.int32, width)
+        return body(neuron, neuron < d_ff, total)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
+
+
+def put(ref, place, value, mask):
+    """Stores a vector's masked elements at places of an array."""
+    plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
+
+
 def build_lists(
-    gate: GatePanel, *, d_ff: int, chunk: int, room: int | None = None, interpret: bool = False
+    gate: GatePanel, counts: Counts, *, chunk: int, room: int | None = None, interpret: bool = False
 ) -> tuple[Lists, jax.Array]:
     """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
 
@@ -211,89 +281,92 @@ def build_lists(
       The lists, and () int32 how many chunks are needed: with more than ``room``, only ``hits`` means
       something, and a stage may have no other lists than `Lists.only_if` this fits.
     """
-    n_panels = gate.values.shape[0]
-    hits = gate.hits.reshape(n_panels, gate.segments, -1)[:, :, :d_ff]
-    hits = jnp.sum(hits, axis=1, dtype=jnp.uint8)  # at most P of 128
-    counts = jnp.sum(hits > 0, axis=1, dtype=jnp.int32)
-    chunks = (counts + chunk - 1) // chunk
-    needed, pairs = prefix_sums(chunks), prefix_sums((chunks + 1) // 2)
-    offsets = jnp.concatenate([jnp.zeros_like(needed[:1]), needed]) * chunk
+    n_panels, d_ff = counts.hits.shape
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
-    neurons, segments, owner, leads, slots = pl.pallas_call(
+    neurons, segments, owner, pairs, n_pairs, offsets, slots = pl.pallas_call(
         partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
             axes.output(gate.hits, (room * chunk,), jnp.int32),
             axes.output(gate.hits, (room * chunk,), jnp.uint8),
             axes.output(gate.hits, (room,), jnp.int32),
             axes.output(gate.hits, (room,), jnp.int32),
+            axes.output(gate.hits, (1,), jnp.int32),
+            axes.output(gate.hits, (n_panels + 1,), jnp.int32),
             axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
         ),
         grid=(n_panels,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
-    )(gate.hits, offsets, counts, pairs)
-    return Lists(neurons, segments, owner, leads, pairs[-1:], offsets, counts, slots, hits), needed[-1]
-
-
-def prefix_sums(counts: jax.Array) -> jax.Array:
-    """(n,) int32 inclusive: n² additions in one launch, where XLA's scan takes a launch a level."""
-    n = counts.shape[0]
-    if n > _MOST_IN_ONE_PASS:
-        return jnp.cumsum(counts, dtype=jnp.int32)
-    earlier = lax.broadcasted_iota(jnp.int32, (n, n), 0) >= lax.broadcasted_iota(jnp.int32, (n, n), 1)
-    return jnp.sum(jnp.where(earlier, counts[None], 0), axis=1, dtype=jnp.int32)
+    )(gate.hits, counts.neurons)
+    lists = Lists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
+    return lists, offsets[-1] // chunk
 
 
 def _lists_kernel(
-    hits_ref,
-    offsets_ref,
+    by_segment_ref,
     counts_ref,
-    ended_pairs_ref,
     neurons_ref,
     segments_ref,
     owner_ref,
     pairs_ref,
+    n_pairs_ref,
+    offsets_ref,
     slots_ref,
     *,
     d_ff,
     segments,
     chunk,
 ):
-    which = pl.program_id(0)
-    start, end, count = offsets_ref[which], offsets_ref[which + 1], counts_ref[which]
-    room, width = neurons_ref.shape[0], min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
+    which, n_panels = pl.program_id(0), counts_ref.shape[0]
+    # Every program sums up the panels before its own: n² additions, and no launch of their own.
+    chunks_before, pairs_before = _earlier(counts_ref, which, chunk)
+    count = counts_ref[which]
+    n_own = (count + chunk - 1) // chunk
+    start, end, room = chunks_before * chunk, (chunks_before + n_own) * chunk, neurons_ref.shape[0]
+    offsets_ref[which] = start
 
-    def put(ref, place, value, mask):
-        plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
+    @pl.when(which == n_panels - 1)
+    def _():
+        offsets_ref[n_panels] = end
+        n_pairs_ref[0] = pairs_before + (n_own + 1) // 2
 
-    def block(nth, found):
-        neuron = nth * width + lax.iota(jnp.int32, width)
-        bits = jnp.zeros((width,), jnp.int32)
+    def list_block(neuron, inside, found):
+        bits = jnp.zeros(neuron.shape, jnp.int32)
         for segment in range(segments):
-            place = hits_ref.at[which * segments + segment, neuron]
-            hits = plt.load(place, mask=neuron < d_ff, other=0)
+            hits = plt.load(by_segment_ref.at[which * segments + segment, neuron], mask=inside, other=0)
             bits |= (hits > 0).astype(jnp.int32) << segment
         listed = (bits > 0).astype(jnp.int32)
         slot = start + found + jnp.cumsum(listed) - listed
         here = (listed > 0) & (slot < room)
         put(neurons_ref, slot, neuron, here)
         put(segments_ref, slot, bits.astype(jnp.uint8), here)
-        place = slots_ref.at[which, jnp.where(neuron < d_ff, neuron, OUT_OF_RANGE)]
-        plt.store(place, jnp.where(here, slot, -1), mask=neuron < d_ff)
+        plt.store(slots_ref.at[which, neuron], jnp.where(here, slot, -1), mask=inside)
         return found + jnp.sum(listed)
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
+    over_neurons(d_ff, list_block)
     tail = start + count + lax.iota(jnp.int32, chunk)
     for ref in (neurons_ref, segments_ref):
         put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
-    chunks = start // chunk + lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
-    used = (chunks * chunk < end) & (chunks * chunk < room)
+    nth = lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
+    chunks = chunks_before + nth
+    used = (nth < n_own) & (chunks * chunk < room)
     put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
-    nth = chunks - start // chunk
-    pair = ended_pairs_ref[which] - ((end - start) // chunk + 1) // 2 + nth // 2
-    followed = ((chunks + 1) * chunk < end).astype(jnp.int32)
-    put(pairs_ref, pair, 2 * chunks + followed, used & (nth % 2 == 0))
+    followed = (nth + 1 < n_own).astype(jnp.int32)
+    put(pairs_ref, pairs_before + nth // 2, 2 * chunks + followed, used & (nth % 2 == 0))
+
+
+def _earlier(counts_ref, which, chunk):
+    """Chunks, and pairs of chunks, of all panels before one."""
+    n_panels = counts_ref.shape[0]
+    width = min(_LIST_BLOCK, pl.next_power_of_2(n_panels))
+
+    def block(nth, sums):
+        panels = nth * width + lax.iota(jnp.int32, width)
+        chunks = (plt.load(counts_ref.at[panels], mask=panels < which, other=0) + chunk - 1) // chunk
+        return sums[0] + jnp.sum(chunks), sums[1] + jnp.sum((chunks + 1) // 2)
+
+    return lax.fori_loop(jnp.int32(0), (which + width - 1) // width, block, (jnp.int32(0), jnp.int32(0)))
 
 
 # -- up ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,16 @@ from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import GatePanel, Lists, build_lists, gate_panel, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton import (
+    Counts,
+    GatePanel,
+    Lists,
+    build_lists,
+    count_active,
+    gate_panel,
+    panel_down,
+    panel_up,
+)
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
@@ -82,10 +91,11 @@ def ffn(
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
     gate = gate_stage(x, gate_weight, config, backend)
-    lists, _ = build_lists(gate, d_ff=w_up.shape[0], chunk=config.chunk, interpret=interpret)
+    counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
+    lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(gate, lists, x, up_weight, config=config.up, interpret=interpret)
     y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-    return y, _stats(gate, lists, hidden.l1, jnp.zeros((), jnp.int32))
+    return y, _stats(counts, hidden.l1, tokens, jnp.zeros((), jnp.int32))
 
 
 def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -102,13 +112,12 @@ def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: st
     return gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=backend == "interpret")
 
 
-def _stats(gate: GatePanel, lists: Lists, l1: jax.Array, overflow_rows: jax.Array) -> FFNStats:
-    tokens, hits = gate.nnz.shape[0], jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
+def _stats(counts: Counts, l1: jax.Array, tokens: int, overflow_rows: jax.Array) -> FFNStats:
     return FFNStats(
         l1=l1 / tokens,
-        l0=jnp.sum(hits, dtype=jnp.float32) / tokens,
-        neuron_hits=hits,
-        max_nnz=jnp.max(gate.nnz),
+        l0=jnp.sum(counts.gates, dtype=jnp.float32) / tokens,
+        neuron_hits=jnp.sum(counts.hits, axis=0, dtype=jnp.int32),
+        max_nnz=jnp.max(counts.most),
         overflow_rows=overflow_rows,
     )
 
@@ -126,7 +135,8 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     gate = gate_stage(x, gate_weight, config, backend)
     chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * options.capacity))
-    lists, needed = build_lists(gate, d_ff=d_ff, chunk=config.chunk, room=room, interpret=interpret)
+    counts = count_active(gate, d_ff=d_ff, interpret=interpret)
+    lists, needed = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)
 
     def sparse(gate, lists):
         hidden = panel_up(gate, lists, x, up_weight, config=config.up_keep, keep=True, interpret=interpret)
@@ -144,7 +154,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
         listed = lists.only_if(fits)
         y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
     overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(gate, lists, l1, overflow_rows)), (saved, Residuals(fits, listed, *kept).named())
+    return (y, _stats(counts, l1, tokens, overflow_rows)), (saved, Residuals(fits, listed, *kept).named())
 
 
 def empty(like):

@@ -24,7 +24,7 @@ from pallas_kernels.options import FFNOptions
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import vjp
 from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import GatePanel, Hidden, Lists, build_lists, n_chunks
+from pallas_kernels.panel.pallas_triton import GatePanel, Hidden, Lists, build_lists, count_active, n_chunks
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.tuning.panel_stages import (
     DIRECTIONS,
@@ -152,8 +152,10 @@ class _Search:
         """The lists of a forward, and those with the room that is kept for a backward
         (all, if that is too small)."""
         d_ff = weight.shape[0]
+        counts = jax.jit(partial(count_active, d_ff=d_ff, interpret=self._interpret))(gate)
         build = jax.jit(
-            partial(build_lists, d_ff=d_ff, chunk=padding, interpret=self._interpret), static_argnames="room"
+            partial(build_lists, counts=counts, chunk=padding, interpret=self._interpret),
+            static_argnames="room",
         )
         lists, needed = build(gate)
         chunks = n_chunks(gate.values.shape[0], d_ff, padding)
@@ -261,7 +263,11 @@ def _digest(output: Any, lists: Lists, d_ff: int) -> Any:
     if isinstance(output, GatePanel):
         hits = output.hits[: output.values.shape[0], :d_ff]
         some = slice(0, _SAMPLED_PANELS)
-        return jnp.where((hits > 0)[some, :, None], output.values[some, :d_ff], 0), hits, output.nnz
+        return (
+            jnp.where((hits > 0)[some, :, None], output.values[some, :d_ff], 0),
+            hits,
+            jnp.sum(output.nnz, axis=0),
+        )
     if not isinstance(output, Hidden | Gradients):
         return output
     slots = lists.slots[:_SAMPLED_PANELS]

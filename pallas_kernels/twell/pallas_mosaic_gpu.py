@@ -143,7 +143,8 @@ def _walk(tile, slots, row_bytes, dtype):
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
         "shr.u32 row, tid, 5; shl.b32 row, row, 4; shr.u32 t, lane, 2; add.u32 row, row, t;",
     ]
-    # The mask: active unless at or under the threshold, so NaN is active, and columns past F are not.
+    # The mask: active unless at or under the threshold, so NaN is active. Columns past F and rows past M are
+    # not: they are zeros, but zero times an infinite weight is NaN.
     for half in range(2):
         for k in range(each):
             mask = f"m{half}_{k // 32}"
@@ -155,6 +156,9 @@ def _walk(tile, slots, row_bytes, dtype):
         lines.append(f"max.s32 t, left, {32 * word}; sub.u32 t, t, {32 * word};")
         lines.append("shl.b32 w, 1, t; sub.u32 w, w, 1;")  # a shift by 32 or more gives 0, so all ones
         lines += [f"and.b32 m{half}_{word}, m{half}_{word}, w;" for half in range(2)]
+    for half in range(2):
+        lines.append(f"add.u32 t, row, {8 * half}; setp.lt.s32 p, t, {rows_left};")
+        lines += [f"@!p mov.b32 m{half}_{word}, 0;" for word in range(n_words)]
     # Counts of both rows in the halves of one word: in this thread, in the lanes before it, in the row.
     lines.append("mov.b32 c, 0;")
     for half, word in reversed(masks):

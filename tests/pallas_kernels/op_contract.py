@@ -311,6 +311,21 @@ class Contract:
         check_values(y, stats, inputs)
         check_counts(stats, active, self.path.overflow_rows(active))
 
+    @pytest.mark.parametrize("kind", LAYERS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_an_infinite_weight_is_counted_for_tokens_alone(self, dtype, kind):
+        """Gates of minus infinity are inactive. What fills up a tile of tokens is zero, and zero times
+        infinity is NaN, which is active: it must not count, nor be written anywhere."""
+        inputs, active = self.layer("few", dtype=dtype, kind=kind)
+        neurons = [1, active.shape[1] - 2]
+        inputs["x"][:, -1] = -1
+        inputs["w_gate" if kind == "gated" else "w_up"][neurons, -1] = np.inf
+        active[:, neurons] = False
+        (y, stats), _ = run(compiled(self.path.options), inputs, cotangent(inputs), DL1)
+        assert np.isfinite(np.asarray(y, np.float32)).all()
+        check_values(y, stats, inputs)
+        check_counts(stats, active, self.path.overflow_rows(active))
+
     # -- what no result may depend on ----------------------------------------------------------------------
 
     @pytest.mark.parametrize("pattern", ["uneven", "every-row-overflows"])

@@ -32,7 +32,9 @@ def written(x, weight):
     """A call's lists, how many chunks they need, and its values."""
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
     gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
-    lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=config.chunk, interpret=True)
+    lists, needed = kernels.build_lists(
+        gate, kernels.count_active(gate, d_ff=len(weight), interpret=True), chunk=config.chunk, interpret=True
+    )
     return lists, needed, kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
 
 
@@ -91,7 +93,9 @@ def test_lists_that_do_not_fit_have_no_neuron():
     inputs, _ = TestPanelInterpreted.path.layer("fully-dense", 64, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     gate = kernels.gate_panel(x, weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
-    lists, needed = kernels.build_lists(gate, d_ff=len(weight), chunk=32, room=2, interpret=True)
+    lists, needed = kernels.build_lists(
+        gate, kernels.count_active(gate, d_ff=len(weight), interpret=True), chunk=32, room=2, interpret=True
+    )
     assert int(needed) > 2
     assert int(lists.slots.max()) < len(lists.neurons)
     empty = lists.only_if(needed <= 2)
@@ -129,12 +133,37 @@ def test_neurons_in_order_of_activity():
     assert (totals[order[: (totals > 16).sum()]] > 16).all()
 
 
-@pytest.mark.parametrize("n", [1, 7, 300])
-def test_prefix_sums(n, monkeypatch):
-    counts = np.random.default_rng(0).integers(0, 9, n, dtype=np.int32)
-    for most in (8192, 6):
-        monkeypatch.setattr(kernels, "_MOST_IN_ONE_PASS", most)
-        np.testing.assert_array_equal(kernels.prefix_sums(jnp.asarray(counts)), np.cumsum(counts))
+@pytest.mark.parametrize("block", [8192, 8])
+@pytest.mark.parametrize("n_panels", [1, 7, 30])
+def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
+    """Also with more panels and neurons than a program looks at at one time."""
+    monkeypatch.setattr(kernels, "_LIST_BLOCK", block)
+    rng, segments, d_ff, chunk = np.random.default_rng(0), 2, 50, 16
+    shape = (n_panels, segments, d_ff)
+    hits = (rng.integers(1, 9, shape) * (rng.random(shape) < rng.random((n_panels, 1, 1)))).astype(np.uint8)
+    nnz = rng.integers(0, 9, (3, n_panels * 16)).astype(np.int32)
+    values = jnp.zeros((n_panels, 64, 16))
+    gate = kernels.GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
+    counts = kernels.count_active(gate, d_ff=d_ff, interpret=True)
+    by_panel = nnz.sum(axis=0).reshape(n_panels, 16)
+    np.testing.assert_array_equal(counts.hits, hits.sum(axis=1))
+    np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
+    np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
+    np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
+    lists, needed = kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
+    chunks = -(-np.asarray(counts.neurons) // chunk)
+    assert int(needed) == chunks.sum()
+    np.testing.assert_array_equal(lists.offsets, np.concatenate([[0], np.cumsum(chunks)]) * chunk)
+    first = np.asarray(lists.offsets)[:-1] // chunk
+    owners = np.repeat(np.arange(n_panels), chunks)
+    np.testing.assert_array_equal(lists.owner[: len(owners)], owners)
+    pairs = [
+        2 * (start + nth) + (nth + 1 < own)
+        for start, own in zip(first, chunks, strict=True)
+        for nth in range(0, own, 2)
+    ]
+    assert lists.n_pairs.tolist() == [len(pairs)]
+    np.testing.assert_array_equal(lists.pairs[: len(pairs)], pairs)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +179,9 @@ def test_chunks_in_pairs_give_the_same_values(pattern, kind):
     gate = kernels.gate_panel(
         inputs["x"], gate_weight, panel=16, config=configs._for_f32(16).gate, interpret=True
     )
-    lists, needed = kernels.build_lists(gate, d_ff=len(gate_weight), chunk=16, interpret=True)
+    lists, needed = kernels.build_lists(
+        gate, kernels.count_active(gate, d_ff=len(gate_weight), interpret=True), chunk=16, interpret=True
+    )
     used = int(needed) * 16
 
     def stages(tile):
