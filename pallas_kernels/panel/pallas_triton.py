@@ -181,6 +181,9 @@ def product(a_ref, a_rows, b_ref, b_rows, tile_k):
     """Rows of a (., D) times rows of b (., D), summed over D in f32 and rounded to their type:
     (len(a_rows), len(b_rows))."""
     depth = a_ref.shape[1]
+    # At least two slices: a loop of one is none, and Triton would pipeline the loop around it instead, in
+    # more shared memory than there is.
+    tile_k = min(tile_k, max(16, pl.next_power_of_2(depth // 2 + 1) // 2))
 
     def step(k, acc, masked):
         columns = (k + lax.iota(jnp.int32, tile_k))[None, :]

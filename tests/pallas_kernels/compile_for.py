@@ -39,6 +39,7 @@ LAYERS = [
     (4096, 2048, 8192, "float16", False),
     (1025, 1000, 2050, "float32", True),
     (1025, 1000, 2050, "bfloat16", True),
+    (1025, 72, 2050, "bfloat16", True),
 ]
 FORMATS = ("twell", "panel", "hybrid", "auto")
 
