@@ -19,9 +19,9 @@ however uneven the panels are.
 **Numerics.** f32 accumulation; g, u, h and y are rounded to the input type, where the reference rounds them.
 f32 inputs multiply as IEEE f32.
 
-**Limits.** Tiles are powers of two; an NVIDIA GPU of compute capability 8.0 or newer; P of at most 128. A tile
-of 256 neurons and 128 tokens fills the registers of a core, so a wider panel would lengthen the lists and save
-no traffic; and a byte counts a panel's hits.
+**Limits.** Tiles are powers of two; an NVIDIA GPU of compute capability 8.0 or newer; P of at most 128. A
+tile of 256 neurons and 128 tokens fills the registers of a core, so a wider panel would lengthen the lists
+and save no traffic; and a byte counts a panel's hits.
 """
 
 from functools import partial
