@@ -260,7 +260,7 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
     Raises:
       ValueError: options that exclude each other, or a layer that cannot be as active as asked.
     """
-    if args.rest < 0:
+    if not args.rest >= 0:
         raise ValueError(f"--rest must be at least 0 seconds; got {args.rest}")
     if args.like_trained and not args.nnz:
         raise ValueError("--like-trained goes with --nnz, which says how active the layers are; got none")

@@ -197,12 +197,17 @@ def heuristic(x: jax.Array, options: FFNOptions, device: Device) -> PanelConfig:
 def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:
     """The call's bucket in the tuning table ``panel``.
 
-    A rest of D beyond its slices takes the shared memory of one slice more: such a D has a bucket of its own.
+    What slices do not divide of D takes the shared memory of one slice more, so only a D that the same slices
+    divide may share an entry.
     """
     tokens, d_model = x.shape
-    rest = int(d_model % _WIDEST_SLICE > 0)
     return tuning.bucket(
-        tokens=tokens, d_model=d_model, d_ff=w.shape[0], itemsize=x.dtype.itemsize, panel=panel, rest=rest
+        tokens=tokens,
+        d_model=d_model,
+        d_ff=w.shape[0],
+        itemsize=x.dtype.itemsize,
+        panel=panel,
+        slice=min(d_model & -d_model, _WIDEST_SLICE),
     )
 
 

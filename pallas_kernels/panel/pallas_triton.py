@@ -9,9 +9,10 @@ A panel's values stand *transposed*, (neuron, P): a neuron's P values are contig
 only neurons that some token of the panel activates, the up projection reads them with full-width loads, and
 the down projection and the weight gradients take them as operands without a gather of single values.
 
-**`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes and M F / P of hit counts.
-**`count_active`**: reads the hit counts, writes M F / P of them.
-**`build_lists`**: reads them again, writes 4 bytes an active (panel, neuron) pair.
+**`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes, M F / P of hit counts
+and 4 M F / tile of counts of each token's gates.
+**`count_active`**: reads the counts of hits and of each token's gates, writes M F / P bytes.
+**`build_lists`**: reads the hits again, writes 4 M F / P bytes of slots and 4 an active (panel, neuron) pair.
 **`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly
 however uneven the panels are.
 **`panel_down`**: 2 M union D FLOPs; writes y.
@@ -184,7 +185,7 @@ def product(a_ref, a_rows, b_ref, b_rows, tile_k):
     (len(a_rows), len(b_rows))."""
     depth = a_ref.shape[1]
     # At least two slices: a loop of one is none, and Triton would pipeline the loop around it instead, in
-    # more shared memory than there is.
+    # more shared memory than there is, unless slices are as small as this allows.
     tile_k = min(tile_k, max(16, pl.next_power_of_2(depth // 2 + 1) // 2))
 
     def step(k, acc, masked):

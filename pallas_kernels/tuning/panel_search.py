@@ -154,13 +154,13 @@ class _Search:
         d_ff = weight.shape[0]
         counts = jax.jit(partial(count_active, d_ff=d_ff, interpret=self._interpret))(gate)
         build = jax.jit(
-            partial(build_lists, counts=counts, chunk=padding, interpret=self._interpret),
-            static_argnames="room",
+            partial(build_lists, chunk=padding, interpret=self._interpret), static_argnames="room"
         )
-        lists, needed = build(gate)
+        lists, needed = build(gate, counts)
         chunks = n_chunks(gate.values.shape[0], d_ff, padding)
         room = max(1, round(chunks * options.capacity))
-        return {"lists": lists, "kept_lists": build(gate, room=room)[0] if int(needed) <= room else lists}
+        kept = build(gate, counts, room=room)[0] if int(needed) <= room else lists
+        return {"lists": lists, "kept_lists": kept}
 
     def fastest(self, deadline: float) -> dict[str, dict[int, _Contender]]:
         """The fastest right config of each stage, by padding; what later stages are given comes from it."""

@@ -40,6 +40,7 @@ LAYERS = [
     (1025, 1000, 2050, "float32", True),
     (1025, 1000, 2050, "bfloat16", True),
     (1025, 72, 2050, "bfloat16", True),
+    (1025, 24, 2050, "bfloat16", True),
 ]
 FORMATS = ("twell", "panel", "hybrid", "auto")
 

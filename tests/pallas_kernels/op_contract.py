@@ -314,15 +314,23 @@ class Contract:
     @pytest.mark.parametrize("kind", LAYERS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_an_infinite_weight_is_counted_for_tokens_alone(self, dtype, kind):
-        """Gates of minus infinity are inactive. What fills up a tile of tokens is zero, and zero times
-        infinity is NaN, which is active: it must not count, nor be written anywhere."""
+        """Gates of minus infinity are inactive, and the last token has infinite ones. What fills up its tile
+        is zero, and zero times infinity is NaN, which is active: it must not count, nor be written."""
         inputs, active = self.layer("few", dtype=dtype, kind=kind)
         neurons = [1, active.shape[1] - 2]
         inputs["x"][:, -1] = -1
+        inputs["x"][-1, -1] = 1
+        if kind == "gated":
+            inputs["w_up"][neurons] = 0
+            inputs["w_up"][neurons, -1] = 1
         inputs["w_gate" if kind == "gated" else "w_up"][neurons, -1] = np.inf
+        inputs["w_down"][neurons] = np.abs(inputs["w_down"][neurons])
         active[:, neurons] = False
+        active[-1, neurons] = True
         (y, stats), _ = run(compiled(self.path.options), inputs, cotangent(inputs), DL1)
-        assert np.isfinite(np.asarray(y, np.float32)).all()
+        assert np.isfinite(np.asarray(y[:-1], np.float32)).all()
+        assert np.isposinf(np.asarray(y[-1], np.float32)).all()
+        assert np.isposinf(stats.l1)
         check_values(y, stats, inputs)
         check_counts(stats, active, self.path.overflow_rows(active))
 

@@ -200,6 +200,26 @@ def test_chunks_in_pairs_give_the_same_values(pattern, kind):
     np.testing.assert_allclose(l1, l1_of_pairs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("d_model", [24, 100])
+def test_slots_on_the_wide_side(d_model):
+    """A tile with more slots than tokens is the other product, turned on its side."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w_gate, w_up = (
+        jax.random.normal(key, (n, d_model)) for key, n in zip(keys, (70, 200, 200), strict=True)
+    )
+    gate = kernels.gate_panel(x, w_gate, panel=64, config=configs.StageConfig(64, 16, 4, 2), interpret=True)
+    lists, needed = kernels.build_lists(
+        gate, kernels.count_active(gate, d_ff=200, interpret=True), chunk=64, interpret=True
+    )
+    square, wide = (
+        kernels.panel_up(gate, lists, x, w_up, config=configs.StageConfig(t, 16, 4, 2), interpret=True)
+        for t in (64, 128)
+    )
+    used = int(needed) * 64
+    np.testing.assert_allclose(square.h[:used], wide.h[:used], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(square.l1, wide.l1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
 def test_hits_of_earlier_panels(n_panels):
     hits = np.random.default_rng(0).integers(0, 129, (n_panels, 24), dtype=np.uint8)

@@ -104,3 +104,14 @@ def test_the_search_wants_the_fastest_that_compiles_and_is_right(monkeypatch):
     assert search._fastest(programs, lambda output: output == 2) == ("right", 2.0, 2)
     with pytest.raises(RuntimeError, match="of 4 candidates 3 compiled and none gave the right result"):
         search._fastest(programs, lambda output: output == 7)
+
+
+def test_an_entry_is_for_what_the_same_slices_divide():
+    """A rest of D takes a slice's shared memory again: 960 is 15 slices of 64, 1000 is not."""
+    weight, options = jax.ShapeDtypeStruct((2816, 1), "bfloat16"), FFNOptions(format="panel")
+    keys = [
+        panel_configs.bucket(jax.ShapeDtypeStruct((4096, d_model), "bfloat16"), weight, options.panel)
+        for d_model in (1024, 960, 1000, 1152)
+    ]
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
