@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import axes, hopper_gemm
 from pallas_kernels.hopper_gemm import TILE_M, address, assemble
-from pallas_kernels.panel.pallas_triton import GatePanel
+from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
 SEGMENT = 16
 """Tokens of a segment: the rows of one warp."""

@@ -20,14 +20,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import axes
 from pallas_kernels.panel.config import StageConfig
-from pallas_kernels.panel.pallas_triton import (
-    Lists,
-    gathered_product,
-    hidden,
-    over_chunks,
-    programs,
-    work_list,
-)
+from pallas_kernels.panel.pallas_triton import gathered_product, hidden, over_chunks, programs, work_list
+from pallas_kernels.panel.pallas_triton_lists import Lists
 from pallas_kernels.reference import active
 
 

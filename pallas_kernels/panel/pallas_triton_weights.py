@@ -39,8 +39,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import axes
 from pallas_kernels.panel.config import RareConfig, WeightsConfig
-from pallas_kernels.panel.pallas_triton import OUT_OF_RANGE, Lists
 from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.panel.pallas_triton_lists import OUT_OF_RANGE, Lists
 from pallas_kernels.reference import active
 
 _MATRICES = (((1,), (0,)), ((), ()))

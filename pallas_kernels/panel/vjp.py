@@ -26,19 +26,17 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import axes, blocks, dense, reference
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import (
+from pallas_kernels.panel.pallas_triton import gate_panel, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
     Lists,
     build_lists,
     count_active,
-    gate_panel,
-    panel_down,
-    panel_up,
+    n_chunks,
 )
-from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
 
@@ -133,7 +131,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
     gate = gate_stage(x, gate_weight, config, backend)
-    chunks = kernels.n_chunks(gate.values.shape[0], d_ff, config.chunk)
+    chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * options.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)
     lists, needed = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)

@@ -24,8 +24,9 @@ from pallas_kernels.options import FFNOptions
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import vjp
 from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import GatePanel, Hidden, Lists, build_lists, count_active, n_chunks
+from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists, build_lists, count_active, n_chunks
 from pallas_kernels.tuning.panel_stages import (
     DIRECTIONS,
     PADDINGS,

@@ -13,8 +13,9 @@ import jax
 
 from pallas_kernels.device import Device
 from pallas_kernels.panel.config import PanelConfig, StageConfig
-from pallas_kernels.panel.pallas_triton import GatePanel, Hidden, gate_panel, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton import Hidden, gate_panel, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import Gradients, panel_dh
+from pallas_kernels.panel.pallas_triton_lists import GatePanel
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
 Given = dict[str, Any]

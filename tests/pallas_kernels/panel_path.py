@@ -9,7 +9,7 @@ from op_contract import DL1, Path, call, check_everything, cotangent, differenti
 
 from pallas_kernels import FFNOptions
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel.pallas_triton import n_chunks
+from pallas_kernels.panel.pallas_triton_lists import n_chunks
 
 
 @dataclasses.dataclass(frozen=True)

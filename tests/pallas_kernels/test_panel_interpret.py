@@ -12,6 +12,7 @@ from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 from pallas_kernels import FFNOptions, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
+from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
 
@@ -27,14 +28,18 @@ class TestPanelInterpreted(Contract):
     )
 
 
+def listed(gate, d_ff, **sizes):
+    """Lists of a gate stage's panels, and how many chunks they need."""
+    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
+    return lists_kernels.build_lists(gate, counts, interpret=True, **sizes)
+
+
 @jax.jit
 def written(x, weight):
     """A call's lists, how many chunks they need, and its values."""
     config = configs.choose(x, weight, TestPanelInterpreted.path.options)
     gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
-    lists, needed = kernels.build_lists(
-        gate, kernels.count_active(gate, d_ff=len(weight), interpret=True), chunk=config.chunk, interpret=True
-    )
+    lists, needed = listed(gate, len(weight), chunk=config.chunk)
     return lists, needed, kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
 
 
@@ -93,9 +98,7 @@ def test_lists_that_do_not_fit_have_no_neuron():
     inputs, _ = TestPanelInterpreted.path.layer("fully-dense", 64, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     gate = kernels.gate_panel(x, weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
-    lists, needed = kernels.build_lists(
-        gate, kernels.count_active(gate, d_ff=len(weight), interpret=True), chunk=32, room=2, interpret=True
-    )
+    lists, needed = listed(gate, len(weight), chunk=32, room=2)
     assert int(needed) > 2
     assert int(lists.slots.max()) < len(lists.neurons)
     empty = lists.only_if(needed <= 2)
@@ -137,20 +140,20 @@ def test_neurons_in_order_of_activity():
 @pytest.mark.parametrize("n_panels", [1, 7, 30])
 def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
     """Also with more panels and neurons than a program looks at at one time."""
-    monkeypatch.setattr(kernels, "_LIST_BLOCK", block)
+    monkeypatch.setattr(lists_kernels, "_LIST_BLOCK", block)
     rng, segments, d_ff, chunk = np.random.default_rng(0), 2, 50, 16
     shape = (n_panels, segments, d_ff)
     hits = (rng.integers(1, 9, shape) * (rng.random(shape) < rng.random((n_panels, 1, 1)))).astype(np.uint8)
     nnz = rng.integers(0, 9, (3, n_panels * 16)).astype(np.int32)
     values = jnp.zeros((n_panels, 64, 16))
-    gate = kernels.GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
-    counts = kernels.count_active(gate, d_ff=d_ff, interpret=True)
+    gate = lists_kernels.GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
+    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
     by_panel = nnz.sum(axis=0).reshape(n_panels, 16)
     np.testing.assert_array_equal(counts.hits, hits.sum(axis=1))
     np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
     np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
     np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
-    lists, needed = kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
+    lists, needed = lists_kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
     chunks = -(-np.asarray(counts.neurons) // chunk)
     assert int(needed) == chunks.sum()
     np.testing.assert_array_equal(lists.offsets, np.concatenate([[0], np.cumsum(chunks)]) * chunk)
@@ -179,9 +182,7 @@ def test_chunks_in_pairs_give_the_same_values(pattern, kind):
     gate = kernels.gate_panel(
         inputs["x"], gate_weight, panel=16, config=configs._for_f32(16).gate, interpret=True
     )
-    lists, needed = kernels.build_lists(
-        gate, kernels.count_active(gate, d_ff=len(gate_weight), interpret=True), chunk=16, interpret=True
-    )
+    lists, needed = listed(gate, len(gate_weight), chunk=16)
     used = int(needed) * 16
 
     def stages(tile):
@@ -208,9 +209,7 @@ def test_slots_on_the_wide_side(d_model):
         jax.random.normal(key, (n, d_model)) for key, n in zip(keys, (70, 200, 200), strict=True)
     )
     gate = kernels.gate_panel(x, w_gate, panel=64, config=configs.StageConfig(64, 16, 4, 2), interpret=True)
-    lists, needed = kernels.build_lists(
-        gate, kernels.count_active(gate, d_ff=200, interpret=True), chunk=64, interpret=True
-    )
+    lists, needed = listed(gate, 200, chunk=64)
     square, wide = (
         kernels.panel_up(gate, lists, x, w_up, config=configs.StageConfig(t, 16, 4, 2), interpret=True)
         for t in (64, 128)

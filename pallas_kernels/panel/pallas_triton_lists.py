@@ -1,0 +1,261 @@
+"""PanelELL's lists: which neurons each panel of tokens activates, made from what the gate stage has counted.
+
+**`count_active`**: reads the counts of hits and of each token's gates, writes M F / P bytes.
+**`build_lists`**: reads the hits again, writes 4 M F / P bytes of slots and 4 an active (panel, neuron) pair.
+
+Limits. Those of the gate stages that write a `GatePanel`; panels of at most 128 tokens, whose hits a byte
+counts.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import axes
+
+OUT_OF_RANGE = 1 << 30
+"""An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
+_LIST_BLOCK = 8192
+
+
+class GatePanel(NamedTuple):
+    """What a gate stage gives of the panels.
+
+    Attributes:
+      values: (n_panels, F', P), F' of at least F: the rectified gates, written where ``hits`` is above 0.
+      hits: (n_panels * segments, F') uint8: for how many of a segment's P / segments tokens a
+        neuron is active.
+      nnz: (n_tiles, n_panels * P) int32, active gates of each token in each tile of columns.
+    """
+
+    values: jax.Array
+    hits: jax.Array
+    nnz: jax.Array
+
+    @property
+    def segments(self) -> int:
+        """Segments of a panel: values stand only in those that the neuron is active in."""
+        return self.hits.shape[0] // self.values.shape[0]
+
+
+class Counts(NamedTuple):
+    """How many gates of each panel are active.
+
+    Attributes:
+      neurons: (n_panels,) int32, neurons that are active for at least one token.
+      gates: (n_panels,) int32, active gates of all tokens.
+      most: (n_panels,) int32, active gates of the token that has most.
+      hits: (n_panels, F) uint8, for how many of the tokens a neuron is active.
+    """
+
+    neurons: jax.Array
+    gates: jax.Array
+    most: jax.Array
+    hits: jax.Array
+
+
+class Lists(NamedTuple):
+    """Which neurons each panel has, as one array of slots that all panels share.
+
+    Panel p owns the slots ``offsets[p]`` to ``offsets[p + 1]``, a multiple of the chunk; the first
+    ``counts[p]`` hold neurons in ascending order, the rest neuron 0.
+
+    Attributes:
+      neurons: (n_slots,) int32.
+      segments: (n_slots,) uint8, a bit for each segment of the panel in which the neuron is active; 0
+        past the count.
+      owner: (n_slots / chunk,) int32, the panel of each chunk in use.
+      pairs: (n_slots / chunk,) int32, every panel's first chunk, third, and so on: twice its number, and one
+        more where the panel has the next chunk too.
+      n_pairs: (1,) int32, how many those are.
+      offsets: (n_panels + 1,) int32.
+      counts: (n_panels,) int32.
+      slots: (n_panels, F) int32, the slot of a neuron in a panel, or -1.
+      hits: (n_panels, F) uint8, for how many of a panel's tokens a neuron is active.
+    """
+
+    neurons: jax.Array
+    segments: jax.Array
+    owner: jax.Array
+    pairs: jax.Array
+    n_pairs: jax.Array
+    offsets: jax.Array
+    counts: jax.Array
+    slots: jax.Array
+    hits: jax.Array
+
+    @property
+    def chunk(self) -> int:
+        """What a panel's slots are a multiple of."""
+        return self.neurons.shape[0] // self.owner.shape[0]
+
+    def only_if(self, fits: jax.Array) -> "Lists":
+        """The lists, or lists without a neuron: what a stage that runs all the same can walk in bounds.
+
+        Under ``vmap`` both branches of a conditional run.
+        """
+        nothing = {
+            name: jnp.where(fits, getattr(self, name), 0) for name in ("n_pairs", "offsets", "counts", "hits")
+        }
+        return self._replace(**nothing)
+
+
+def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
+    """Chunks that hold every neuron of every panel."""
+    return n_panels * pl.cdiv(d_ff, chunk)
+
+
+def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Counts:
+    """Sums what the gate stage has counted by segments of a panel and tiles of columns."""
+    n_panels = gate.values.shape[0]
+    each = axes.output(gate.hits, (n_panels,), jnp.int32)
+    neurons, gates, most, hits = pl.pallas_call(
+        partial(_count_kernel, segments=gate.segments, panel=gate.values.shape[2], d_ff=d_ff),
+        out_shape=(each, each, each, axes.output(gate.hits, (n_panels, d_ff), jnp.uint8)),
+        grid=(n_panels,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        name="panel_count",
+    )(gate.hits, gate.nnz)
+    return Counts(neurons, gates, most, hits)
+
+
+def _count_kernel(
+    by_segment_ref, nnz_ref, neurons_ref, gates_ref, most_ref, hits_ref, *, segments, panel, d_ff
+):
+    which = pl.program_id(0)
+
+    def add_tile(tile, nnz):
+        return nnz + plt.load(nnz_ref.at[tile, which * panel + lax.iota(jnp.int32, panel)])
+
+    n_tiles = jnp.int32(nnz_ref.shape[0])
+    nnz = lax.fori_loop(jnp.int32(0), n_tiles, add_tile, jnp.zeros((panel,), jnp.int32))
+    gates_ref[which], most_ref[which] = jnp.sum(nnz), jnp.max(nnz)
+
+    def add_block(neuron, inside, neurons):
+        hits = jnp.zeros(neuron.shape, jnp.int32)
+        for segment in range(segments):
+            place = by_segment_ref.at[which * segments + segment, neuron]
+            hits += plt.load(place, mask=inside, other=0).astype(jnp.int32)
+        plt.store(hits_ref.at[which, neuron], hits.astype(jnp.uint8), mask=inside)  # at most P of 128
+        return neurons + jnp.sum((hits > 0).astype(jnp.int32))
+
+    neurons_ref[which] = _over_neurons(d_ff, add_block)
+
+
+def _over_neurons(d_ff, body):
+    """Sums ``body(neurons, which of them are below F, sum so far)`` up over blocks of all neurons."""
+    width = min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
+
+    def block(nth, total):
+        neuron = nth * width + lax.iota(jnp.int32, width)
+        return body(neuron, neuron < d_ff, total)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
+
+
+def _put(ref, place, value, mask):
+    """Stores a vector's masked elements at places of an array."""
+    plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
+
+
+def build_lists(
+    gate: GatePanel, counts: Counts, *, chunk: int, room: int | None = None, interpret: bool = False
+) -> tuple[Lists, jax.Array]:
+    """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
+
+    Returns:
+      The lists, and () int32 how many chunks are needed: with more than ``room``, only ``hits`` means
+      something, and a stage may have no other lists than `Lists.only_if` this fits.
+    """
+    n_panels, d_ff = counts.hits.shape
+    room = n_chunks(n_panels, d_ff, chunk) if room is None else room
+    neurons, segments, owner, pairs, n_pairs, offsets, slots = pl.pallas_call(
+        partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
+        out_shape=(
+            axes.output(gate.hits, (room * chunk,), jnp.int32),
+            axes.output(gate.hits, (room * chunk,), jnp.uint8),
+            axes.output(gate.hits, (room,), jnp.int32),
+            axes.output(gate.hits, (room,), jnp.int32),
+            axes.output(gate.hits, (1,), jnp.int32),
+            axes.output(gate.hits, (n_panels + 1,), jnp.int32),
+            axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
+        ),
+        grid=(n_panels,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        name="panel_lists",
+    )(gate.hits, counts.neurons)
+    lists = Lists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
+    return lists, offsets[-1] // chunk
+
+
+def _lists_kernel(
+    by_segment_ref,
+    counts_ref,
+    neurons_ref,
+    segments_ref,
+    owner_ref,
+    pairs_ref,
+    n_pairs_ref,
+    offsets_ref,
+    slots_ref,
+    *,
+    d_ff,
+    segments,
+    chunk,
+):
+    which, n_panels = pl.program_id(0), counts_ref.shape[0]
+    # Every program sums up the panels before its own: n² additions, and no launch of their own.
+    chunks_before, pairs_before = _earlier(counts_ref, which, chunk)
+    count = counts_ref[which]
+    n_own = (count + chunk - 1) // chunk
+    start, end, room = chunks_before * chunk, (chunks_before + n_own) * chunk, neurons_ref.shape[0]
+    offsets_ref[which] = start
+
+    @pl.when(which == n_panels - 1)
+    def _():
+        offsets_ref[n_panels] = end
+        n_pairs_ref[0] = pairs_before + (n_own + 1) // 2
+
+    def list_block(neuron, inside, found):
+        bits = jnp.zeros(neuron.shape, jnp.int32)
+        for segment in range(segments):
+            hits = plt.load(by_segment_ref.at[which * segments + segment, neuron], mask=inside, other=0)
+            bits |= (hits > 0).astype(jnp.int32) << segment
+        listed = (bits > 0).astype(jnp.int32)
+        slot = start + found + jnp.cumsum(listed) - listed
+        here = (listed > 0) & (slot < room)
+        _put(neurons_ref, slot, neuron, here)
+        _put(segments_ref, slot, bits.astype(jnp.uint8), here)
+        plt.store(slots_ref.at[which, neuron], jnp.where(here, slot, -1), mask=inside)
+        return found + jnp.sum(listed)
+
+    _over_neurons(d_ff, list_block)
+    tail = start + count + lax.iota(jnp.int32, chunk)
+    for ref in (neurons_ref, segments_ref):
+        _put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
+    nth = lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
+    chunks = chunks_before + nth
+    used = (nth < n_own) & (chunks * chunk < room)
+    _put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
+    followed = (nth + 1 < n_own).astype(jnp.int32)
+    _put(pairs_ref, pairs_before + nth // 2, 2 * chunks + followed, used & (nth % 2 == 0))
+
+
+def _earlier(counts_ref, which, chunk):
+    """Chunks, and pairs of chunks, of all panels before one."""
+    n_panels = counts_ref.shape[0]
+    width = min(_LIST_BLOCK, pl.next_power_of_2(n_panels))
+
+    def block(nth, sums):
+        panels = nth * width + lax.iota(jnp.int32, width)
+        chunks = (plt.load(counts_ref.at[panels], mask=panels < which, other=0) + chunk - 1) // chunk
+        return sums[0] + jnp.sum(chunks), sums[1] + jnp.sum((chunks + 1) // 2)
+
+    return lax.fori_loop(jnp.int32(0), (which + width - 1) // width, block, (jnp.int32(0), jnp.int32(0)))
