@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import adaptive, axes, dense, dispatch, hybrid, panel, twell
+from pallas_kernels import auto as adaptive
+from pallas_kernels import dense, dispatch, hybrid, panel, twell
 from pallas_kernels.checks import check_ffn_arguments
+from pallas_kernels.common import varying_axes
 from pallas_kernels.options import FFNOptions, FFNStats
 
 _LAYERS: dict[str, Callable[..., tuple[jax.Array, FFNStats]]] = {
@@ -65,6 +67,6 @@ def _layer(
     if options.weight_gradients == "input":
         arguments = dense.rounded(*arguments)
     # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
-    arguments = axes.vary_alike(*arguments)
+    arguments = varying_axes.vary_alike(*arguments)
     y, stats = _LAYERS[choice.format](*arguments, options, choice.backend)
     return y.reshape(x.shape), stats

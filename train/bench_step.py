@@ -25,7 +25,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import timing
+from pallas_kernels.bench import timing
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from sparse_lm.config import RematPolicy

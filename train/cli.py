@@ -95,7 +95,7 @@ class EvaluateOptions:
 @dataclasses.dataclass(frozen=True)
 class LayerInputsOptions:
     """Runs a checkpoint over its held-out text and saves, for each layer, what enters its feed-forward part
-    and its weights: a file for python -m pallas_kernels.bench_layers --inputs.
+    and its weights: a file for python -m pallas_kernels.bench layers --inputs.
 
     Attributes:
       checkpoint: a run's work directory, or one checkpoint in it.
@@ -117,7 +117,7 @@ class PlotOptions:
     """Draws how long the formats take against nnz and against tokens, and where they break even with dense.
 
     Attributes:
-      results: files that python -m pallas_kernels.bench_layers --json has written, of one GPU.
+      results: files that python -m pallas_kernels.bench layers --json has written, of one GPU.
       out: the picture to write: .png, .svg or .pdf.
       debug: show the traceback of an error.
     """
@@ -329,7 +329,7 @@ def _layer_inputs(argv: list[str]) -> None:
     print_table(console, layer_inputs.table(found))
     console.print(
         f"{tokens:,} tokens of each layer: {options.out}\n"
-        f"next: python -m pallas_kernels.bench_layers forward --inputs {shlex.quote(options.out)}",
+        f"next: python -m pallas_kernels.bench layers forward --inputs {shlex.quote(options.out)}",
         markup=False,
     )
 

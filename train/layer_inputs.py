@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from pallas_kernels import recorded
-from pallas_kernels.inputs import measure
+from pallas_kernels.bench import recorded
+from pallas_kernels.bench.inputs import measure
 from sparse_lm import SparseLM
 from train.checkpoint import load_for_inference
 from train.data import heldout_batches

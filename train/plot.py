@@ -1,4 +1,4 @@
-"""Break-even curves: what `pallas_kernels.bench_layers` measured, against nnz and against tokens."""
+"""Break-even curves: what `pallas_kernels.bench.layers` measured, against nnz and against tokens."""
 
 import dataclasses
 import itertools
@@ -61,7 +61,7 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
     """Draws the curves of some result files into one picture.
 
     Args:
-      results: files written by ``bench_layers --json``.
+      results: files written by ``bench layers --json``.
       out: the picture, its kind by its ending.
 
     Returns:
@@ -85,7 +85,7 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
     if not charts:
         raise UserError(
             "a curve needs cases that differ in nnz alone or in tokens alone; found no two such: run "
-            "bench_layers with several values of --nnz or --tokens"
+            "bench layers with several values of --nnz or --tokens"
         )
     columns = min(len(charts), _WIDE)
     rows = math.ceil(len(charts) / columns)
@@ -109,9 +109,9 @@ def _load(path: Path) -> tuple[str, list[Point]]:
     """The GPU's name and all points of a file.
 
     Raises:
-      UserError: it is no result of ``bench_layers``.
+      UserError: it is no result of ``bench layers``.
     """
-    wanted = "expected a file that python -m pallas_kernels.bench_layers --json has written"
+    wanted = "expected a file that python -m pallas_kernels.bench layers --json has written"
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         points = [point for case in loaded["cases"] for point in _points(case)]

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 
-from pallas_kernels import json_file
+from pallas_kernels.bench import json_file
 from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
 from train.config import TrainConfig

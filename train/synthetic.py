@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.inputs import Activity, ffn_inputs, like_trained
+from pallas_kernels.bench.inputs import Activity, ffn_inputs, like_trained
 from sparse_lm import ModelConfig
 from train.state import Params, Program
 

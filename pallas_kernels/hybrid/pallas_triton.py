@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 from pallas_kernels.formats import MAX_INDEX, TwELL
 from pallas_kernels.hybrid.config import HybridConfig, RowsConfig
 from pallas_kernels.twell import pallas_triton as twell
@@ -135,7 +135,7 @@ def up_down(
     operands = [w_down] if w_up is None else [x, w_up, w_down]
     index_type = jnp.uint16 if d_ff <= MAX_INDEX else jnp.int32
     kept = [index_type, x.dtype] + [x.dtype] * (w_up is not None) if keep else []
-    output = partial(axes.output, packed.words)
+    output = partial(varying_axes.output, packed.words)
     geometry = {"tile": packed.tile, "slots": packed.slots, "n_tiles": packed.n_tiles}
     static = {"gated": w_up is not None, "width": width, "keep": keep, "config": config}
     y, l1, nnz, *ell = pl.pallas_call(

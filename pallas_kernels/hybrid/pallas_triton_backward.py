@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 from pallas_kernels.hybrid.config import RowsConfig, WeightsConfig
 from pallas_kernels.hybrid.pallas_triton import Ell, gather, store
 
@@ -80,7 +80,7 @@ def pull_rows(
     gated = w_up is not None
     stored = [ell.nnz, ell.indices, ell.gate] + [ell.up] * gated
     weights = [w_gate] + [w_up] * gated + [w_down]
-    output = partial(axes.output, dy)
+    output = partial(varying_axes.output, dy)
     dx, d_gate, *rest = pl.pallas_call(
         partial(_pull_rows_kernel, gated=gated, config=config),
         out_shape=(output(dy.shape, dy.dtype), *[output(ell.gate.shape, dy.dtype)] * (3 if gated else 1)),
@@ -167,7 +167,7 @@ def by_neuron(ell: Ell, d_ff: int) -> Lists:
     # Unsigned keys, and pairs of a key and one value: what XLA gives to the radix sort of the GPU's library.
     key_type = jnp.uint16 if d_ff < 1 << 16 else jnp.uint32
     neurons = jnp.where(_used(ell), ell.indices.astype(jnp.int32), d_ff).astype(key_type).reshape(-1)
-    places = axes.vary_with(neurons, lax.iota(jnp.int32, tokens * width))
+    places = varying_axes.vary_with(neurons, lax.iota(jnp.int32, tokens * width))
     neurons, places = lax.sort((neurons, places), num_keys=1, is_stable=True)
     bounds = jnp.searchsorted(neurons, jnp.arange(d_ff + 1, dtype=key_type), method="scan_unrolled")
     starts, counts = bounds[:-1], jnp.diff(bounds)
@@ -238,7 +238,7 @@ def pull_weights(
         counts = counts.at[neurons].set(0, unique_indices=True)
     begin = starts[lists.order]
     end = begin + counts[lists.order]
-    shape = axes.output(x, (d_ff, d_model), dtype)
+    shape = varying_axes.output(x, (d_ff, d_model), dtype)
     return pl.pallas_call(
         partial(_weights_kernel, width=ell.width, config=config),
         out_shape=(shape,) * len(dense),

@@ -1,5 +1,5 @@
 """PanelELL: neighbouring tokens share neurons, so a panel of tokens runs its projections on tensor cores."""
 
-from pallas_kernels.panel.vjp import ffn
+from pallas_kernels.panel.layer import ffn
 
 __all__ = ["ffn"]

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import axes, hopper_gemm
-from pallas_kernels.hopper_gemm import TILE_M, address, assemble
+from pallas_kernels.common import hopper_gemm, varying_axes
+from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
 SEGMENT = 16
@@ -82,7 +82,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
         scratch={},
     )
     # Mosaic GPU's outputs do not say so themselves.
-    values, hits, nnz = axes.vary_with(x, (values, hits, nnz))
+    values, hits, nnz = varying_axes.vary_with(x, (values, hits, nnz))
     return GatePanel(values, hits, nnz)
 
 

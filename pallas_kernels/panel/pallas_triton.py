@@ -32,7 +32,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes, device
+from pallas_kernels import device
+from pallas_kernels.common import varying_axes
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists
 from pallas_kernels.reference import active
@@ -56,9 +57,9 @@ def gate_panel(
     values, hits, nnz = pl.pallas_call(
         partial(_gate_kernel, panel=panel, config=config),
         out_shape=(
-            axes.output(x, (n_panels, width, panel), x.dtype),
-            axes.output(x, (n_panels, width), jnp.uint8),
-            axes.output(x, (n_tiles, n_panels * panel), jnp.int32),
+            varying_axes.output(x, (n_panels, width, panel), x.dtype),
+            varying_axes.output(x, (n_panels, width), jnp.uint8),
+            varying_axes.output(x, (n_tiles, n_panels * panel), jnp.int32),
         ),
         grid=(n_panels * n_tiles,),
         interpret=interpret,
@@ -166,9 +167,9 @@ def panel_up(
     h, l1, *gate_and_up = pl.pallas_call(
         partial(_up_kernel, panel=panel, segments=gate.segments, config=config, gated=w_up is not None),
         out_shape=(
-            axes.output(x, shape, x.dtype),
-            axes.output(x, (chunks,), jnp.float32),
-            *[axes.output(x, shape, x.dtype)] * kept,
+            varying_axes.output(x, shape, x.dtype),
+            varying_axes.output(x, (chunks,), jnp.float32),
+            *[varying_axes.output(x, shape, x.dtype)] * kept,
         ),
         grid=(programs(lists, config),),
         interpret=interpret,
@@ -303,7 +304,7 @@ def panel_down(
     n_panels, n_tiles = lists.counts.shape[0], pl.cdiv(d_model, config.tile)
     return pl.pallas_call(
         partial(_down_kernel, panel=panel, config=config),
-        out_shape=axes.output(h, (tokens, d_model), h.dtype),
+        out_shape=varying_axes.output(h, (tokens, d_model), h.dtype),
         grid=(n_panels * n_tiles,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),

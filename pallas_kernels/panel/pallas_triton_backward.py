@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton import gathered_product, hidden, over_chunks, programs, work_list
 from pallas_kernels.panel.pallas_triton_lists import Lists
@@ -55,7 +55,7 @@ def panel_dh(
       dy: (M, D).  w_down: (F, D).  dl1: (1,) f32, the cotangent of every |h|.
     """
     gated = up is not None
-    shape = axes.output(gate, gate.shape, gate.dtype)
+    shape = varying_axes.output(gate, gate.shape, gate.dtype)
     kept = (gate, up) if gated else (gate,)
     outputs = pl.pallas_call(
         partial(_dh_kernel, panel=gate.shape[1], config=config, gated=gated),

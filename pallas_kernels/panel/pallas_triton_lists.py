@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 
 OUT_OF_RANGE = 1 << 30
 """An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
@@ -113,10 +113,10 @@ def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:
 def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Counts:
     """Sums what the gate stage has counted by segments of a panel and tiles of columns."""
     n_panels = gate.values.shape[0]
-    each = axes.output(gate.hits, (n_panels,), jnp.int32)
+    each = varying_axes.output(gate.hits, (n_panels,), jnp.int32)
     neurons, gates, most, hits = pl.pallas_call(
         partial(_count_kernel, segments=gate.segments, panel=gate.values.shape[2], d_ff=d_ff),
-        out_shape=(each, each, each, axes.output(gate.hits, (n_panels, d_ff), jnp.uint8)),
+        out_shape=(each, each, each, varying_axes.output(gate.hits, (n_panels, d_ff), jnp.uint8)),
         grid=(n_panels,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
@@ -178,13 +178,13 @@ def build_lists(
     neurons, segments, owner, pairs, n_pairs, offsets, slots = pl.pallas_call(
         partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
-            axes.output(gate.hits, (room * chunk,), jnp.int32),
-            axes.output(gate.hits, (room * chunk,), jnp.uint8),
-            axes.output(gate.hits, (room,), jnp.int32),
-            axes.output(gate.hits, (room,), jnp.int32),
-            axes.output(gate.hits, (1,), jnp.int32),
-            axes.output(gate.hits, (n_panels + 1,), jnp.int32),
-            axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
+            varying_axes.output(gate.hits, (room * chunk,), jnp.int32),
+            varying_axes.output(gate.hits, (room * chunk,), jnp.uint8),
+            varying_axes.output(gate.hits, (room,), jnp.int32),
+            varying_axes.output(gate.hits, (room,), jnp.int32),
+            varying_axes.output(gate.hits, (1,), jnp.int32),
+            varying_axes.output(gate.hits, (n_panels + 1,), jnp.int32),
+            varying_axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
         ),
         grid=(n_panels,),
         interpret=interpret,

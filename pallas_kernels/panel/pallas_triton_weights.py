@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 from pallas_kernels.panel.config import RareConfig, WeightsConfig
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.panel.pallas_triton_lists import OUT_OF_RANGE, Lists
@@ -87,7 +87,7 @@ def busiest_first(totals: jax.Array, *, limit: int, interpret: bool = False) -> 
     classes of their totals (F,)."""
     return pl.pallas_call(
         partial(_busiest_first_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
-        out_shape=axes.output(totals, totals.shape, jnp.int32),
+        out_shape=varying_axes.output(totals, totals.shape, jnp.int32),
         grid=(1,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
@@ -129,7 +129,7 @@ def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
     n_hot = jnp.sum(totals > limit, dtype=jnp.int32)[None]
     return pl.pallas_call(
         partial(_hot_kernel, panel=zs[0].shape[1], count=len(zs), config=config),
-        out_shape=(axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
+        out_shape=(varying_axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
         grid=(tiles * len(zs),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
@@ -204,7 +204,7 @@ def token_lists(
     chunk = gate.shape[0] // lists.owner.shape[0]
     tile = min(_LIST_TILE, chunk)
     begin = jnp.where(totals > limit, -1, _before(lists.hits))
-    shape = axes.output(gate, (totals.shape[0], limit), jnp.int32)
+    shape = varying_axes.output(gate, (totals.shape[0], limit), jnp.int32)
     rows, slots = pl.pallas_call(
         partial(_token_lists_kernel, chunk=chunk, tile=tile),
         out_shape=(shape, shape),
@@ -266,7 +266,7 @@ def _rare(zs, xs, order, tokens: TokenLists, rows, *, config, interpret):
     operands = [order, tokens.totals, tokens.rows, tokens.slots, *zs, xs[0], xs[-1]]
     return pl.pallas_call(
         partial(_rare_kernel, count=len(zs), panel=zs[0].shape[1], config=config),
-        out_shape=tuple(axes.output(zs[0], row.shape, row.dtype) for row in rows),
+        out_shape=tuple(varying_axes.output(zs[0], row.shape, row.dtype) for row in rows),
         grid=(d_ff * pl.cdiv(d_model, config.slice_d),),
         input_output_aliases={len(operands) + nth: nth for nth in range(len(rows))},
         interpret=interpret,

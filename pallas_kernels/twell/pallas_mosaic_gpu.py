@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import axes, hopper_gemm
+from pallas_kernels.common import hopper_gemm, varying_axes
+from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, WARPGROUP, address, assemble
 from pallas_kernels.formats import TwELL
-from pallas_kernels.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, WARPGROUP, address, assemble
 
 _STAGES = {128: 5, 256: 3}  # of T: what shared memory holds beside the epilogue's
 
@@ -77,7 +77,7 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
             "gates": plgpu.SMEM((tile // 8 * WARPGROUP,), jnp.uint32),
         },
     )
-    words, hits = axes.vary_with(x, (words, hits))  # Mosaic GPU's outputs do not say so themselves
+    words, hits = varying_axes.vary_with(x, (words, hits))  # Mosaic GPU's outputs do not say so themselves
     packed = TwELL(words, None, d_ff, tile, slots, x.dtype)
     return packed, jnp.sum(hits, axis=0, dtype=jnp.int32)[:d_ff]
 

@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import axes
+from pallas_kernels.common import varying_axes
 from pallas_kernels.formats import TwELL
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
 
@@ -58,9 +58,9 @@ def gate_pack(
     shape = (tokens, n_tiles * slots)
     wide = x.dtype.itemsize == 4
     out_shape = [
-        axes.output(x, (n_blocks, n_tiles * tile // 4), jnp.uint32),
-        axes.output(x, shape, jnp.uint32),
-    ] + [axes.output(x, shape, jnp.float32)] * wide
+        varying_axes.output(x, (n_blocks, n_tiles * tile // 4), jnp.uint32),
+        varying_axes.output(x, shape, jnp.uint32),
+    ] + [varying_axes.output(x, shape, jnp.float32)] * wide
     kernel = partial(_gate_kernel, tile=tile, slots=slots, config=config, interpret=interpret)
     byte_counts, words, *values = pl.pallas_call(
         kernel,
@@ -244,7 +244,7 @@ def down(packed: TwELL, w_down: jax.Array, *, config: UpDownConfig, interpret: b
 def _over_rows(packed, operands, config, interpret, name):
     tokens, d_model = packed.words.shape[0], operands[-1].shape[1]
     stored = [packed.words] if packed.values is None else [packed.words, packed.values]
-    output = partial(axes.output, packed.words)
+    output = partial(varying_axes.output, packed.words)
     geometry = {"n_tiles": packed.n_tiles, "slots": packed.slots, "dtype": packed.dtype}
     y, l1, nnz, overflows = pl.pallas_call(
         partial(_rows_kernel, **geometry, gated=len(operands) == 3, config=config),

@@ -11,7 +11,8 @@ import pytest
 from op_contract import DL1, Contract, call, check_everything, cotangent, differentiate, run
 from panel_path import PanelPath
 
-from pallas_kernels import FFNOptions, adaptive
+from pallas_kernels import FFNOptions
+from pallas_kernels import auto as adaptive
 
 
 class TestAutoInterpreted(Contract):

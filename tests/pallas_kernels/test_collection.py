@@ -9,6 +9,7 @@ import pytest
 from op_contract import CASES
 
 FOLDER = Path(__file__).parent
+FILES = {path.name: str(path.relative_to(FOLDER)) for path in FOLDER.rglob("test_*.py")}
 SUITES = {
     "test_dense.py": ["TestDense"],
     "test_auto_interpret.py": ["TestAutoInterpreted"],
@@ -24,7 +25,16 @@ SUITES = {
 @pytest.fixture(scope="module")
 def collected():
     """How many tests pytest collects for each (file, class, case)."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--collect-only", *SUITES]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "--collect-only",
+        *(FILES[name] for name in SUITES),
+    ]
     listing = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     assert listing.returncode == 0, listing.stdout + listing.stderr
     ids = [line.split("[")[0].split("::") for line in listing.stdout.splitlines() if "::" in line]
@@ -48,8 +58,7 @@ def test_every_file_of_kernel_tests_collects(collected):
         "panel_search", "prune", "recorded", "reference", "reorder", "reorder_input", "tuning",
         "twell_lowering", "weight_gradients",
     }  # fmt: skip
-    found = {path.name for path in FOLDER.glob("test_*.py")}
-    assert found == {f"test_{name}.py" for name in others} | set(SUITES)
+    assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 
 
 def test_gpu_tests_are_skipped_with_the_reason_elsewhere():
@@ -65,7 +74,7 @@ def test_gpu_tests_are_skipped_with_the_reason_elsewhere():
         "0",
         "-q",
         "-rs",
-        "test_twell_gpu.py",
+        FILES["test_twell_gpu.py"],
         "-k",
         "enough_random",
     ]

@@ -22,7 +22,7 @@ from small_layers import (
     run,
 )
 
-from pallas_kernels.reorder import PruneCheck, Pruned, neuron_order, prune_silent, reorder
+from pallas_kernels.neurons import PruneCheck, Pruned, neuron_order, prune_silent, reorder
 
 compiling_test = settings(property_test, max_examples=10)  # a new shape an example
 

@@ -18,7 +18,7 @@ from small_layers import (
     run,
 )
 
-from pallas_kernels.reorder import inverse_order, neuron_order, prune_silent, reorder
+from pallas_kernels.neurons import inverse_order, neuron_order, prune_silent, reorder
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=40)
 

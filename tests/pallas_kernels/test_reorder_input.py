@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.reorder import inverse_order, neuron_order, prune_silent, reorder
+from pallas_kernels.neurons import inverse_order, neuron_order, prune_silent, reorder
 
 
 def good():

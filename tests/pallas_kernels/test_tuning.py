@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import FFNOptions, tuning
+from pallas_kernels.bench import tune_twell as search
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.timing import Timing
 from pallas_kernels.device import Device
-from pallas_kernels.inputs import Activity, ffn_inputs
 from pallas_kernels.panel import config as panel_configs
-from pallas_kernels.timing import Timing
-from pallas_kernels.tuning import search
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
 

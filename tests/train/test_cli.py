@@ -199,7 +199,7 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("evaluate --help", ["--checkpoint", "--json", "--batches"]),
         ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
-        ("plot --help", ["--out", "bench_layers"]),
+        ("plot --help", ["--out", "bench layers"]),
     ],
 )
 def test_help_names_the_options(capsys, command, names):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import recorded, sparse_ffn
+from pallas_kernels import sparse_ffn
+from pallas_kernels.bench import recorded
 from train import cli, data
 from train.checkpoint import load_for_inference
 
@@ -43,7 +44,7 @@ def test_a_layer_alone_and_its_figures(finished, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{float(stats.l0):.1f}" in said
     assert f"{case.tokens:,} tokens of each layer: {out}" in said
-    assert "bench_layers forward --inputs" in said
+    assert "bench layers forward --inputs" in said
 
 
 def test_sequences_in_parts_are_the_sequences_at_once(finished, saved, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import accuracy, reference, timing, tuning
 from pallas_kernels import device as device_lib
+from pallas_kernels import reference, tuning
+from pallas_kernels.bench import accuracy, timing
 from pallas_kernels.options import FFNOptions
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down

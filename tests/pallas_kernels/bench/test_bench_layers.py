@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench_layers
 from pallas_kernels import device as device_lib
-from pallas_kernels.cases import Case
+from pallas_kernels.bench import layers as bench_layers
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.inputs import PROFILES, Activity, ffn_inputs, like_trained, measure
+from pallas_kernels.bench.shapes import FFNShape
 from pallas_kernels.device import Device
-from pallas_kernels.inputs import PROFILES, Activity, ffn_inputs, like_trained, measure
-from pallas_kernels.shapes import FFNShape
 
 CASE = Case(FFNShape("tiny", 32, 64), 32, Activity(8.0))
 COMPARED = bench_layers.layers(["dense", "auto"])

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import axes, dense, reference
+from pallas_kernels import dense, reference
+from pallas_kernels.common import varying_axes
 
 BLOCK = 4096
 """Most tokens of a block: enough for a GEMM to run at its full rate."""
@@ -57,7 +58,7 @@ def backward(
 
 
 def _zeros_like(x, weight):
-    return axes.vary_with(x, jnp.zeros(weight.shape, jnp.float32))
+    return varying_axes.vary_with(x, jnp.zeros(weight.shape, jnp.float32))
 
 
 def _split(rows: jax.Array) -> jax.Array:

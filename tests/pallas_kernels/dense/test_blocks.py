@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks, dense, reference
-from pallas_kernels.inputs import Activity, ffn_inputs
+from pallas_kernels import dense, reference
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.dense import blocks
 
 
 @pytest.fixture(autouse=True)

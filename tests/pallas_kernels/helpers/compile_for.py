@@ -5,7 +5,7 @@ needs JAX's plugin for CUDA, of the version of JAX, but neither a GPU nor a driv
 compile for those alone.
 
 pip install jax-cuda12-plugin==0.11.2 jax-cuda12-pjrt==0.11.2
-PYTHONPATH=.:tests/pallas_kernels python tests/pallas_kernels/compile_for.py
+PYTHONPATH=.:tests/pallas_kernels/helpers python tests/pallas_kernels/helpers/compile_for.py
 """
 
 import os

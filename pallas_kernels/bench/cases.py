@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, reference, sparse_ffn, sparse_mlp
-from pallas_kernels.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.shapes import PAPER, SHAPES, TOKENS, FFNShape
 from pallas_kernels.options import FFNOptions, FFNStats
-from pallas_kernels.shapes import PAPER, SHAPES, TOKENS, FFNShape
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
 

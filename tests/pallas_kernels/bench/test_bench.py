@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FFNOptions, accuracy, bench, cases, reference, timing
+from pallas_kernels import FFNOptions, reference
 from pallas_kernels import device as device_lib
-from pallas_kernels.cases import Case
+from pallas_kernels.bench import accuracy, cases, timing
+from pallas_kernels.bench import twell as bench
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.shapes import PAPER, SHAPES, FFNShape
+from pallas_kernels.bench.timing import Ceilings
 from pallas_kernels.device import Device
 from pallas_kernels.formats import TwELL
-from pallas_kernels.inputs import Activity, ffn_inputs
-from pallas_kernels.shapes import PAPER, SHAPES, FFNShape
-from pallas_kernels.timing import Ceilings
 
 OPTIONS = FFNOptions(format="twell", backend="interpret", tile=64, compression=4)
 LIMITS = Ceilings(flops=1e15, bytes=4e12, dispatch_ms=1e-3)
@@ -216,7 +218,7 @@ def test_a_case_that_does_not_compile_is_reported(monkeypatch):
 
 
 def test_without_a_gpu_the_program_says_so(capsys):
-    assert bench.main(["twell"]) == 2
+    assert bench.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
@@ -239,7 +241,6 @@ def pretended_gpu(monkeypatch, finished):
 def test_the_program_asks_for_the_cases_that_were_named(pretended_gpu, capsys, tmp_path):
     path = tmp_path / "deep" / "out.json"
     arguments = [
-        "twell",
         "--shapes",
         "llama-3-8b",
         "--tokens",
@@ -251,7 +252,7 @@ def test_the_program_asks_for_the_cases_that_were_named(pretended_gpu, capsys, t
         str(path),
     ]
     assert bench.main(arguments) == 0
-    assert bench.main(["twell", "--tile", "128"]) == 0
+    assert bench.main(["--tile", "128"]) == 0
     (named, _), (everything, options) = pretended_gpu
     assert named == [Case(SHAPES["llama-3-8b"], m, Activity(9.0)) for m in (4096, 16)]
     assert everything == cases.default_cases()
@@ -262,7 +263,7 @@ def test_the_program_asks_for_the_cases_that_were_named(pretended_gpu, capsys, t
 
 def test_a_wrong_result_fails_the_program(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setattr(bench, "run", lambda *arguments, **keywords: [(None, ["y is wrong"])])
-    assert bench.main(["twell"]) == 1
+    assert bench.main([]) == 1
     assert "WRONG: y is wrong" in capsys.readouterr().err
 
 
@@ -278,6 +279,6 @@ def test_a_wrong_result_fails_the_program(pretended_gpu, monkeypatch, capsys):
 )
 def test_bad_arguments_end_the_program_with_a_sentence(pretended_gpu, capsys, arguments, sentence):
     with pytest.raises(SystemExit):
-        bench.main(["twell", *arguments])
+        bench.main([*arguments])
     assert sentence in capsys.readouterr().err
     assert pretended_gpu == []

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import accuracy, timing
 from pallas_kernels import device as device_lib
-from pallas_kernels.cases import (
+from pallas_kernels.bench import accuracy, timing
+from pallas_kernels.bench.cases import (
     Arrays,
     Case,
     Work,
@@ -31,13 +31,13 @@ from pallas_kernels.cases import (
     dense,
     work,
 )
+from pallas_kernels.bench.inputs import PROFILES, Activity
+from pallas_kernels.bench.json_file import JsonFile
+from pallas_kernels.bench.shapes import PAPER, SHAPES, TOKENS
+from pallas_kernels.bench.timing import Ceilings, Timing
+from pallas_kernels.bench.tune_twell import tune_twell
 from pallas_kernels.formats import TwELL
-from pallas_kernels.inputs import PROFILES, Activity
-from pallas_kernels.json_file import JsonFile
 from pallas_kernels.options import FFNOptions
-from pallas_kernels.shapes import PAPER, SHAPES, TOKENS
-from pallas_kernels.timing import Ceilings, Timing
-from pallas_kernels.tuning.search import tune_twell
 from pallas_kernels.twell.config import TwELLConfig
 
 _LABELS = {
@@ -255,8 +255,7 @@ def _row_to_json(row: Row, limits: Ceilings) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
-    parser.add_argument("format", choices=["twell"], help="the sparse format to time")
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench twell", description=__doc__)
     parser.add_argument(
         "--shapes", nargs="+", choices=list(SHAPES), help="models (default: a fixed list of cases)"
     )
@@ -304,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        options = FFNOptions(args.format, args.backend, tile=args.tile, compression=args.compression)
+        options = FFNOptions("twell", args.backend, tile=args.tile, compression=args.compression)
         cases, file = _cases(args), JsonFile(args.json)
         for case in cases:
             choose_backend(case, options)

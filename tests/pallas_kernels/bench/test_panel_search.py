@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FFNOptions, bench_layers, reference, sparse_ffn, tuning
+from pallas_kernels import FFNOptions, reference, sparse_ffn, tuning
 from pallas_kernels import device as device_lib
+from pallas_kernels.bench import layers as bench_layers
+from pallas_kernels.bench import panel_stages
+from pallas_kernels.bench import tune_panel as panel_search
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.panel_stages import STAGES, TIED, candidates, padded
+from pallas_kernels.bench.timing import Timing
+from pallas_kernels.bench.tune_panel import Found, tune_panel
 from pallas_kernels.device import Device
-from pallas_kernels.inputs import Activity, ffn_inputs
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.config import StageConfig, WeightsConfig
-from pallas_kernels.timing import Timing
-from pallas_kernels.tuning import panel_search, panel_stages
-from pallas_kernels.tuning.panel_search import Found, tune_panel
-from pallas_kernels.tuning.panel_stages import STAGES, TIED, candidates, padded
 
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
 AMPERE = Device("gpu", "NVIDIA A10", 86, 72)

@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import axes, backup, reference
 from pallas_kernels import dense as dense_layer
+from pallas_kernels import reference
+from pallas_kernels.common import varying_axes
+from pallas_kernels.dense import backup_rows
 from pallas_kernels.hybrid import config as configs
 from pallas_kernels.hybrid.pallas_triton import Ell, Rows, gate_pack, up_down
 from pallas_kernels.hybrid.pallas_triton_backward import (
@@ -131,7 +133,7 @@ def _backup(rows: Rows, overflows, bound, x, w_gate, w_up, w_down):
         dense = reference.multiply(h, w_down)
         return y.at[ids].set(dense, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
 
-    return backup.rounds(overflows, bound, one_round, (rows.y, rows.l1))
+    return backup_rows.rounds(overflows, bound, one_round, (rows.y, rows.l1))
 
 
 def _forward(x, w_gate, w_up, w_down, options, backend):
@@ -167,7 +169,7 @@ def _backward(options, backend, residuals, cotangents):
     scale = (dl1 / x.shape[0]).astype(x.dtype).astype(jnp.float32).reshape(1)
     w_gate, w_up = _roles(*arguments[1:3])
     pulled = pull_rows(ell, dy, scale, w_gate, w_up, w_down, config=config.dx, interpret=interpret)
-    zero = axes.vary_with(x, jnp.zeros(w_down.shape, jnp.float32))
+    zero = varying_axes.vary_with(x, jnp.zeros(w_down.shape, jnp.float32))
     dense = [zero] * (2 if w_up is None else 3)
     dx, *dense = _backup_gradients(
         ell.overflows, config.backup_rows, (pulled.dx, *dense), x, dy, scale, w_gate, w_up, w_down
@@ -203,7 +205,7 @@ def _backup_gradients(overflows, bound, carry, x, dy, scale, w_gate, w_up, w_dow
         dense = [total + term for total, term in zip(dense, terms, strict=True)]
         return dx.at[ids].set(rows.astype(dx.dtype), mode="drop"), *dense
 
-    return backup.rounds(overflows, bound, one_round, carry)
+    return backup_rows.rounds(overflows, bound, one_round, carry)
 
 
 ffn.defvjp(_forward, _backward)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_twell_lowering import lowered
+from lowering import lowered
 
-from pallas_kernels import device, hopper_gemm
-from pallas_kernels.hopper_gemm import ROWS, TILE_M
+from pallas_kernels import device
+from pallas_kernels.common import hopper_gemm
+from pallas_kernels.common.hopper_gemm import ROWS, TILE_M
 from pallas_kernels.panel import pallas_mosaic_gpu as panel
 from pallas_kernels.twell import pallas_mosaic_gpu as twell
 

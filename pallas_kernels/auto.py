@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import axes, panel, reference
 from pallas_kernels import dense as dense_layer
+from pallas_kernels import panel, reference
+from pallas_kernels.common import varying_axes
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import vjp as panel_vjp
+from pallas_kernels.panel import layer as panel_vjp
 
 _PROBES, _PANELS_EACH = 4, 16
 _GOLDEN = 0.6180339887498949
@@ -90,7 +91,7 @@ def _forward(x, w_gate, w_up, w_down, options, backend):
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
         residuals = panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
         # Constants too: what the other branch gives is computed.
-        return axes.vary_with(x, (outputs, residuals))
+        return varying_axes.vary_with(x, (outputs, residuals))
 
     outputs, residuals = lax.cond(decision, sparse, dense, *arguments)
     return outputs, (saved, residuals.named())

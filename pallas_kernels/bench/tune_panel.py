@@ -19,15 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device as device_lib
-from pallas_kernels import dispatch, timing, tuning
-from pallas_kernels.options import FFNOptions
-from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import vjp
-from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import Hidden
-from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists, build_lists, count_active, n_chunks
-from pallas_kernels.tuning.panel_stages import (
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.bench import timing
+from pallas_kernels.bench.panel_stages import (
     DIRECTIONS,
     PADDINGS,
     STAGES,
@@ -37,6 +31,13 @@ from pallas_kernels.tuning.panel_stages import (
     candidates,
     padded,
 )
+from pallas_kernels.options import FFNOptions
+from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import layer as panel_layer
+from pallas_kernels.panel.config import PanelConfig
+from pallas_kernels.panel.pallas_triton import Hidden
+from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists, build_lists, count_active, n_chunks
 
 _SAMPLED_PANELS = 4
 _search = partial(timing.measure, rounds=3, chain_ms=6.0)
@@ -137,7 +138,7 @@ class _Search:
         self._interpret = backend == "interpret"
         self.stages = [name for name in STAGES if name != "gate" or backend != "mosaic_gpu"]
         gate_weight, up_weight = (inputs["w_gate"], weight) if self._gated else (weight, None)
-        gate = jax.jit(partial(vjp.gate_stage, config=self.plain, backend=backend))(x, gate_weight)
+        gate = jax.jit(partial(panel_layer.gate_stage, config=self.plain, backend=backend))(x, gate_weight)
         layer: Given = {
             "x": x, "gate_weight": gate_weight, "up_weight": up_weight, "w_down": inputs["w_down"], "dy": dy,
             "dl1": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,

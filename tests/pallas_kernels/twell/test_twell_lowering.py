@@ -11,31 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
+from lowering import lowered, shapes
 from op_contract import DTYPES, LAYERS, call, differentiate
 
 from pallas_kernels import FFNOptions
-from pallas_kernels.shapes import SHAPES, TOKENS
+from pallas_kernels.bench.shapes import SHAPES, TOKENS
 
-H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 KERNELS = {"gated": ("twell_gate_pack", "twell_up_down"), "non-gated": ("twell_gate_pack", "twell_down")}
 OPTIONS = FFNOptions(format="twell", backend="triton")
-
-
-def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
-    """Arguments of one call, as shapes: x (M, D) and weights (F, D)."""
-    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
-    names = ("w_gate", "w_up", "w_down") if kind == "gated" else ("w_up", "w_down")
-    return {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)} | dict.fromkeys(names, weight)
-
-
-def lowered(function, *arguments, mesh_shape=(), mesh_axes=()):
-    """The StableHLO of a function, lowered for CUDA on an abstract H200."""
-    axis_types = (AxisType.Auto,) * len(mesh_axes)
-    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=H200)
-    with use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def assert_kernels(text, kind="gated"):

@@ -1,5 +1,5 @@
 """Times whole feed-forward layers, every format against the dense one:
-``python -m pallas_kernels.bench_layers``.
+``python -m pallas_kernels.bench layers``.
 
 ``forward`` times the layer as inference runs it, ``train`` a gradient of ``sum(dy y) + l1`` in x and all
 weights, forward and backward. Contestants take turns in one process; errors are against f32, on sampled rows
@@ -20,17 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import accuracy, dispatch, recorded, reference, timing
 from pallas_kernels import device as device_lib
-from pallas_kernels.cases import Case
+from pallas_kernels import dispatch, reference
+from pallas_kernels.bench import accuracy, recorded, timing
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.inputs import PROFILES, Activity, like_trained, measure
+from pallas_kernels.bench.json_file import JsonFile
+from pallas_kernels.bench.recorded import RecordedCase
+from pallas_kernels.bench.shapes import PAPER, SHAPES
+from pallas_kernels.bench.timing import Timing
+from pallas_kernels.bench.tune_panel import tune_panel
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
-from pallas_kernels.inputs import PROFILES, Activity, like_trained, measure
-from pallas_kernels.json_file import JsonFile
 from pallas_kernels.options import FFNOptions
-from pallas_kernels.recorded import RecordedCase
-from pallas_kernels.shapes import PAPER, SHAPES
-from pallas_kernels.timing import Timing
-from pallas_kernels.tuning.panel_search import tune_panel
 
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
 _TUNING_SECONDS = (
@@ -109,12 +110,13 @@ def _gate_weight(inputs):
 
 
 def _gate_panel(inputs):
-    from pallas_kernels.panel import config, vjp
+    from pallas_kernels.panel import config
+    from pallas_kernels.panel import layer as panel_layer
 
     options = FFNOptions(format="panel")
     x, weight = inputs["x"], _gate_weight(inputs)
     backend = dispatch.choose(options, dispatch.Call.of(x, weight, options)).backend
-    return vjp.gate_stage(x, weight, config.choose(x, weight, options), backend)
+    return panel_layer.gate_stage(x, weight, config.choose(x, weight, options), backend)
 
 
 def run(
@@ -218,7 +220,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench_layers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench layers", description=__doc__)
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"

@@ -12,26 +12,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
+from lowering import lowered, on_h200, shapes
 from op_contract import DTYPES, LAYERS, differentiate
 from op_contract import call as call_with
 
 from pallas_kernels import FFNOptions
-from pallas_kernels.hybrid.vjp import _forward
-from pallas_kernels.shapes import SHAPES, TOKENS
+from pallas_kernels.bench.shapes import SHAPES, TOKENS
+from pallas_kernels.hybrid.layer import _forward
 
-H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 FORWARD = {"gated": ("twell_gate_pack", "hybrid_up_down"), "non-gated": ("twell_gate_pack", "hybrid_down")}
 BACKWARD = ("hybrid_dx", "hybrid_dw")
 OPTIONS = FFNOptions(format="hybrid", backend="triton")
-
-
-def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
-    """Arguments of one call, as shapes: x (M, D) and weights (F, D)."""
-    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
-    names = ("w_gate", "w_up", "w_down") if kind == "gated" else ("w_up", "w_down")
-    return {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)} | dict.fromkeys(names, weight)
 
 
 def call(inputs, options=OPTIONS):
@@ -45,23 +37,6 @@ def arguments(inputs):
 def step(inputs, apply=call):
     """Outputs and gradients of a call."""
     return differentiate(inputs, jnp.ones(inputs["x"].shape, jnp.float32), 1.0, apply)
-
-
-def on_h200(function, *arguments, mesh_shape=(), mesh_axes=()):
-    """``function(*arguments)`` under an abstract mesh of H200s."""
-    axis_types = (AxisType.Auto,) * len(mesh_axes)
-    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=H200)
-    with use_abstract_mesh(mesh):
-        return function(*arguments)
-
-
-def lowered(function, *arguments, **mesh):
-    """The StableHLO of a function, lowered for CUDA on an abstract H200."""
-
-    def lower():
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-    return on_h200(lower, **mesh)
 
 
 def assert_kernels(text, kind="gated", backward=False):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.shapes import FFNShape
+from pallas_kernels.bench.shapes import FFNShape
 
 _ARGUMENTS = ("x", "w_gate", "w_up", "w_down")
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -6,9 +6,9 @@ Names of formats as arguments run those alone.
 Compiling under the sanitizer takes many times as long, so compile first, into a cache:
 
 export PYTHONPATH=. JAX_COMPILATION_CACHE_DIR=$(mktemp -d) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-python tests/pallas_kernels/sanitize.py
-compute-sanitizer --tool memcheck  python tests/pallas_kernels/sanitize.py
-compute-sanitizer --tool racecheck python tests/pallas_kernels/sanitize.py
+python tests/pallas_kernels/helpers/sanitize.py
+compute-sanitizer --tool memcheck  python tests/pallas_kernels/helpers/sanitize.py
+compute-sanitizer --tool racecheck python tests/pallas_kernels/helpers/sanitize.py
 """
 
 import os

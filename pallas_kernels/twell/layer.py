@@ -11,7 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backup, dense, reference
+from pallas_kernels import dense, reference
+from pallas_kernels.dense import backup_rows
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
@@ -73,7 +74,7 @@ def _backup(rows, bound, x, w_gate, w_up, w_down):
         whole = reference.multiply(h, w_down)
         return y.at[ids].set(whole, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
 
-    return backup.rounds(rows.overflows, bound, one_round, (rows.y, rows.l1))
+    return backup_rows.rounds(rows.overflows, bound, one_round, (rows.y, rows.l1))
 
 
 def _forward(x, w_gate, w_up, w_down, options, backend):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench_layers, recorded
-from pallas_kernels.inputs import Activity, ffn_inputs
+from pallas_kernels.bench import layers as bench_layers
+from pallas_kernels.bench import recorded
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
 
 DTYPES = ("bfloat16", "float16", "float32")
 

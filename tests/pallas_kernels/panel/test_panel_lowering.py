@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from lowering import lowered, shapes
 from op_contract import DTYPES, LAYERS, call, differentiate
-from test_twell_lowering import lowered, shapes
 
 from pallas_kernels import FFNOptions
-from pallas_kernels.panel import vjp
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.bench.shapes import SHAPES
+from pallas_kernels.panel import layer
 
 OPTIONS = FFNOptions(format="panel", backend="triton")
 FORWARD = ("panel_gate", "panel_lists", "panel_up", "panel_down")
@@ -97,7 +97,7 @@ def test_bytes_kept_for_each_token(kind, most):
     tokens = 16384
     inputs = shapes(tokens, 2048, 5632, kind=kind)
     arguments = (inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"])
-    kept = jax.eval_shape(lambda *a: vjp.forward(*a, OPTIONS, "triton")[1][1], *arguments)
+    kept = jax.eval_shape(lambda *a: layer.forward(*a, OPTIONS, "triton")[1][1], *arguments)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     assert size / tokens <= most
 

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import axes, blocks, dense, reference
+from pallas_kernels import dense, reference
+from pallas_kernels.common import varying_axes
+from pallas_kernels.dense import blocks
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.config import PanelConfig
@@ -143,7 +145,7 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
 
     def instead(gate, lists):
         like = jax.eval_shape(sparse, gate, lists)[2]
-        return *blocks.forward(*arguments), axes.vary_with(x, empty(like))
+        return *blocks.forward(*arguments), varying_axes.vary_with(x, empty(like))
 
     fits, listed = needed <= room, lists
     if room == chunks:

@@ -1,0 +1,1 @@
+"""The benchmark program of the kernels: ``python -m pallas_kernels.bench layers | twell``."""

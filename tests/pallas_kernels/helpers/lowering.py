@@ -1,0 +1,30 @@
+"""Calls lowered for CUDA on a machine that needs no GPU, through an abstract H200."""
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
+    """Arguments of one call, as shapes: x (M, D) and weights (F, D)."""
+    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
+    names = ("w_gate", "w_up", "w_down") if kind == "gated" else ("w_up", "w_down")
+    return {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)} | dict.fromkeys(names, weight)
+
+
+def on_h200(function, *arguments, mesh_shape=(), mesh_axes=()):
+    """``function(*arguments)`` under an abstract mesh of H200s."""
+    axis_types = (AxisType.Auto,) * len(mesh_axes)
+    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=H200)
+    with use_abstract_mesh(mesh):
+        return function(*arguments)
+
+
+def lowered(function, *arguments, **mesh):
+    """The StableHLO of a function, lowered for CUDA on an abstract H200."""
+
+    def lower():
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    return on_h200(lower, **mesh)
