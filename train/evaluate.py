@@ -15,9 +15,9 @@ from rich.table import Table
 
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
-from train.checkpoint import load_for_inference
-from train.data import heldout_batches
+from train.data.batches import heldout_batches
 from train.errors import UserError
+from train.run.checkpoint import load_for_inference
 from train.state import Params
 from train.step import merge_statistics
 
@@ -121,7 +121,7 @@ def evaluate(
     Args:
       evaluator: from ``make_evaluator``.
       params: of the model.
-      batches: from ``data.heldout_batches``.
+      batches: from ``heldout_batches``.
       step: for the report.
       d_ff: for the report.
       place: puts this process's rows where the evaluator wants them.

@@ -11,8 +11,8 @@ import jax
 import pytest
 import tiny_runs
 
-from train.hooks import Hook
-from train.loop import run
+from train.run.hooks import Hook
+from train.run.loop import run
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 

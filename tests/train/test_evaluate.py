@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import data
-from train.checkpoint import load_for_inference
+from train.data.batches import heldout_batches
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint
+from train.run.checkpoint import load_for_inference
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def report(finished):
 
 def test_figures_are_what_they_are_called(finished, report):
     model, tokenizer, config, _ = load_for_inference(finished.workdir)
-    batches = data.heldout_batches(config.data, tokenizer, context_length=16, batch_size=4, limit=2)
+    batches = heldout_batches(config.data, tokenizer, context_length=16, batch_size=4, limit=2)
     tokens = np.concatenate([batch["tokens"] for batch in batches])
     logits, stats = model(tokens[:, :-1])
     log_p = np.asarray(jax.nn.log_softmax(logits))

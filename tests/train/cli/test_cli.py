@@ -1,0 +1,321 @@
+"""The program as a user types it: what works, and one sentence and a status for each mistake."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import configs
+from pallas_kernels import sparse_ffn
+from train import cli
+from train.data.tokenizer import ByteTokenizer
+
+SMALL = {
+    "--steps": "2", "--batch-size": "4", "--data.tokenizer": "byte", "--model.vocab-size": "257",
+    "--model.d-model": "16", "--model.d-ff": "32", "--model.num-layers": "1", "--model.num-heads": "2",
+    "--model.num-kv-heads": "1", "--model.context-length": "16", "--report.evaluate-batches": "1",
+    "--optimizer.warmup-steps": "1",
+}  # fmt: skip
+
+
+def complaint(capsys, *argv):
+    """Status and sentence of a command that fails before it prints anything else."""
+    status = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sparse-lm: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return status, err.removeprefix("sparse-lm: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("",
+         "expected a command, one of train, generate, evaluate, layer-inputs, plot, bench-step, compare; "
+         "got none: see sparse-lm --help"),
+        ("trian",
+         "expected a command, one of train, generate, evaluate, layer-inputs, plot, bench-step, compare; "
+         "got 'trian'; did you mean train?"),
+        ("train --config tinny",
+         "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
+        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
+        ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
+        ("train --model.stepz=4 --steps 3", "unknown option --model.stepz"),
+        ("train --learning_rate 1",
+         "unknown option --learning-rate; did you mean --optimizer.learning-rate?"),
+        ("train --l1 1", "unknown option --l1; did you mean --model.sparsity.l1?"),
+        ("train --zzz", "unknown option --zzz: see sparse-lm train --help"),
+        ("train extra", "unexpected argument 'extra': sparse-lm train takes options only, see its --help"),
+        ("train --steps", "--steps needs a value; got none"),
+        ("train --steps abc", "--steps must be a whole number; got 'abc'"),
+        ("train --steps 1e3", "--steps must be a whole number; got '1e3'"),
+        ("train --optimizer.eps x", "--optimizer.eps must be a number; got 'x'"),
+        ("train --model.ffn.backup-rows x",
+         "--model.ffn.backup-rows must be a whole number or None; got 'x'"),
+        ("train --model.dtype f32",
+         "--model.dtype must be one of 'bfloat16', 'float16', 'float32'; got 'f32'"),
+        ("train --steps 0", "steps must be at least 1 and under 2^31; got 0"),
+        ("train --seed -1", "seed must be at least 0 and under 2^32; got -1"),
+        ("train --data.paths=", "data.paths must name files; got ''"),
+        ("train --model.gated false",
+         "--model.gated takes no value; got 'false': write --model.gated or --model.no-gated"),
+        ("generate --debug=yes --checkpoint x",
+         "--debug takes no value; got 'yes': write --debug or --no-debug"),
+        ("train --model.sparsity.l1 -1", "model.sparsity.l1 must be a finite number of at least 0; got -1.0"),
+        ("train --model.num-heads 7", "model.num-heads must divide model.d-model=128; got 7"),
+        ("train --optimizer.accumulation 5", "batch-size must be a multiple of optimizer.accumulation=5"),
+        ("generate --prompt x", "generate needs --checkpoint; got none"),
+        ("generate --checkpoint x", "generate needs at least one --prompt TEXT; got none"),
+        ("generate --checkpoint x --prompt y --temperature -1",
+         "temperature must be a finite number of at least 0"),
+        ("generate --checkpoint x --prompt y --top-p 2", "top_p must be over 0 and at most 1"),
+        ("generate --checkpoint x --prompt \udcff", "--prompt must be UTF-8 text; prompt 1 is not"),
+        ("evaluate", "evaluate needs --checkpoint; got none"),
+        ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
+        ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
+        ("plot x.json", "plot needs --out; got none"),
+        ("plot --out x.png", "plot needs at least one file of results; got none"),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(capsys, command, sentence):
+    status, said = complaint(capsys, *command.split())
+    assert sentence in said
+    assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("train --data.paths {tmp}/none.jsonl", "there is no file"),
+        ("train --workdir {tmp}/file", "workdir must be a directory that can be made and written to; "),
+        ("train --data.tokenizer {tmp}/none.json", "found no file"),
+        ("train --data.tokenizer byte --model.vocab-size 100",
+         "the tokenizer has 257 ids but model.vocab-size is 100"),
+        ("train --data.tokenizer bpe --model.vocab-size 100", "at least 257"),
+        ("generate --checkpoint {tmp}/none --prompt x", "there is none at"),
+        ("generate --checkpoint {tmp} --prompt x", "found none"),
+        ("evaluate --checkpoint {tmp}", "found none"),
+        ("generate --checkpoint {run} --prompt 0123456789abcdef", "context of 16 tokens; got one of 16"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 16", "beyond the model's context of 16"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 0",
+         "max_new_tokens must be at least 1; got 0"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
+        ("evaluate --checkpoint {run} --batches 0", "batches must be at least 1; got 0"),
+        ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
+         "--out must name a file in a directory that is there"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/x.npz --layers 2",
+         "layers must be from 0 to 1, which the model has"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/x.npz --tokens 15",
+         "tokens must be at least 16, one sequence"),
+        ("plot {tmp}/none.json --out {tmp}/x.png", "none.json: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command, sentence):
+    words = command.format(tmp=tmp_path, run=finished.workdir).split()
+    (tmp_path / "file").touch()
+    if words[0] == "train" and "--workdir" not in words:
+        words += ["--workdir", str(tmp_path / "run")]
+    status, said = complaint(capsys, *words)
+    assert sentence in said
+    assert status == 1
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
+    def run(config):
+        x, weight = jnp.ones((2, 4)), jnp.ones((8, 4))
+        jax.jit(lambda x: sparse_ffn(x, weight, weight, weight, options=config.model.ffn))(x)
+
+    monkeypatch.setattr("train.run.loop.run", run)
+    status, said = complaint(capsys, "train", "--model.ffn.format", "twell")
+    assert said.startswith("backend='triton' needs an NVIDIA GPU")
+    assert status == 1
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(Exception, match="there is none at"):
+        cli.main(["evaluate", "--checkpoint", str(tmp_path / "none"), "--debug"])
+
+
+def surprise_of_the_interpreter(config):
+    int("x")
+
+
+def surprise_of_a_library(config):
+    json.loads("{")
+
+
+@pytest.mark.parametrize("surprise", [surprise_of_the_interpreter, surprise_of_a_library])
+def test_a_surprise_keeps_its_traceback(monkeypatch, surprise):
+    monkeypatch.setitem(surprise.__globals__, "__name__", "train.run.loop")
+    monkeypatch.setattr("train.run.loop.run", surprise)
+    with pytest.raises(ValueError, match=r"invalid literal|Expecting property"):
+        cli.main(["train"])
+
+
+def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr("train.run.loop.run", seen.append)
+    assert cli.main(["train"]) == 0
+    assert (
+        cli.main(
+            ["train", "--config", "1b", "--steps=7", "--model.sparsity.l1", "0", "--data.paths", "a", "b"]
+        )
+        == 0
+    )
+    assert seen[0] == configs.load("tiny")
+    assert seen[1].steps == 7
+    assert seen[1].model.sparsity.l1 == 0
+    assert seen[1].data.paths == ("a", "b")
+    assert seen[1].model.num_layers == configs.load("1b").model.num_layers
+
+
+def test_interrupts_end_quietly(capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.run.loop.run", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("--help", ["train", "generate", "evaluate", "layer-inputs", "plot"]),
+        (
+            "train --help",
+            ["--config", "--steps", "--optimizer.learning-rate", "--model.sparsity.l1", "--workdir"],
+        ),
+        ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
+        ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
+        ("evaluate --help", ["--checkpoint", "--json", "--batches"]),
+        ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
+        ("plot --help", ["--out", "bench layers"]),
+    ],
+)
+def test_help_names_the_options(capsys, command, names):
+    assert cli.main(command.split()) == 0
+    out, err = capsys.readouterr()
+    assert [name for name in names if name not in out] == []
+    assert err == ""
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sparse-lm ")
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "trian", "train --config tinny", "generate --stepz"]
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(command):
+    code = (
+        f"import sys; from train.cli import main; main({command.split()!r}); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=_root())
+
+
+def test_train_in_a_process_of_its_own(tmp_path, corpus):
+    workdir = tmp_path / "run"
+    options = [*itertools.chain(*SMALL.items()), "--data.paths", str(corpus), "--workdir", str(workdir)]
+    process = subprocess.run(
+        [sys.executable, "-m", "train", "train", *options],
+        capture_output=True,
+        text=True,
+        cwd=_root(),
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"python -m train generate --checkpoint {workdir}" in process.stdout
+    assert "Traceback" not in process.stderr
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    process = subprocess.run(
+        [sys.executable, "-m", "train", "generate", "--promt", "x", "--checkpoint", "y"],
+        capture_output=True,
+        text=True,
+        cwd=_root(),
+    )
+    assert process.returncode == 2
+    assert process.stderr == "sparse-lm: unknown option --promt; did you mean --prompt?\n"
+
+
+@pytest.mark.parametrize("prompt", ["the road 🙂", ""])
+def test_generate_streams_its_prompt_and_what_follows(capsys, finished, prompt):
+    assert cli.main(["generate", "--checkpoint", str(finished.workdir), "--prompt", prompt]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(prompt)
+    assert out.endswith("\n")
+
+
+def test_generate_takes_several_prompts(capsys, finished):
+    options = ["--checkpoint", str(finished.workdir), "--max-new-tokens", "4", "--temperature", "0"]
+    assert cli.main(["generate", *options, "--prompt", "the road"]) == 0
+    alone = capsys.readouterr().out
+    assert cli.main(["generate", *options, "--prompt", "the road", "--prompt", "we"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("[1/2] the road")
+    assert "[2/2] we" in out
+    # A stream never shows what may yet become a character; at the end nothing more can come.
+    assert out.removeprefix("[1/2] ").replace("\ufffd", "").startswith(alone.rstrip())
+
+
+def test_a_character_of_several_tokens_is_never_broken_on_its_way(capsys, monkeypatch, finished):
+    letters = ByteTokenizer().encode("é🙂 東")
+    monkeypatch.setattr("sparse_lm.generate.stream", lambda *a, **k: ([letter] for letter in letters))
+    assert cli.main(["generate", "--checkpoint", str(finished.workdir), "--prompt", "x"]) == 0
+    assert capsys.readouterr().out == "xé🙂 東\n"
+
+
+def test_evaluate_repeats_what_training_measured(capsys, finished):
+    assert cli.main(["evaluate", "--checkpoint", str(finished.workdir), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    figures = json.loads(out)
+    assert figures["step"] == finished.config.steps
+    assert figures["ce"] == pytest.approx(finished.result.evaluation.ce, rel=1e-5)
+    assert "bits per byte" in err
+
+
+@pytest.fixture
+def evaluated(monkeypatch, finished):
+    monkeypatch.setattr("train.evaluate.evaluate_checkpoint", lambda *a, **k: finished.result.evaluation)
+    return finished.result.evaluation
+
+
+def test_evaluate_prints_a_table_and_writes_json(capsys, evaluated, tmp_path):
+    path = tmp_path / "figures.json"
+    assert cli.main(["evaluate", "--checkpoint", "x", "--json", str(path)]) == 0
+    assert "bits per byte\n" in capsys.readouterr().out
+    assert json.loads(path.read_text())["ce"] == evaluated.ce
+
+
+def test_an_error_of_the_system_is_a_sentence(capsys, evaluated, tmp_path):
+    target = tmp_path / "no" / "figures.json"
+    assert cli.main(["evaluate", "--checkpoint", "x", "--json", str(target)]) == 1
+    assert capsys.readouterr().err == (
+        f"sparse-lm: --json must name a file that can be written; {target}: No such file or directory\n"
+    )
+
+
+def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
+    def run(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("train.run.loop.run", run)
+    status, said = complaint(capsys, "train")
+    assert "it ran out of memory: lower the batch size" in said
+    assert status == 1
+
+
+def _root():
+    return os.path.dirname(os.path.dirname(os.path.dirname(cli.__file__)))

@@ -1,0 +1,291 @@
+"""What a training step of a whole model costs with the sparse kernels: ``sparse-lm bench-step``.
+
+Every pair of a format and a remat policy is one case: the step that ``train`` runs, on one micro-batch of
+random tokens. Each layer has the same chosen number of active neurons a token, from the first step to the
+last: initial weights make it so (`synthetic.sparse_from_the_start`), and a learning rate too small to change
+a weight keeps it so. The number that the timed steps then count, l0, is reported beside their times.
+
+Memory is what the compiled program holds at once: the state, which it updates in place, its tokens, and its
+temporary buffers, which is where formats and policies differ. With ``--peaks`` every case has a process of
+its own, whose allocator says the most that it ever held.
+"""
+
+import dataclasses
+import gc
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels.bench import timing
+from pallas_kernels.options import Format
+from sparse_lm import ModelConfig
+from sparse_lm.config import RematPolicy
+from train import parallel
+from train.bench import synthetic
+from train.config import OptimizerConfig, ParallelConfig, TrainConfig
+from train.errors import UserError
+from train.output import JsonFile, print_table
+from train.state import Program, build_program
+
+WARM_UP = 3
+_UNCHANGING = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
+_MIB = 2**20
+_COMPILERS = 4  # at a time: on a GPU each of them takes memory to try out products in
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchStepOptions:
+    """Times training steps of a preset, and says what memory they take, sparse formats against the dense one.
+
+    Attributes:
+      config: the preset whose model it is.
+      batch_size: sequences of the micro-batch, each of the model's context length.
+      formats: how the feed-forward layers store activations, one case each.
+      remats: what the backward recomputes, one case each.
+      nnz: active neurons that each layer has for a token, on average.
+      steps: timed steps of a case, after 3 that are not.
+      peaks: run each case in a process of its own and report its allocator's peak; on a GPU only.
+      json: also write all figures to this file, case by case.
+      model: sizes and numerics; ``formats`` and ``remats`` stand in for its own choices.
+      debug: show the traceback of an error.
+    """
+
+    model: ModelConfig
+    config: str = "0p5b"
+    batch_size: int = 8
+    formats: tuple[Literal["dense", "auto", "panel", "hybrid", "twell"], ...] = (
+        "dense",
+        "auto",
+        "panel",
+        "hybrid",
+    )
+    remats: tuple[RematPolicy, ...] = ("none", "full", "sparse")
+    nnz: float = 45.0
+    steps: int = 10
+    peaks: bool = False
+    json: str | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        if not self.formats or not self.remats:
+            raise ValueError("formats and remats must each name at least one; got none")
+        if not self.nnz > 0:
+            raise ValueError(f"nnz must be above 0; got {self.nnz}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step to time."""
+
+    format: Format
+    remat: RematPolicy
+
+    def program(self, options: BenchStepOptions) -> Program:
+        """The run whose step it is. All cases of the same options have the same initial state."""
+        backend = "auto" if self.format == "dense" else options.model.ffn.backend
+        ffn = dataclasses.replace(options.model.ffn, format=self.format, backend=backend)
+        model = dataclasses.replace(options.model, remat=self.remat, ffn=ffn)
+        config = TrainConfig(
+            steps=WARM_UP + options.steps, batch_size=options.batch_size, model=model, optimizer=_UNCHANGING
+        )
+        return synthetic.sparse_from_the_start(build_program(config), options.nnz)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a case was found to take.
+
+    Attributes:
+      case: format and remat policy.
+      device: what it ran on.
+      samples_ms: milliseconds of each timed step; none where the case failed.
+      program_bytes: what the compiled step holds at once on a device: state, tokens and temporary buffers.
+      temporary_bytes: its temporary buffers alone.
+      peak_bytes: the most that a process of its own held on its first device; None if not asked for.
+      l0_per_layer: mean active neurons per token of each layer in the last step.
+      overflow_share: share of (token, layer) pairs that did not fit the format and were computed densely.
+      failure: why there are no times, in one sentence.
+    """
+
+    case: Case
+    device: str
+    samples_ms: tuple[float, ...] = ()
+    program_bytes: int | None = None
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
+    l0_per_layer: tuple[float, ...] = ()
+    overflow_share: float | None = None
+    failure: str | None = None
+
+    @property
+    def median_ms(self) -> float | None:
+        return statistics.median(self.samples_ms) if self.samples_ms else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute and the median, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return values.pop("case") | {"median_ms": self.median_ms} | values
+
+
+def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Row]:
+    """Times every case, prints a line for each and a table of all, and writes the JSON file asked for.
+
+    Raises:
+      UserError: the batch does not divide over the devices, or the file cannot be written.
+      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    file = JsonFile(options.json)
+    cases = [Case(format, remat) for remat in options.remats for format in options.formats]
+    rows: list[Row] = []
+    for row in _alone(options, cases) if options.peaks else measure(options, cases):
+        rows.append(row)
+        file.write(to_dict(options, rows))
+        console.print(_line(row), markup=False)
+    print_table(console, table(options, rows))
+    return rows
+
+
+def _alone(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
+    """Measures each case in a fresh process. This one never touches the device, whose memory they need."""
+    for case in cases:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                yield pool.submit(_peak, options, case).result()
+            except BrokenProcessPool:
+                yield Row(case, "unknown", failure="its process died: out of the host's memory, most likely")
+
+
+def _peak(options: BenchStepOptions, case: Case) -> Row:
+    try:
+        (row,) = measure(options, [case])
+    except ValueError as error:  # a sentence of ours, whose origin is lost on the way to the other process
+        raise UserError(str(error)) from error
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics is None:
+        raise UserError(f"--peaks needs a device that counts its memory; {row.device} does not: leave it out")
+    return dataclasses.replace(row, peak_bytes=statistics["peak_bytes_in_use"])
+
+
+def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
+    """Compiles all cases, side by side, then times one after the other in this process."""
+    layout = parallel.Layout.over_all_devices(ParallelConfig())
+    programs = [case.program(options) for case in cases]
+    parallel.check_batch(programs[0].config)
+    tokens = layout.place(synthetic.random_tokens(options.model, options.batch_size))
+    init = layout.compile_init(programs[0])
+
+    def compile_step(program: Program) -> Any:
+        try:
+            return layout.compiled_step(program, tokens)
+        except jax.errors.JaxRuntimeError as error:
+            return _out_of_memory(error)
+
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        steps = list(pool.map(compile_step, programs))
+    for case, step in zip(cases, steps, strict=True):
+        row = Row(case, jax.devices()[0].device_kind)
+        if isinstance(step, str):
+            yield dataclasses.replace(row, failure=step)
+            continue
+        row = dataclasses.replace(
+            row, program_bytes=_program_bytes(step), temporary_bytes=timing.temporary_bytes(step)
+        )
+        try:
+            row = _time(row, step, init(), tokens, options)
+        except jax.errors.JaxRuntimeError as error:
+            row = dataclasses.replace(row, failure=_out_of_memory(error))
+        gc.collect()  # what a failed step held must be free for the next
+        yield row
+
+
+def _time(row: Row, step: Any, state: Any, tokens: Any, options: BenchStepOptions) -> Row:
+    samples = []
+    for _ in range(WARM_UP + options.steps):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, tokens))
+        samples.append(1e3 * (time.perf_counter() - start))
+    metrics = jax.device_get(metrics)
+    if not math.isfinite(metrics["loss"]):
+        return dataclasses.replace(row, failure=f"its loss is {metrics['loss']}, which must be finite")
+    pairs = options.batch_size * options.model.context_length * options.model.num_layers
+    return dataclasses.replace(
+        row,
+        samples_ms=tuple(samples[WARM_UP:]),
+        l0_per_layer=tuple(map(float, metrics["l0_per_layer"])),
+        overflow_share=float(metrics["overflow_rows"]) / pairs,
+    )
+
+
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What a row says of the error; any other error is raised again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return "out of memory: " + str(error).splitlines()[0]
+
+
+def _program_bytes(step: Any) -> int | None:
+    analysis = step.memory_analysis()
+    if analysis is None:
+        return None
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes)
+
+
+def _line(row: Row) -> str:
+    result = row.failure or f"{row.median_ms:.1f} ms a step"
+    return f"{row.case.format}, remat {row.case.remat}: {result}"
+
+
+def table(options: BenchStepOptions, rows: Sequence[Row]) -> Table:
+    """For people: a line a case, each beside the dense case of the same remat policy."""
+    table = Table(
+        title=f"{options.config}, {options.model.num_layers} layers, {options.batch_size} × "
+        f"{options.model.context_length} tokens a step, {rows[0].device}, JAX {jax.__version__}"
+    )
+    for name in ("remat", "format"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms (low–high)", "of dense", "MiB", "temporary", "peak", "l0", "overflow"):
+        table.add_column(name, justify="right", no_wrap=True)
+    dense = {row.case.remat: row.median_ms for row in rows if row.case.format == "dense"}
+    for row in rows:
+        median, beside = row.median_ms, dense.get(row.case.remat)
+        time = "failed" if row.failure else ""
+        if median is not None:
+            time = f"{median:.1f} ({min(row.samples_ms):.1f}–{max(row.samples_ms):.1f})"
+        table.add_row(
+            row.case.remat,
+            row.case.format,
+            time,
+            f"{median / beside:.2f}" if median and beside else "",
+            *map(_mebibytes, (row.program_bytes, row.temporary_bytes, row.peak_bytes)),
+            f"{statistics.mean(row.l0_per_layer):.1f}" if row.l0_per_layer else "",
+            "" if row.overflow_share is None else f"{row.overflow_share:.1%}",
+        )
+    return table
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / _MIB:,.0f}"
+
+
+def to_dict(options: BenchStepOptions, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything of a run, samples included, ready for JSON."""
+    return {
+        "options": dataclasses.asdict(options),
+        "tokens_per_step": options.batch_size * options.model.context_length,
+        "jax": jax.__version__,
+        "rows": [row.to_dict() for row in rows],
+    }

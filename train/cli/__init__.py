@@ -1,0 +1,5 @@
+"""The command line: one file a command, its options, and what is said of mistakes."""
+
+from train.cli.program import main
+
+__all__ = ["main"]

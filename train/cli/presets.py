@@ -1,0 +1,25 @@
+"""The preset that a command line names, which gives every option below its default."""
+
+import itertools
+from typing import TYPE_CHECKING
+
+import configs
+from train.cli.options import UsageError
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+
+def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
+    """The value of ``--config``, which must be known before the defaults of all other options are,
+    and its run."""
+    name = default
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            name = value if equals else following
+    try:
+        return name, configs.load(name)
+    except UserError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,1 @@
+"""A corpus, from documents on the disk to batches of tokens."""

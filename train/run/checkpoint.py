@@ -1,0 +1,346 @@
+"""Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
+
+``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data``
+(the position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes
+it under a temporary name and renames it when it is whole, so that a killed save never looks
+like a checkpoint.
+"""
+
+import dataclasses
+import errno
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers
+
+from sparse_lm import SparseLM
+from train.config import CheckpointConfig, TrainConfig, from_dict
+from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from train.errors import UserError
+from train.run.checkpoint_errors import is_disk_full, reading, short_reason, writing
+from train.state import TrainState, build_program
+
+SUBDIRECTORY = "checkpoints"
+_ITEMS = ("params", "rest", "data", "run", "tokenizer")
+_HALF_WRITTEN = ".half-written"
+_CE = "heldout_ce"
+# What may differ between the run that saved and the run that resumes; everything else must be equal.
+MAY_CHANGE = (
+    "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
+    "model.sparsity", "model.ffn", "model.remat", "model.dtype",
+)  # fmt: skip
+_TOKENIZER_FIELD = "data.tokenizer"  # its content is compared, not its name
+
+
+class _TokenizerHandler(ocp.CheckpointHandler):
+    """Lets orbax carry a tokenizer as its own JSON file."""
+
+    def save(self, directory: Any, args: "_TokenizerSave") -> None:
+        if jax.process_index() == 0:
+            args.tokenizer.save(Path(directory))
+
+    def restore(self, directory: Any, args: "_TokenizerRestore | None" = None) -> Tokenizer:
+        return load_tokenizer(Path(directory))
+
+
+@ocp.args.register_with_handler(_TokenizerHandler, for_save=True)
+@dataclasses.dataclass
+class _TokenizerSave(ocp.args.CheckpointArgs):
+    tokenizer: Tokenizer
+
+
+@ocp.args.register_with_handler(_TokenizerHandler, for_restore=True)
+@dataclasses.dataclass
+class _TokenizerRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves in the background, keeps the newest and the best, restores.
+
+    What is there can be asked for at once; ``open`` comes before the first ``save`` or ``restore``.
+
+    Args:
+      workdir: the run's directory.
+      config: how many to keep.
+
+    Attributes:
+      directory: where the steps' directories are.
+      ignored: names of half-written checkpoints that were found there.
+    """
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig) -> None:
+        self.directory = Path(workdir).expanduser().absolute() / SUBDIRECTORY
+        self.ignored = [path.name for path in _entries(self.directory) if _is_half_written(path)]
+        self._config = config
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        assert self._opened is not None, "open() comes first"
+        return self._opened
+
+    def open(self) -> None:
+        """Makes the directory, and moves what is half-written there out of the way.
+
+        Raises:
+          UserError: the directory cannot be made, or what it holds cannot be read.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _set_aside(self.directory)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(
+                f"workdir must be a directory that can be made and written to; {self.directory} cannot "
+                f"({error.strerror}): choose another with --workdir"
+            ) from error
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(self._config.keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=_heldout_ce, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=_heldout_ce, best_mode="min", cleanup_tmp_directories=True
+        )
+        with reading(self.directory):
+            self._opened = ocp.CheckpointManager(self.directory, options=options)
+
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint, if there is one."""
+        steps = complete_steps(self.directory)
+        return steps[-1] if steps else None
+
+    def path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def save(
+        self,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        *,
+        step: int,
+        heldout_ce: float | None = None,
+    ) -> None:
+        """Begins to save; returns once the state's buffers may be reused. Waits for a save that still runs.
+
+        Raises:
+          UserError: this save, or the one before it, failed. Earlier checkpoints stand.
+        """
+        params, rest = _split_state(state)
+        with writing(self.directory):
+            self._manager.wait_until_finished()
+            _check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    rest=ocp.args.StandardSave(rest),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    run=ocp.args.JsonSave({"step": step, "config": dataclasses.asdict(config)}),
+                    tokenizer=_TokenizerSave(tokenizer),
+                ),
+                metrics=None if heldout_ce is None else {_CE: heldout_ce},
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises UserError if a background save has failed; never waits for one that runs."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save that runs. Raises UserError if it failed."""
+        with writing(self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save that runs and lets the background threads go. Raises UserError if it failed."""
+        if self._opened is not None:
+            with writing(self.directory):
+                self._opened.close()
+
+    def config(self, step: int) -> TrainConfig:
+        """The configuration that saved ``step``."""
+        return _read_run(self.path(step))[0]
+
+    def tokenizer(self, step: int) -> Tokenizer:
+        """The tokenizer that ``step`` was trained with."""
+        return load_tokenizer(self.path(step) / "tokenizer")
+
+    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """The state saved at ``step``, placed as ``abstract``'s shardings say;
+        puts ``data`` where it stood."""
+        params, rest = _split_state(abstract)
+        with reading(self.path(step)):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    rest=ocp.args.StandardRestore(rest),
+                    data=grain.checkpoint.CheckpointRestore(data),
+                ),
+            )
+        return TrainState(params=items.params, **items.rest)
+
+
+def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
+    """Raises UserError naming each field in which ``given`` cannot resume what ``saved`` began."""
+    old, new = _flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(given))
+    differing = [
+        f"{name.replace('_', '-')} is {old.get(name)!r} there and {value!r} here"
+        for name, value in new.items()
+        if old.get(name) != value and not name.startswith((*MAY_CHANGE, _TOKENIZER_FIELD))
+    ]
+    if differing:
+        raise UserError(
+            f"{where} was trained with another configuration: {'; '.join(differing)}. Only "
+            f"{', '.join(MAY_CHANGE)} may change on resume: restore the field or choose another workdir"
+        )
+
+
+def check_same_tokenizer(saved: Tokenizer, given: Tokenizer, where: Path) -> None:
+    """Raises UserError unless both tokenizers have the same content."""
+    if saved.fingerprint != given.fingerprint:
+        raise UserError(
+            f"{where} was trained with another tokenizer: data.tokenizer has {saved.vocab_size} ids and "
+            f"fingerprint {saved.fingerprint[:12]} there, {given.vocab_size} and {given.fingerprint[:12]} "
+            "here: pass the tokenizer it was trained with, or choose another workdir"
+        )
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps with a complete checkpoint under ``directory``, in rising order."""
+    return sorted(int(path.name) for path in _entries(directory) if _is_step(path) and _is_complete(path))
+
+
+def find_checkpoint(directory: str | Path) -> Path:
+    """The step's directory that ``directory`` means: itself, or the newest complete one of a run.
+
+    Raises:
+      UserError: there is no such directory, or no complete checkpoint in it.
+    """
+    given = Path(directory).expanduser().absolute()
+    if not given.is_dir():
+        raise UserError(f"a checkpoint must be a directory; there is none at {given}")
+    if _is_complete(given):
+        return given
+    if _is_half_written(given) or any((given / item).is_dir() for item in _ITEMS):
+        raise UserError(f"{given} is a half-written checkpoint: choose a complete one")
+    root = given / SUBDIRECTORY if (given / SUBDIRECTORY).is_dir() else given
+    steps = complete_steps(root)
+    if steps:
+        return root / str(steps[-1])
+    partial = [path.name for path in _entries(root) if _is_half_written(path)]
+    if partial:
+        raise UserError(
+            f"{root} must hold a complete checkpoint; found only half-written ones: {', '.join(partial)}: "
+            "train again with this workdir"
+        )
+    raise UserError(f"{given} must hold a checkpoint; found none: pass the workdir of a training run")
+
+
+def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, TrainConfig, int]:
+    """The model, tokenizer, configuration and step of a checkpoint, on the default device.
+
+    Args:
+      directory: a run's workdir (its newest complete checkpoint) or one step's directory.
+
+    Raises:
+      UserError: no checkpoint there, or it cannot be read, or its tokenizer is not the model's.
+    """
+    path = find_checkpoint(directory)
+    config, step = _read_run(path)
+    program = build_program(config)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        program.abstract_state().params,
+    )
+    tokenizer = load_tokenizer(path / "tokenizer")
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    with reading(path), ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path / "params", wanted)
+    return nnx.merge(program.graphdef, params), tokenizer, config, step
+
+
+def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """Parameters, which inference needs alone, and everything else."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return rest.pop("params"), rest
+
+
+def _read_run(path: Path) -> tuple[TrainConfig, int]:
+    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        saved = checkpointer.restore(path / "run")
+    try:
+        return from_dict(TrainConfig, saved["config"]), saved["step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use "
+            "the version that saved it"
+        ) from error
+
+
+def _heldout_ce(metrics: dict[str, float]) -> float:
+    return metrics[_CE]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal() and path.is_dir()
+
+
+def _is_half_written(path: Path) -> bool:
+    leftover = re.match(r"\d+\.(orbax-checkpoint-tmp|half-written)", path.name) is not None
+    return leftover or (_is_step(path) and not _is_complete(path))
+
+
+def _is_complete(path: Path) -> bool:
+    files = (
+        "_CHECKPOINT_METADATA",
+        "params/_METADATA",
+        "rest/_METADATA",
+        "run/metadata",
+        "tokenizer/tokenizer.json",
+    )
+    return all((path / item).is_dir() for item in _ITEMS) and all((path / file).is_file() for file in files)
+
+
+def _set_aside(directory: Path) -> None:
+    """Renames step directories that lack a part, so that the run can save those steps
+    again; deletes nothing."""
+    for path in _entries(directory):
+        if _is_step(path) and _is_half_written(path):
+            taken = sum(other.name.startswith(path.name + _HALF_WRITTEN) for other in _entries(directory))
+            path.rename(path.with_name(f"{path.name}{_HALF_WRITTEN}{taken or ''}"))
+
+
+def _check_space(directory: Path, size: int) -> None:
+    """Raises OSError (ENOSPC) before a save that the disk has no room for: half a save helps nobody."""
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e6:.1f} MB wanted, {free / 1e6:.1f} MB free")

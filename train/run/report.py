@@ -1,0 +1,118 @@
+"""What a run says to people, through rich: plain lines where the output is no terminal."""
+
+import datetime
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+from sparse_lm import ModelConfig
+from sparse_lm.model import num_parameters
+from train.cli.options import PROGRAM
+from train.config import TrainConfig
+from train.run.metrics import Record, model_flops_utilisation
+
+
+class Reporter:
+    """Prints the lines of a run; silent in all processes but the first.
+
+    Args:
+      config: the run.
+      console: where to print.
+      primary: whether this process speaks.
+    """
+
+    def __init__(self, config: TrainConfig, *, console: Console | None = None, primary: bool = True) -> None:
+        self._config = config
+        self._console = console or Console(quiet=not primary, highlight=False, soft_wrap=True)
+
+    def say(self, what: RenderableType) -> None:
+        """Prints one sentence, or a table."""
+        self._console.print(what, markup=False)
+
+    def begin(self, *, start: int, devices: int, device_kind: str) -> None:
+        """The lines before the first step: model, batch, devices, where it starts."""
+        config, model = self._config, self._config.model
+        self.say(
+            f"{model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
+            f"{_quantity(num_parameters(model))} parameters; {devices} × {device_kind}; "
+            f"{config.batch_size} × {model.context_length} tokens a step"
+        )
+        if start:
+            self.say(f"resuming after step {start} of {config.steps}")
+
+    def progress(
+        self, record: Record, *, tokens_per_second: float | None, seconds_left: float | None
+    ) -> None:
+        """The progress line of one step."""
+        self.say(progress_line(self._config, record, tokens_per_second, seconds_left))
+
+    def next_commands(self) -> None:
+        """The last lines: where the checkpoints are and what to type next."""
+        program, workdir = program_as_typed(), self._config.workdir
+        self.say(
+            f"checkpoint: {workdir}\n"
+            f"next:\n"
+            f'  {program} generate --checkpoint {shlex.quote(workdir)} --prompt "The state of the"\n'
+            f"  {program} evaluate --checkpoint {shlex.quote(workdir)}"
+        )
+
+
+def program_as_typed() -> str:
+    """What starts this program from the current directory, as this process was started."""
+    started = Path(sys.argv[0])
+    if started.parts[-2:] == ("train", "__main__.py"):
+        return f"{_shortest(sys.executable)} -m train"
+    if started.name != PROGRAM or shutil.which(PROGRAM) == str(started):
+        return PROGRAM
+    return _shortest(str(started))
+
+
+def _shortest(path: str) -> str:
+    """A program's path for a shell: its bare name if that finds it, relative if it lies below,
+    else as it is."""
+    name, here = os.path.basename(path), os.path.join(os.getcwd(), "")
+    return name if shutil.which(name) == path else shlex.quote(path.removeprefix(here))
+
+
+def progress_line(
+    config: TrainConfig, record: Record, tokens_per_second: float | None, seconds_left: float | None
+) -> str:
+    """One step in one line; speed, utilisation and time to go only where they are known.
+
+    Args:
+      config: the run.
+      record: ``metrics.to_record`` of the step.
+      tokens_per_second: over all devices.
+      seconds_left: until the last step.
+    """
+    model = config.model
+    neurons = model.num_layers * model.d_ff
+    parts = [
+        f"step {record['step']:>{len(str(config.steps))}}/{config.steps}",
+        f"ce {record['ce']:.4f}",
+        f"l1 {record['l1']:.4g}",
+        f"l0 {record['l0']:.1f} ({record['l0'] / model.d_ff:.1%} of {model.d_ff})",
+        f"live {record['live_neurons'] / neurons:.1%}",
+    ]
+    if tokens_per_second is not None:
+        parts.append(f"{_quantity(tokens_per_second)} tokens/s")
+        parts += _utilisation(model, tokens_per_second)
+    if seconds_left is not None:
+        parts.append(f"eta {datetime.timedelta(seconds=round(seconds_left))}")
+    return "  ".join(parts)
+
+
+def _utilisation(model: ModelConfig, tokens_per_second: float) -> list[str]:
+    share = model_flops_utilisation(model, tokens_per_second)
+    return [] if share is None else [f"mfu {share:.1%}"]
+
+
+def _quantity(value: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
