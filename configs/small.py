@@ -26,7 +26,7 @@ config = TrainConfig(
         rope_theta=10_000.0,
         dtype="bfloat16",
         sparsity=SparsityConfig(l1=1e-3),
-        ffn=FFNOptions(capacity=1.0),
+        ffn=FFNOptions(),
     ),
     data=DataConfig(tokenizer="bpe"),
     optimizer=OptimizerConfig(learning_rate=3e-4, final_fraction=0.05, warmup_steps=50),

@@ -1,7 +1,22 @@
 """Exact sparse feed-forward layers for JAX: GPU kernels, their gradients and the formats between them."""
 
+from pallas_kernels.activations import Threshold
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
 from pallas_kernels.formats import HybridELL, PanelELL, TwELL
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.options import Auto, Dense, FFNOptions, FFNStats, Hybrid, Panel, Twell
 
-__all__ = ["FFNOptions", "FFNStats", "HybridELL", "PanelELL", "TwELL", "sparse_ffn", "sparse_mlp"]
+__all__ = [
+    "Auto",
+    "Dense",
+    "FFNOptions",
+    "FFNStats",
+    "Hybrid",
+    "HybridELL",
+    "Panel",
+    "PanelELL",
+    "Threshold",
+    "TwELL",
+    "Twell",
+    "sparse_ffn",
+    "sparse_mlp",
+]

@@ -2,9 +2,9 @@
 
 A probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the neurons that
 each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens. A conditional then runs
-the PanelELL layer or the dense one (under ``vmap`` it is no longer one: both run). Both are exact, so the
-probe decides how long a call takes and never what it gives; it is part of the compiled program, and the host
-is not asked.
+the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer one: both run). Both are
+exact, so the probe decides how long a call takes and never what it gives, and it is part of the compiled
+program.
 
 Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
@@ -12,32 +12,34 @@ training step costs no more memory than the dense layer, and no more time than i
 ``format="panel"`` is what saves memory.
 """
 
-from functools import partial
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from pallas_kernels import dense as dense_layer
-from pallas_kernels import panel, reference
+from pallas_kernels import dense, device, panel, reference
 from pallas_kernels.common import varying_axes
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.common.groups import Groups
+from pallas_kernels.dense.layer import Projections
+from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import layer as panel_vjp
+from pallas_kernels.panel.layer import Residuals, empty
+from pallas_kernels.reference import Weights
 
 _PROBES, _PANELS_EACH = 4, 16
 _GOLDEN = 0.6180339887498949
 
 
-def pays(x: jax.Array, w_gate: jax.Array, panel_tokens: int, direction: str) -> jax.Array:
-    """() bool: whether panels of x (M, D) activate few enough of the neurons of w_gate (F, D), on a sample.
-
-    ``direction`` is ``"forward"``, or ``"train"`` for a call that is differentiated.
-    """
-    starts = [nth * panel_tokens for nth in _probed(x.shape[0] // panel_tokens)]
-    sample = jnp.concatenate([lax.slice_in_dim(x, start, start + panel_tokens) for start in starts])
-    active = reference.active(reference.project(sample, w_gate)).reshape(len(starts), panel_tokens, -1)
-    return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < configs.BREAK_EVEN[direction]
+def pays(x: jax.Array, w_gate: jax.Array, options: FFNOptions, share: float) -> jax.Array:
+    """() bool: whether panels of x (M, D) activate under ``share`` of the neurons of w_gate (F, D), on a
+    sample."""
+    tokens = _panel_tokens(options)
+    starts = [nth * tokens for nth in _probed(x.shape[0] // tokens)]
+    sample = jnp.concatenate([lax.slice_in_dim(x, start, start + tokens) for start in starts])
+    active = options.rule.active(reference.project(sample, w_gate)).reshape(len(starts), tokens, -1)
+    return jnp.mean(jnp.any(active, axis=1), dtype=jnp.float32) < share
 
 
 def _probed(n_panels: int) -> list[int]:
@@ -50,51 +52,65 @@ def _probed(n_panels: int) -> list[int]:
     return [int(n_panels * (nth * _GOLDEN % 1)) for nth in range(1, count + 1)]
 
 
-def _plan(x, w_gate, w_up, options: FFNOptions, direction: str):
-    """The probe's answer, and the options of the PanelELL layer with room for every pair."""
-    options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
-    return pays(x, w_up if w_gate is None else w_gate, options.panel, direction), options
+def _panel_tokens(options: FFNOptions) -> int:
+    layout = options.layout
+    assert isinstance(layout, Auto)
+    return layout.tokens
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def ffn(
+def _as_panel(options: FFNOptions) -> FFNOptions:
+    """The options of the PanelELL layer with room for every pair."""
+    return dataclasses.replace(options, format=Panel(tokens=_panel_tokens(options), capacity=1.0))
+
+
+def infer(
     x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     options: FFNOptions,
     backend: str,
+    groups: Groups = None,
 ) -> tuple[jax.Array, FFNStats]:
-    """One feed-forward layer, PanelELL or dense: as `reference.ffn`,
-    for x (M, D) of at least a panel, weights (F, D)."""
-    arguments = dense_layer.rounded(x, w_gate, w_up, w_down)
-    decision, options = _plan(*arguments[:3], options, "forward")
-
-    def sparse(*arguments):
-        return panel.ffn(*arguments, options, backend)
-
-    return lax.cond(decision, sparse, reference.ffn, *arguments)
-
-
-def _forward(x, w_gate, w_up, w_down, options, backend):
-    saved = (x, w_gate, w_up, w_down)
-    arguments = dense_layer.rounded(*saved)
-    decision, options = _plan(*arguments[:3], options, "train")
+    """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel and
+    weights (F, D) of one type."""
 
     def sparse(x, w_gate, w_up, w_down):
-        outputs, (_, residuals) = panel_vjp.forward(x, w_gate, w_up, w_down, options, backend)
-        return outputs, residuals
+        return panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
 
-    def dense(x, w_gate, w_up, w_down):
+    def instead(x, w_gate, w_up, w_down):
+        return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
+
+    share = configs.break_even(device.current(), backend, gated=w_gate is not None).forward
+    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+
+def forward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    backend: str,
+    groups: Groups = None,
+) -> tuple[tuple[jax.Array, FFNStats], Residuals]:
+    """`infer`, and what either layer keeps, in the same buffers."""
+
+    def sparse(x, w_gate, w_up, w_down):
+        return panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+
+    def instead(x, w_gate, w_up, w_down):
         like = jax.eval_shape(sparse, x, w_gate, w_up, w_down)[1]
-        outputs, (gate, up) = dense_layer.forward(x, w_gate, w_up, w_down)
+        outputs, (gate, up) = dense.forward(x, w_gate, w_up, w_down, options, "xla", groups)
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
-        residuals = panel_vjp.Residuals(jnp.zeros((), bool), panel_vjp.empty(like.lists), *kept)
+        residuals = Residuals(jnp.zeros((), bool), empty(like.lists), *kept)
         # Constants too: what the other branch gives is computed.
         return varying_axes.vary_with(x, (outputs, residuals))
 
-    outputs, residuals = lax.cond(decision, sparse, dense, *arguments)
-    return outputs, (saved, residuals.named())
+    share = configs.break_even(device.current(), backend, gated=w_gate is not None).train
+    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
 
 def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -108,22 +124,33 @@ def _out_of(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return values.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
 
 
-def _backward(options, backend, saved, cotangents):
-    arguments, dtype = dense_layer.rounded(*saved[0]), saved[0][2].dtype
-    residuals: panel_vjp.Residuals = saved[1]
-    x, _, w_up, _ = arguments
-    options = FFNOptions(format="panel", panel=options.panel, capacity=1.0)
+def backward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    kept: Residuals,
+    dy: jax.Array,
+    scale: jax.Array | None,
+    options: FFNOptions,
+    backend: str,
+    *,
+    dtype: DTypeLike,
+    weights: bool = True,
+) -> Weights:
+    """Cotangents of x and, in ``dtype``, the weights (None where not asked for), by the layer that ran."""
+    arguments = x, w_gate, w_up, w_down
 
-    def sparse(residuals, dy, dl1):
-        return panel_vjp.pull_back(arguments, residuals, dy, dl1, options, backend, dtype=dtype)
+    def sparse(kept, dy, scale):
+        return panel.backward(
+            *arguments, kept, dy, scale, _as_panel(options), backend, dtype=dtype, weights=weights
+        )
 
-    def dense(residuals, dy, dl1):
+    def instead(kept, dy, scale):
         shape = (x.shape[0], w_up.shape[0])
-        gate, up = residuals.gate, residuals.up
-        kept = _out_of(gate, shape), None if up is None else _out_of(up, shape)
-        return dense_layer.backward(*arguments, *kept, dy, dl1, dtype=dtype)
+        up = None if kept.up is None else _out_of(kept.up, shape)
+        projections = Projections(_out_of(kept.gate, shape), up)
+        dx, *gradients = dense.backward(*arguments, projections, dy, scale, options, "xla", dtype=dtype)
+        return (dx, *(gradients if weights else (None, None, None)))
 
-    return lax.cond(residuals.fits, sparse, dense, residuals, cotangents[0], cotangents[1].l1)
-
-
-ffn.defvjp(_forward, _backward)
+    return lax.cond(kept.fits, sparse, instead, kept, dy, scale)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.options import WeightGradients
+from pallas_kernels.options import FFNOptions
 
 _F32 = jnp.dtype(jnp.float32)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -14,15 +14,15 @@ def check_ffn_arguments(
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
-    weight_gradients: WeightGradients = "auto",
+    options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
 ) -> None:
     """Checks x (..., D) and the neuron-major weights (F, D) of one feed-forward call.
 
     Raises:
       TypeError: an argument is no array, x is not bf16, f16 or f32, or the weights do not share one type,
         x's or f32.
-      ValueError: ranks or sizes do not fit, a weight looks transposed, or f32 gradients are asked of other
-        weights.
+      ValueError: ranks or sizes do not fit, a weight looks transposed, f32 gradients are asked of other
+        weights, or an activation of two projections of a layer that has one.
     """
     weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     named = {"x": x} | {name: w for name, w in weights.items() if w is not None}
@@ -62,7 +62,12 @@ def check_ffn_arguments(
             f"weights must have x's dtype, or float32 as master weights; got x {x.dtype} and "
             f"w_up {w_up.dtype}: cast one of them"
         )
-    if weight_gradients == "float32" and w_up.dtype != _F32:
+    if w_gate is None and options.rule.rectified_up:
+        raise ValueError(
+            f"activation={options.activation!r} rectifies the gate and the up projection, and sparse_mlp has "
+            "no gate: use 'relu'"
+        )
+    if options.weight_gradients == "float32" and w_up.dtype != _F32:
         raise ValueError(
             f"weight_gradients='float32' needs float32 weights: JAX gives a gradient its argument's dtype; "
             f"got w_up {w_up.dtype}: pass float32 master weights (x may stay {x.dtype}), or take 'auto'"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import device as device_lib
 from pallas_kernels.device import Device
 from pallas_kernels.formats import MAX_INDEX
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import Auto, Dense, FFNOptions, Layout, Panel, Twell
 
 _BACKENDS = {
     "dense": ("xla",),
@@ -28,65 +28,74 @@ Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 class Call(NamedTuple):
-    """What of a call's arguments decides which paths can run it."""
+    """What of a call's arguments decides which paths can run it.
+
+    Attributes:
+      tokens: M; a symbol where the call is exported for any number.
+      d_model, d_ff, dtype: D, F and x's type.
+    """
 
     tokens: int
     d_model: int
     d_ff: int
     dtype: jnp.dtype
-    tile: int
-    panel: int = 128
 
     @classmethod
-    def of(cls, x: Shaped, w_up: Shaped, options: FFNOptions) -> "Call":
+    def of(cls, x: Shaped, w_up: Shaped) -> "Call":
         """The call of x (M, D) and a weight (F, D)."""
         tokens, d_model = x.shape
-        return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype), options.tile, options.panel)
+        return cls(tokens, d_model, w_up.shape[0], jnp.dtype(x.dtype))
 
 
 class Choice(NamedTuple):
     """The path of one call: what stores the activations, and what runs it."""
 
-    format: str
+    layout: Layout
     backend: str
 
 
-def unsupported_reason(format: str, backend: str, call: Call, device: Device) -> str | None:
-    """Why ``format`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence;
+def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device) -> str | None:
+    """Why ``layout`` cannot run on ``backend`` for ``call`` on ``device``, in one sentence;
     None if it can."""
+    format = layout.name
     if backend not in _BACKENDS[format]:
         return f"format={format!r} runs on backend {_or(_BACKENDS[format])}; got backend={backend!r}"
-    if format == "twell" and call.d_ff > MAX_INDEX:
-        return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={call.d_ff}"
-    if format == "twell" and call.tile > _MAX_TILE:
-        return f"format='twell' packs tiles of at most {_MAX_TILE} columns; got tile={call.tile}"
-    if format == "auto" and backend != "interpret":
-        if jnp.dtype(call.dtype).itemsize != 2:
-            return f"format='auto' is dense for types without tensor cores; got {jnp.dtype(call.dtype).name}"
-        if call.tokens < _LEAST_TOKENS:
-            return f"format='auto' is dense under {_LEAST_TOKENS} tokens; got {call.tokens}"
-    if format == "auto" and call.tokens < call.panel:
-        return f"format='auto' probes panels of {call.panel} tokens; got {call.tokens} tokens"
     if backend == "triton" and not (device.is_nvidia and device.capability >= _TRITON_CAPABILITY):
         return (
             "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
             f"got {device.kind} ({device.platform}): use format='dense', or backend='interpret' to test"
         )
+    if backend == "mosaic_gpu" and not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
+        return (
+            "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
+            f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
+        )
+    if format == "dense":
+        return None
+    if not isinstance(call.tokens, int):
+        return f"format={format!r} needs a number of tokens that is known; got the symbol {call.tokens}"
+    if format == "twell" and call.d_ff > MAX_INDEX:
+        return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={call.d_ff}"
+    if isinstance(layout, Twell) and layout.tile > _MAX_TILE:
+        return f"format='twell' packs tiles of at most {_MAX_TILE} columns; got tile={layout.tile}"
+    if format == "auto" and backend != "interpret":
+        if call.dtype.itemsize != 2:
+            return f"format='auto' is dense for types without tensor cores; got {call.dtype.name}"
+        if call.tokens < _LEAST_TOKENS:
+            return f"format='auto' is dense under {_LEAST_TOKENS} tokens; got {call.tokens}"
+    if isinstance(layout, Auto) and call.tokens < layout.tokens:
+        return f"format='auto' probes panels of {layout.tokens} tokens; got {call.tokens} tokens"
     if backend == "mosaic_gpu":
-        if not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
-            return (
-                "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
-                f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
-            )
         # Imported where it runs: it takes a third of a second.
         size = (call.tokens, call.d_model, call.d_ff, call.dtype)
-        if format in ("panel", "auto"):
+        if isinstance(layout, Auto | Panel):
             from pallas_kernels.panel import pallas_mosaic_gpu as panel_gpu
 
-            return panel_gpu.unsupported_reason(*size, call.panel)
-        from pallas_kernels.twell import pallas_mosaic_gpu as twell_gpu
+            return panel_gpu.unsupported_reason(*size, layout.tokens)
+        if isinstance(layout, Twell):
+            from pallas_kernels.twell import pallas_mosaic_gpu as twell_gpu
 
-        return twell_gpu.unsupported_reason(*size, call.tile)
+            return twell_gpu.unsupported_reason(*size, layout.tile)
     return None
 
 
@@ -118,15 +127,15 @@ def explain(
     Nothing runs, and nothing is raised for a path that cannot: the reason is part of the answer.
     """
     tokens = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    call, device = Call.of(tokens, w_up, options), device_lib.current()
+    call, device = Call.of(tokens, w_up), device_lib.current()
     lines = [
         f"{call.tokens} tokens, D={call.d_model}, F={call.d_ff}, {call.dtype.name}, on {device.kind} "
-        f"({device.platform}); format={options.format!r}, backend={options.backend!r}"
+        f"({device.platform}); format='{options.layout}', backend={options.backend!r}"
     ]
     for choice, reason in _consider(options, call):
-        name = f"{choice.format} on {choice.backend}"
+        name = f"{choice.layout} on {choice.backend}"
         if reason is None:
-            return "\n".join([*lines, f"runs {name}: {_MEANING[choice.format]}"])
+            return "\n".join([*lines, f"runs {name}: {_MEANING[choice.layout.name]}"])
         lines.append(f"not {name}: {reason}")
     return "\n".join([*lines, "raises: nothing that was asked for can run this call"])
 
@@ -145,14 +154,14 @@ _MEANING = {
 
 def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]]:
     """The paths that would be tried, in order, each with the reason why it cannot run, or None."""
-    device = device_lib.current()
+    device, layout = device_lib.current(), options.layout
     if options.backend == "auto":
-        backends = tuple(b for b in _BACKENDS[options.format] if b != "interpret")
+        backends = tuple(b for b in _BACKENDS[layout.name] if b != "interpret")
     else:
         backends = (options.backend,)
-    choices = [Choice(options.format, backend) for backend in backends]
-    if options.format == "auto":
-        dense = Choice("dense", "xla")
+    choices = [Choice(layout, backend) for backend in backends]
+    if isinstance(layout, Auto):
+        dense = Choice(Dense(), "xla")
         choices = {"auto": [*choices, dense], "xla": [dense]}.get(options.backend, choices)
     return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
 

@@ -1,22 +1,13 @@
 """The two public calls: they check their arguments, choose a path and shape the tokens for it."""
 
-from collections.abc import Callable
-
 import jax
 
-from pallas_kernels import auto as adaptive
-from pallas_kernels import dense, dispatch, hybrid, panel, twell
+from pallas_kernels import batching, dense, dispatch
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.common import varying_axes
+from pallas_kernels.differentiation import LayerCall
 from pallas_kernels.options import FFNOptions, FFNStats
-
-_LAYERS: dict[str, Callable[..., tuple[jax.Array, FFNStats]]] = {
-    "auto": adaptive.ffn,
-    "dense": dense.ffn,
-    "hybrid": hybrid.ffn,
-    "panel": panel.ffn,
-    "twell": twell.ffn,
-}
+from pallas_kernels.reference import Weights
 
 
 def sparse_ffn(
@@ -27,18 +18,20 @@ def sparse_ffn(
     *,
     options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
 ) -> tuple[jax.Array, FFNStats]:
-    """Gated sparse feed-forward layer: ``h = relu(x Wg^T) * (x Wu^T)``, ``y = h Wd`` (paper section 2).
+    """Gated sparse feed-forward layer: ``h = a(x Wg^T) * (x Wu^T)``, ``y = h Wd`` (paper section 2).
 
     Args:
       x: (..., D) tokens in any leading shape; bf16, f16 or f32.
       w_gate, w_up, w_down: (F, D), neuron-major, of the same type as x; or f32 master weights beside a 16-bit
         x, which are rounded to x's type and get the gradients that ``options.weight_gradients`` describes.
-      options: how the call runs; the result does not depend on it, but for how weight gradients are rounded.
+      options: the activation a, and how the call runs; the result does not depend on the latter, but for how
+        weight gradients are rounded.
 
     Returns:
       y (..., D) in x's type, and the call's FFNStats over all tokens. Differentiable in every array, through
-      y and through ``stats.l1``: x's gradient has x's type, and a weight's the weight's. In reverse mode
-      only, but for the dense format with weights of x's type.
+      y and through ``stats.l1``, once and in reverse mode: x's gradient has x's type, and a weight's the
+      weight's. In float16 the L1 gradient of one activation is λ / M, which is under the least float16 number
+      (6e-8) in every usual training: scale the loss, as float16 training does.
 
     Raises:
       ValueError, TypeError: arguments that do not fit, or options that cannot run here.
@@ -53,20 +46,20 @@ def sparse_mlp(
     *,
     options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
 ) -> tuple[jax.Array, FFNStats]:
-    """Non-gated sparse feed-forward layer: ``h = relu(x Wu^T)``, ``y = h Wd``; otherwise as `sparse_ffn`."""
+    """Non-gated sparse feed-forward layer: ``h = a(x Wu^T)``, ``y = h Wd``; otherwise as `sparse_ffn`."""
     return _layer(x, None, w_up, w_down, options)
 
 
 def _layer(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, options: FFNOptions
 ) -> tuple[jax.Array, FFNStats]:
-    check_ffn_arguments(x, w_gate, w_up, w_down, options.weight_gradients)
+    check_ffn_arguments(x, w_gate, w_up, w_down, options)
     tokens = x.reshape(-1, x.shape[-1])
-    choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up, options))
-    arguments: dense.Weights = (tokens, w_gate, w_up, w_down)
+    choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up))
+    arguments: Weights = (tokens, w_gate, w_up, w_down)
     if options.weight_gradients == "input":
         arguments = dense.rounded(*arguments)
     # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
     arguments = varying_axes.vary_alike(*arguments)
-    y, stats = _LAYERS[choice.format](*arguments, options, choice.backend)
+    y, stats = batching.apply(arguments, LayerCall(options, choice.layout.name, choice.backend))
     return y.reshape(x.shape), stats

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.reference import active
+from pallas_kernels.activations import stored_active
 
 MAX_INDEX = 1 << 16
 """Neurons that a 16-bit index can name."""
@@ -89,7 +89,7 @@ class TwELL:
         tokens, d_ff = gate.shape
         slots, n_tiles = tile // compression, -(-d_ff // tile)
         tiles = jnp.pad(gate, ((0, 0), (0, n_tiles * tile - d_ff))).reshape(tokens, n_tiles, tile)
-        local, count = _slots_of_active(active(tiles), slots - 1)
+        local, count = _slots_of_active(stored_active(tiles), slots - 1)
         kept = _take(tiles, local)
         column = local + tile * jnp.arange(n_tiles, dtype=jnp.int32)[None, :, None]
         word = jnp.where(local < tile, column, 0).astype(jnp.uint32)
@@ -170,12 +170,12 @@ class HybridELL:
                 f"width must be at least 1 and backup_rows at least 0; got {width}, {backup_rows}"
             )
         tokens, d_ff = gate.shape
-        columns, nnz = _slots_of_active(active(gate), width)
+        columns, nnz = _slots_of_active(stored_active(gate), width)
         fits = (nnz <= width)[:, None]
         columns = jnp.where(fits, columns, d_ff)
         index_type = jnp.uint16 if d_ff <= MAX_INDEX else jnp.int32
         ids = jnp.nonzero(nnz > width, size=backup_rows, fill_value=tokens)[0].astype(jnp.int32)
-        dense = jnp.where(active(gate), gate, 0).astype(gate.dtype)
+        dense = jnp.where(stored_active(gate), gate, 0).astype(gate.dtype)
         return cls(
             values=_take(gate, columns),
             indices=jnp.where(columns < d_ff, columns, 0).astype(index_type),
@@ -262,9 +262,9 @@ class PanelELL:
         tokens, d_ff = gate.shape
         n_panels, width = -(-tokens // panel), -(-d_ff // chunk) * chunk
         n_slots = max(1, round(n_panels * width // chunk * capacity)) * chunk
-        padded = jnp.pad(jnp.where(active(gate), gate, 0), ((0, n_panels * panel - tokens), (0, 0)))
+        padded = jnp.pad(jnp.where(stored_active(gate), gate, 0), ((0, n_panels * panel - tokens), (0, 0)))
         panels = padded.astype(gate.dtype).reshape(n_panels, panel, d_ff)
-        columns, counts = _slots_of_active(jnp.any(active(panels), axis=1), width)
+        columns, counts = _slots_of_active(jnp.any(stored_active(panels), axis=1), width)
         kept = _take(panels, jnp.broadcast_to(columns[:, None], (n_panels, panel, width)))
         chunks = jnp.cumsum((counts + chunk - 1) // chunk, dtype=jnp.int32)
         offsets = jnp.concatenate([jnp.zeros((1,), jnp.int32), chunks]) * chunk

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
+from pallas_kernels.activations import Activation, rule
 
 _REQUIRED = ("w_up", "w_down")
 _NAMES = ("w_gate", *_REQUIRED)
@@ -124,7 +125,7 @@ class Pruned:
     dropped_gate: jax.Array
     expected_misses: float | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def verify(self, x: jax.Array) -> PruneCheck:
+    def verify(self, x: jax.Array, activation: Activation = "relu") -> PruneCheck:
         """Counts what the dropped neurons would have contributed to a batch, by the reference's own gate.
 
         It costs the gate product of the dropped neurons and holds (tokens, F_dropped) gates: a check to run
@@ -133,6 +134,7 @@ class Pruned:
 
         Args:
           x: (..., D) tokens in any leading shape, in the weights' type; what the layer reads.
+          activation: the layer's.
 
         Returns:
           The counts of this batch; traceable, so ``jax.jit(pruned.verify)`` works. They are int32: a call
@@ -144,7 +146,7 @@ class Pruned:
         """
         _check_tokens(x, self.dropped_gate)
         tokens = x.reshape(-1, x.shape[-1])
-        missed = reference.active(reference.project(tokens, self.dropped_gate))
+        missed = rule(activation).active(reference.project(tokens, self.dropped_gate))
         return PruneCheck(
             missed_activations=jnp.sum(missed, dtype=jnp.int32),
             affected_tokens=jnp.sum(jnp.any(missed, axis=1), dtype=jnp.int32),

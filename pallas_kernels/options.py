@@ -1,10 +1,15 @@
 """What a caller may choose about a sparse feed-forward call, and what the call reports back."""
 
 import dataclasses
-from typing import Literal, get_args
+import re
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import activations
+from pallas_kernels.activations import Activation, Rule
+from pallas_kernels.common.groups import Groups, by_group, group_size
 
 Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
 Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
@@ -21,28 +26,175 @@ RESIDUAL_NAMES = (
 triples of `HybridELL`. For ``jax.checkpoint_policies.save_only_these_names``."""
 
 
+class _Layout:
+    """What the formats' options share: their name, and a text from which `parse_layout` makes them again."""
+
+    name: ClassVar[Format]
+
+    def __str__(self) -> str:
+        given = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+
 @dataclasses.dataclass(frozen=True)
-class FFNOptions:
-    """Choices that change how a result is computed, never what it is; and how weight gradients are rounded.
+class Dense(_Layout):
+    """No format: the layer as XLA compiles it."""
+
+    name: ClassVar[Format] = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel(_Layout):
+    """`PanelELL`: tokens that stand together share one list of neurons.
 
     Attributes:
-      format: how the gate activations are stored between the projections. ``"auto"`` decides inside the
-        program, call by call, between ``"panel"`` and ``"dense"``, and is ``"dense"`` where that cannot be; a
-        format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells
-        what would run.
+      tokens: P, consecutive tokens of a panel, a power of two from 16 to 128; fewer where the call has fewer.
+      capacity: share of all (panel, neuron) pairs that there is room to keep between forward and backward. A
+        call with more active pairs keeps nothing and takes the dense path there; without a gradient to
+        compute there is room for all.
+    """
+
+    tokens: int = 128
+    capacity: float = 0.25
+    name: ClassVar[Format] = "panel"
+
+    def __post_init__(self) -> None:
+        _check_panel_tokens("Panel", self.tokens)
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"Panel.capacity must be above 0 and at most 1; got {self.capacity}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(_Layout):
+    """`HybridELL`: rows of non-zeros with a dense backup (paper section 3.3).
+
+    Attributes:
+      width: W, non-zeros of a row. A row with more goes to the dense backup.
+      backup_rows: B, how many overflowing rows the backup computes at a time; it takes as many rounds as
+        there are rows. None picks a bound from the number of tokens.
+      tile: T, columns that the gate stage packs together, a power of two of at least 32.
+    """
+
+    width: int = 128
+    backup_rows: int | None = None
+    tile: int = 256
+    name: ClassVar[Format] = "hybrid"
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"Hybrid.width must be at least 1; got {self.width}")
+        _check_backup_rows("Hybrid", self.backup_rows)
+        _check_tile("Hybrid", self.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twell(_Layout):
+    """`TwELL`: gates packed tile by tile (paper section 3.1).
+
+    Attributes:
+      tile: T, columns of a tile, a power of two of at least 32 (paper: 256).
+      compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
+        more than S - 1 non-zeros sends its row to the dense backup.
+      backup_rows: B, as in `Hybrid`.
+    """
+
+    tile: int = 256
+    compression: int = 8
+    backup_rows: int | None = None
+    name: ClassVar[Format] = "twell"
+
+    def __post_init__(self) -> None:
+        _check_tile("Twell", self.tile)
+        if self.compression < 1 or self.tile % self.compression or self.slots < 2:
+            raise ValueError(
+                f"Twell.compression must divide tile={self.tile} and leave at least 2 slots a tile; "
+                f"got {self.compression}"
+            )
+        _check_backup_rows("Twell", self.backup_rows)
+
+    @property
+    def slots(self) -> int:
+        """S, the packed words of a tile: one count and S - 1 non-zeros."""
+        return self.tile // self.compression
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(_Layout):
+    """The program decides for itself, call by call, between `Panel` and `Dense`.
+
+    Attributes:
+      tokens: P of its panels.
+    """
+
+    tokens: int = 128
+    name: ClassVar[Format] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_panel_tokens("Auto", self.tokens)
+
+
+def _check_panel_tokens(owner: str, tokens: int) -> None:
+    if not 16 <= tokens <= 128 or tokens & (tokens - 1):
+        raise ValueError(f"{owner}.tokens must be a power of two from 16 to 128; got {tokens}")
+
+
+def _check_tile(owner: str, tile: int) -> None:
+    if tile < 32 or tile & (tile - 1):
+        raise ValueError(f"{owner}.tile must be a power of two of at least 32; got {tile}")
+
+
+def _check_backup_rows(owner: str, rows: int | None) -> None:
+    if rows is not None and rows < 1:
+        raise ValueError(f"{owner}.backup_rows must be at least 1; got {rows}")
+
+
+Layout = Auto | Panel | Hybrid | Twell | Dense
+_LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in get_args(Layout)}
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that ``str`` of one gives: ``"panel"``, ``"panel(tokens=64, capacity=0.5)"``.
+
+    Raises:
+      ValueError: an unknown format, an option that the format does not have, or a value out of its range.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    kind = _LAYOUTS.get(match[1]) if match else None
+    if match is None or kind is None:
+        raise ValueError(f"FFNOptions.format must be one of {', '.join(_LAYOUTS)}; got {text!r}")
+    fields: dict[str, Any] = {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for item in filter(None, (item.strip() for item in (match[2] or "").split(","))):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in known:
+            has = f"has the options {', '.join(known)}" if known else "has no options"
+            raise ValueError(f"format {kind.name!r} {has}; got {item!r} in {text!r}")
+        try:
+            fields[name] = None if value == "None" else float(value) if name == "capacity" else int(value)
+        except ValueError:
+            raise ValueError(f"{kind.__name__}.{name} must be a number; got {value!r} in {text!r}") from None
+    return kind(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNOptions:
+    """How a call computes its result, which changes no result but for how weight gradients are rounded;
+    and the layer's activation, which does.
+
+    Attributes:
+      format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
+        `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
+        ``"panel(tokens=64)"``. ``"auto"`` decides inside the program, call by call, between ``"panel"`` and
+        ``"dense"``, and is ``"dense"`` where that cannot be; a format asked for by name that cannot run a
+        call raises the reason. `dispatch.explain` tells what would run.
+      activation: ``"relu"``, ``"relu2"``, `Threshold` or ``"drelu"`` (`activations`).
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
         ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels'
         own code slowly on any device, for tests.
-      tile: T, columns in a TwELL tile (paper section 3.1: 256).
-      compression: C, the ratio T / S of a tile's columns to its packed slots (paper: 8). A tile that holds
-        more than S - 1 non-zeros sends its row to the dense backup.
-      width: W, non-zeros of a HybridELL row (paper section 3.3). A row with more goes to the dense backup.
-      backup_rows: B, how many overflowing rows the dense backup computes at a time; it takes as many rounds
-        as there are rows. ``None`` picks a bound from the number of tokens.
-      panel: P, consecutive tokens that share one list of neurons in PanelELL; fewer where the call has fewer.
-      capacity: share of all (panel, neuron) pairs that PanelELL has room to keep between forward and
-        backward. A call with more active pairs keeps nothing and takes the dense path there; without a
-        gradient to compute there is room for all.
       weight_gradients: what the weights' gradients, summed over tokens in f32, are rounded to. JAX gives a
         gradient its argument's type, and float32 weights beside a 16-bit x are master weights, rounded to x's
         type for every product. ``"auto"``: to the weights' own type, so that those of master weights are not
@@ -51,48 +203,42 @@ class FFNOptions:
         rounding out). ``"float32"``: as ``"auto"``, and weights of another type raise.
 
     Raises:
-      ValueError: a field outside its range, with the law in the message.
+      ValueError: an unknown name, or an option out of its range or of another format.
     """
 
-    format: Format = "auto"
+    format: Format | Layout | str = "auto"
+    activation: Activation = "relu"
     backend: Backend = "auto"
-    tile: int = 256
-    compression: int = 8
-    width: int = 128
-    backup_rows: int | None = None
-    panel: int = 128
-    capacity: float = 0.25
     weight_gradients: WeightGradients = "auto"
 
     def __post_init__(self) -> None:
-        for name, literal in (
-            ("format", Format),
-            ("backend", Backend),
-            ("weight_gradients", WeightGradients),
-        ):
+        if not isinstance(self.format, str | Layout):
+            raise ValueError(
+                f"FFNOptions.format must be one of {', '.join(_LAYOUTS)}, or such a one's options as in "
+                f"Panel(tokens=64); got {self.format!r}"
+            )
+        if isinstance(self.format, str):
+            parse_layout(self.format)
+        activations.rule(self.activation)
+        for name, literal in (("backend", Backend), ("weight_gradients", WeightGradients)):
             value, choices = getattr(self, name), get_args(literal)
             if value not in choices:
                 raise ValueError(f"FFNOptions.{name} must be one of {', '.join(choices)}; got {value!r}")
-        if self.tile < 32 or self.tile & (self.tile - 1):
-            raise ValueError(f"FFNOptions.tile must be a power of two of at least 32; got {self.tile}")
-        if self.compression < 1 or self.tile % self.compression or self.slots < 2:
-            raise ValueError(
-                f"FFNOptions.compression must divide tile={self.tile} and leave at least 2 slots a tile; "
-                f"got {self.compression}"
-            )
-        if self.width < 1:
-            raise ValueError(f"FFNOptions.width must be at least 1; got {self.width}")
-        if self.backup_rows is not None and self.backup_rows < 1:
-            raise ValueError(f"FFNOptions.backup_rows must be at least 1; got {self.backup_rows}")
-        if not 16 <= self.panel <= 128 or self.panel & (self.panel - 1):
-            raise ValueError(f"FFNOptions.panel must be a power of two from 16 to 128; got {self.panel}")
-        if not 0 < self.capacity <= 1:
-            raise ValueError(f"FFNOptions.capacity must be above 0 and at most 1; got {self.capacity}")
 
     @property
-    def slots(self) -> int:
-        """S, the packed words of a TwELL tile: one count and S - 1 non-zeros."""
-        return self.tile // self.compression
+    def layout(self) -> Layout:
+        """The format with all its options."""
+        return parse_layout(self.format) if isinstance(self.format, str) else self.format
+
+    def with_format(self, name: Format, backend: Backend) -> "FFNOptions":
+        """The same on another backend and of another format; of the same format, with its options."""
+        format = self.format if self.layout.name == name else name
+        return dataclasses.replace(self, format=format, backend=backend)
+
+    @property
+    def rule(self) -> Rule:
+        """What the activation means for the kernels."""
+        return activations.rule(self.activation)
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +252,10 @@ class FFNStats:
       neuron_hits: (F,) int32, for how many tokens each neuron was active.
       max_nnz: () int32, the most active neurons of any token.
       overflow_rows: () int32, tokens that did not fit the compact format and were computed densely.
+      pairs: () int32, (panel, neuron) pairs with an active token, which is what PanelELL's time follows; 0
+        where no panels were made.
+      dense_tokens: () int32, tokens that were computed densely, whatever the reason: the format, a lack of
+        room, or `Auto`'s choice.
     """
 
     l1: jax.Array
@@ -113,15 +263,72 @@ class FFNStats:
     neuron_hits: jax.Array
     max_nnz: jax.Array
     overflow_rows: jax.Array
+    pairs: jax.Array
+    dense_tokens: jax.Array
+
+    @classmethod
+    def of_dense(cls, h: jax.Array, mask: jax.Array) -> "FFNStats":
+        """Of a call that was computed densely: its hidden activations (M, F) and active neurons (M, F)."""
+        tokens = jnp.asarray(h.shape[0], jnp.int32)
+        hits, zero = jnp.sum(mask, axis=0, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        return cls(
+            l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / jnp.maximum(tokens, 1),
+            l0=jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(tokens, 1),
+            neuron_hits=hits,
+            max_nnz=jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32), initial=0),
+            overflow_rows=zero,
+            pairs=zero,
+            dense_tokens=tokens,
+        )
+
+    @classmethod
+    def of_rows(
+        cls,
+        l1: jax.Array,
+        nnz: jax.Array,
+        overflows: jax.Array,
+        neuron_hits: jax.Array,
+        groups: Groups = None,
+    ) -> "FFNStats":
+        """From each token's sum of |h| (M,) f32, active gates (M,) int32 and whether it overflowed (M,) bool;
+        ``neuron_hits`` as the field, with ``groups`` in front where there are such."""
+        size = group_size(l1.shape[0], groups)
+        l1, nnz, overflows = (by_group(rows, groups) for rows in (l1, nnz, overflows))
+        dense = jnp.sum(overflows, axis=-1, dtype=jnp.int32)
+        return cls(
+            l1=jnp.sum(l1, axis=-1) / size,
+            l0=jnp.sum(nnz, axis=-1, dtype=jnp.float32) / size,
+            neuron_hits=neuron_hits,
+            max_nnz=jnp.max(nnz, axis=-1),
+            overflow_rows=dense,
+            pairs=jnp.zeros_like(dense),
+            dense_tokens=dense,
+        )
+
+    @classmethod
+    def merged(cls, parts: "FFNStats") -> "FFNStats":
+        """The statistics of a whole from those of equal parts, stacked on axis 0."""
+        return cls(
+            l1=parts.l1.mean(0),
+            l0=parts.l0.mean(0),
+            neuron_hits=parts.neuron_hits.sum(0),
+            max_nnz=parts.max_nnz.max(0),
+            overflow_rows=parts.overflow_rows.sum(0),
+            pairs=parts.pairs.sum(0),
+            dense_tokens=parts.dense_tokens.sum(0),
+        )
 
     def all_reduce(self, axis_name: str | tuple[str, ...]) -> "FFNStats":
         """The statistics of the whole batch, inside ``shard_map`` or ``pmap``, from equal local batches."""
+        mean, total = jax.lax.pmean, jax.lax.psum
         return FFNStats(
-            l1=jax.lax.pmean(self.l1, axis_name),
-            l0=jax.lax.pmean(self.l0, axis_name),
-            neuron_hits=jax.lax.psum(self.neuron_hits, axis_name),
+            l1=mean(self.l1, axis_name),
+            l0=mean(self.l0, axis_name),
+            neuron_hits=total(self.neuron_hits, axis_name),
             max_nnz=jax.lax.pmax(jax.lax.stop_gradient(self.max_nnz), axis_name),
-            overflow_rows=jax.lax.psum(self.overflow_rows, axis_name),
+            overflow_rows=total(self.overflow_rows, axis_name),
+            pairs=total(self.pairs, axis_name),
+            dense_tokens=total(self.dense_tokens, axis_name),
         )
 
     @property

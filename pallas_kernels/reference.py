@@ -1,90 +1,97 @@
-"""The executable specification: plain jnp, differentiable, and what every kernel is judged against.
+"""The executable specification: plain jnp, and what every kernel is judged against.
 
 Dimensions: M tokens, D model width, F hidden neurons. All weights are neuron-major, (F, D).
 
-    gated       g = round(x Wg^T)    u = round(x Wu^T)    h = round([not g <= 0] g u)    y = round(h Wd)
-    non-gated   g = round(x Wu^T)                         h = round([not g <= 0] g)      y = round(h Wd)
+    gated      g = round(x Wg^T)   u = round(x Wu^T)   h = [active] round(round(a(g)) b(u))   y = round(h Wd)
+    non-gated  g = round(x Wu^T)                       h = [active] round(a(g))               y = round(h Wd)
 
-``round`` is to the input type and marks every place where a rounding happens; sums accumulate in f32, and f32
-inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU: a gate's sign is part of the
-result. The bracket is 1 where the condition holds: a neuron is *active* unless its rounded gate is at or
-under zero, so a NaN gate is active and reaches the output. An inactive neuron contributes nothing, also where
-its up projection is infinite: that is what lets a kernel skip it, and it is the one difference from
-``relu(g) * u`` evaluated in IEEE arithmetic. Weights are taken to be finite.
+``a`` and ``b`` are the activation's `Rule.value` and `Rule.up`: a(g) = g, or g² for relu2; b(u) = u, or
+max(u, 0) for drelu. A neuron is *active* unless its rounded gate is at or under the rounded threshold, so a
+NaN gate is active and reaches the output. An inactive neuron contributes nothing, also where its up
+projection is infinite: that is what lets a kernel skip it, and it is the one difference from
+``a(relu(g)) * u`` in IEEE arithmetic. Weights are taken to be finite.
 
     l1 = (1/M) sum_ij |h_ij|        l0 = (1/M) sum_ij active_ij        neuron_hits_j = sum_i active_ij
+
+Backward, from dy and the cotangent dl1 of l1; everything is zero where a neuron is inactive:
+
+    dh = round(dy Wd^T + sign(h) dl1 / M)     dg = round(dh b(u) a'(g))     du = round(dh round(a(g)) b'(u))
+    dx = round(round(dg Wg) + round(du Wu))   dWg = dg^T x   dWu = du^T x   dWd = h^T dy
+
+The two terms of dh are added in f32 and rounded once: alone, dl1 / M vanishes in 16 bits. Without a gate
+dg = round(dh a'(g)), dx = round(dg Wu) and dWu = dg^T x.
+
+``round`` is to the input type and marks every place where a rounding happens; sums accumulate in f32, and f32
+inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
+from pallas_kernels.activations import RELU, Rule
+from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, multiply, project
 from pallas_kernels.options import FFNStats
 
-_CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_MATRICES = (((1,), (0,)), ((), ()))
+Weights = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
+"""x (M, D), w_gate (F, D) or None, w_up and w_down (F, D); or their cotangents."""
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``round(x W^T)``: x (M, D) and weight (F, D) to (M, F), in the input type, accumulated in f32.
-
-    The output type is asked of the product itself, so that the products of its gradient also take their
-    operands in the input type (an f32 product cast afterwards makes them mixed, and half as fast).
-    """
-    return multiply(x, weight, _CONTRACT_LAST)
+def projections(
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """g and u (M, F); u is None without a gate."""
+    return (project(x, w_up), None) if w_gate is None else (project(x, w_gate), project(x, w_up))
 
 
-def multiply(
-    a: jax.Array,
-    b: jax.Array,
-    dimensions: lax.DotDimensionNumbers = _MATRICES,
-    dtype: DTypeLike | None = None,
-) -> jax.Array:
-    """``round(a b)`` of arrays of one type, by default (M, F) and (F, D), to that type or to ``dtype``.
-
-    XLA turns the product of a single row on a GPU into an elementwise product in the output type and a sum:
-    there the output type is f32 and the rounding comes after it, so that terms are not rounded one by one.
-    """
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dtype = a.dtype if dtype is None else dtype
-    output = jnp.float32 if a.shape[0] == 1 else dtype
-    product = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=output)
-    return product.astype(dtype)
-
-
-def active(gate: jax.Array) -> jax.Array:
-    """Which neurons a rounded gate leaves active; NaN counts as active."""
-    return ~(gate <= 0)
-
-
-def hidden(x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The hidden activations (M, F) in the input type, and the (M, F) bool mask of active neurons."""
-    gate = project(x, w_up if w_gate is None else w_gate)
-    mask = active(gate)
-    product = gate if w_gate is None else gate * project(x, w_up)
+def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule = RELU) -> tuple[jax.Array, jax.Array]:
+    """h (M, F) in the input type, and the (M, F) bool mask of active neurons, from the projections."""
+    mask, value = rule.active(gate), rule.value(gate)
+    product = value if up is None else value * rule.up(up)
     return jnp.where(mask, product, jnp.zeros_like(product)), mask
 
 
 def ffn(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, rule: Rule = RELU
 ) -> tuple[jax.Array, FFNStats]:
-    """The whole layer: x (M, D) to y (M, D) and its statistics; ``w_gate=None`` is the non-gated layer.
-
-    Gradients by JAX's own differentiation, through y and through ``stats.l1``; the counters have none.
-    """
-    h, mask = hidden(x, w_gate, w_up)
-    return multiply(h, w_down), statistics(h, mask)
+    """The whole layer: x (M, D) to y (M, D) and its statistics; ``w_gate=None`` is the non-gated layer."""
+    h, mask = hidden(*projections(x, w_gate, w_up), rule)
+    return multiply(h, w_down), FFNStats.of_dense(h, mask)
 
 
-def statistics(h: jax.Array, mask: jax.Array) -> FFNStats:
-    """Of a call's hidden activations (M, F) and active neurons (M, F)."""
-    tokens = max(h.shape[0], 1)
-    hits = jnp.sum(mask, axis=0, dtype=jnp.int32)
-    return FFNStats(
-        l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / tokens,
-        l0=jnp.sum(hits, dtype=jnp.float32) / tokens,
-        neuron_hits=hits,
-        max_nnz=jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32), initial=0),
-        overflow_rows=jnp.zeros((), jnp.int32),
-    )
+def backward(
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array,
+    gate: jax.Array, up: jax.Array | None, dy: jax.Array, scale: jax.Array | None,
+    *, rule: Rule = RELU, dtype: DTypeLike,
+) -> Weights:  # fmt: skip
+    """Cotangents of x and, in ``dtype``, the weights, from the projections (M, F) and the cotangents dy
+    (M, D) and ``scale``, that of every |h|: (1,) or (M,) f32, dl1 / M; None where nothing depends on l1."""
+    h, mask = hidden(gate, up, rule)
+    dh = hidden_gradient(dy, w_down, h, scale)
+    dg, du = pull_back(gate, up, dh, mask, rule)
+    inner = [(dg, w_up)] if w_gate is None or du is None else [(dg, w_gate), (du, w_up)]
+    dx = sum(multiply(z, weight) for z, weight in inner)
+    *dw_gate, dw_up = (multiply(z, x, CONTRACT_FIRST, dtype=dtype) for z, _ in inner)
+    dw_down = multiply(h, dy, CONTRACT_FIRST, dtype=dtype)
+    return jnp.asarray(dx), dw_gate[0] if dw_gate else None, dw_up, dw_down
+
+
+def hidden_gradient(dy: jax.Array, w_down: jax.Array, h: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """dh (M, F) in the input type, where neurons are active."""
+    if scale is None:
+        return project(dy, w_down)
+    from_y = multiply(dy, w_down, CONTRACT_LAST, dtype=jnp.float32)
+    return (from_y + jnp.sign(h).astype(jnp.float32) * scale[:, None]).astype(h.dtype)
+
+
+def pull_back(gate, up, dh, mask, rule):
+    """dg and du (M, F), du None without a gate, in the input type."""
+    g, wide = gate.astype(jnp.float32), dh.astype(jnp.float32)
+
+    def rounded(value):
+        return jnp.where(mask, value, 0).astype(gate.dtype)
+
+    if up is None:
+        return rounded(wide * rule.slope(g)), None
+    u, value = up.astype(jnp.float32), rule.value(gate).astype(jnp.float32)
+    return rounded(wide * rule.up(u) * rule.slope(g)), rounded(wide * value * rule.up_slope(u))

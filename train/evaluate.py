@@ -19,7 +19,6 @@ from train.data.batches import heldout_batches
 from train.errors import UserError
 from train.run.checkpoint import load_for_inference
 from train.state import Params
-from train.step import merge_statistics
 
 Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]
 
@@ -132,7 +131,7 @@ def evaluate(
         results.append((tokens.shape[0] * (tokens.shape[1] - 1), evaluator(params, tokens)))
     counts, outputs = zip(*results, strict=True)
     losses, stats = zip(*jax.device_get(outputs), strict=True)
-    whole = merge_statistics(jax.tree.map(lambda *parts: np.stack(parts), *stats))
+    whole = FFNStats.merged(jax.tree.map(lambda *parts: np.stack(parts), *stats))
     layers = jax.tree.map(np.asarray, sparsity.layer_summary(whole))
     ce = float(np.mean(np.asarray(losses, np.float64)))
     tokens, size = sum(counts), sum(int(batch["bytes"]) for batch in batches)

@@ -97,15 +97,4 @@ def accumulated_gradient(
 
     total, (terms, stats) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro_batches)
     grads = jax.tree.map(lambda g: g / accumulation, total)
-    return grads, (jax.tree.map(lambda term: term.mean(0), terms), merge_statistics(stats))
-
-
-def merge_statistics(stats: FFNStats) -> FFNStats:
-    """Statistics of a whole from those of equal parts, stacked on axis 0."""
-    return FFNStats(
-        l1=stats.l1.mean(0),
-        l0=stats.l0.mean(0),
-        neuron_hits=stats.neuron_hits.sum(0),
-        max_nnz=stats.max_nnz.max(0),
-        overflow_rows=stats.overflow_rows.sum(0),
-    )
+    return grads, (jax.tree.map(lambda term: term.mean(0), terms), FFNStats.merged(stats))

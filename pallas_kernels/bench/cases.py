@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, reference, sparse_ffn, sparse_mlp
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.bench.shapes import PAPER, SHAPES, TOKENS, FFNShape
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.options import FFNOptions, FFNStats, Twell
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
 
@@ -93,7 +93,7 @@ def contestants(case: Case, options: FFNOptions) -> dict[str, Program]:
 def _packers(case: Case, options: FFNOptions) -> dict[str, Callable[..., Any]]:
     """gate_pack as the sparse call runs it, and on Triton beside it where that is another kernel."""
     backend = choose_backend(case, options)
-    tiles: dict[str, Any] = {"tile": options.tile, "slots": options.slots}
+    tiles: dict[str, Any] = {"tile": layout(options).tile, "slots": layout(options).slots}
     config, interpret = choose_config(case, options).gate_pack, backend == "interpret"
     triton = partial(gate_pack, **tiles, config=config, interpret=interpret)
     if backend != "mosaic_gpu":
@@ -109,7 +109,7 @@ def work(case: Case, options: FFNOptions, mean_nnz: float) -> dict[str, Work]:
     size = jnp.dtype(case.dtype).itemsize
     projections = 2 if case.shape.gated else 1  # after the gate
     gemm, x, weight, nnz = 2.0 * m * d * f, size * m * d, size * f * d, mean_nnz * m
-    words = 4 * (m * -(-f // options.tile) + nnz * (size // 2))
+    words = 4 * (m * -(-f // layout(options).tile) + nnz * (size // 2))
     gathered = projections * nnz * size * d
     layer_bytes = 2 * x + (projections + 1) * weight
     pack = Work(gemm, x + weight + words)
@@ -127,13 +127,26 @@ def work(case: Case, options: FFNOptions, mean_nnz: float) -> dict[str, Work]:
 
 def dense(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
     """The dense layer, from x and two or three weights."""
-    return reference.ffn(x, *weights) if len(weights) == 3 else reference.ffn(x, None, *weights)
+    *w_gate, w_up, w_down = weights
+    return reference.ffn(x, w_gate[0] if w_gate else None, w_up, w_down)
+
+
+def layout(options: FFNOptions) -> Twell:
+    """The tile of the sparse calls.
+
+    Raises:
+      ValueError: another format was asked for.
+    """
+    found = options.layout
+    if not isinstance(found, Twell):
+        raise ValueError(f"the stages of TwELL need format='twell'; got '{found}'")
+    return found
 
 
 def choose_config(case: Case, options: FFNOptions) -> configs.TwELLConfig:
     """The configs that the case's sparse calls run with."""
     inputs = case.input_shapes()
-    return configs.choose(inputs["x"], inputs["w_up"], options)
+    return configs.choose(inputs["x"], inputs["w_up"], layout(options))
 
 
 def choose_backend(case: Case, options: FFNOptions) -> str:
@@ -143,4 +156,4 @@ def choose_backend(case: Case, options: FFNOptions) -> str:
       ValueError: nothing here can.
     """
     inputs = case.input_shapes()
-    return dispatch.choose(options, dispatch.Call.of(inputs["x"], inputs["w_up"], options)).backend
+    return dispatch.choose(options, dispatch.Call.of(inputs["x"], inputs["w_up"])).backend

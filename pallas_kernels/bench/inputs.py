@@ -16,6 +16,7 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from pallas_kernels import reference
+from pallas_kernels.activations import RELU
 
 _HIGHEST_RATE = 0.95
 _NEVER = -40.0
@@ -155,7 +156,7 @@ def measure(x: jax.Array, weight: jax.Array) -> dict[str, float]:
 
 @jax.jit
 def _measure(x, weight):
-    mask = reference.active(reference.project(x, weight))
+    mask = RELU.active(reference.project(x, weight))
     nnz = jnp.sum(mask, axis=1, dtype=jnp.int32)
 
     def union(tokens):

@@ -31,7 +31,7 @@ from pallas_kernels.bench.shapes import PAPER, SHAPES
 from pallas_kernels.bench.timing import Timing
 from pallas_kernels.bench.tune_panel import tune_panel
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import FFNOptions, Panel
 
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
 _TUNING_SECONDS = (
@@ -75,18 +75,18 @@ def gradients(options: FFNOptions, inputs: Mapping[str, jax.Array], dy: jax.Arra
     return jax.grad(objective)(inputs)
 
 
-def layers(formats: Sequence[str], panels: Sequence[int] = (FFNOptions.panel,)) -> dict[str, FFNOptions]:
+def layers(formats: Sequence[str], panels: Sequence[int] = (Panel.tokens,)) -> dict[str, FFNOptions]:
     """The layers to compare, by name; ``"panel"`` at every P asked for,
     each but the usual one with P in its name."""
     found: dict[str, FFNOptions] = {}
     for name in formats:
-        options = FFNOptions(format=name)  # type: ignore[arg-type] # the parser's choices are formats
+        options = FFNOptions(format=name)
         if name != "panel":
             found[name] = options
             continue
         for panel in panels:
-            label = name if panel == FFNOptions.panel else f"{name}-{panel}"
-            found[label] = dataclasses.replace(options, panel=panel)
+            label = name if panel == Panel.tokens else f"{name}-{panel}"
+            found[label] = FFNOptions(format=Panel(tokens=panel))
     return found
 
 
@@ -115,8 +115,8 @@ def _gate_panel(inputs):
 
     options = FFNOptions(format="panel")
     x, weight = inputs["x"], _gate_weight(inputs)
-    backend = dispatch.choose(options, dispatch.Call.of(x, weight, options)).backend
-    return panel_layer.gate_stage(x, weight, config.choose(x, weight, options), backend)
+    backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
+    return panel_layer.gate_stage(x, weight, config.choose(x, weight, Panel.tokens), backend, options.rule)
 
 
 def run(
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"
     )
     parser.add_argument(
-        "--panels", nargs="+", type=int, choices=[16, 32, 64, 128], default=[FFNOptions.panel],
+        "--panels", nargs="+", type=int, choices=[16, 32, 64, 128], default=[Panel.tokens],
         help="tokens of a panel",
     )  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"models ({PAPER.name})")
@@ -294,7 +294,7 @@ def _tune(cases: Sequence[Case | RecordedCase], direction: str, panels: Sequence
     for case in cases:
         inputs = case.arrays()
         for options in panels:
-            print(f"tuning panels of {options.panel} tokens: {case}", flush=True)
+            print(f"tuning {options.layout}: {case}", flush=True)
             try:
                 print(
                     tune_panel(inputs, cotangent(inputs), options, direction, deadline=deadline), flush=True
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if args.tune:
-        panels = [options for options in compared.values() if options.format == "panel"]
+        panels = [options for options in compared.values() if isinstance(options.layout, Panel)]
         if not panels:
             parser.error(
                 "--tune searches for panel configs, and no panel is compared: add panel to --formats"

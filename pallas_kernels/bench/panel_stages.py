@@ -44,7 +44,7 @@ def _down(given: Given, config: PanelConfig, interpret: bool) -> jax.Array:
 
 
 def _dh(given: Given, config: PanelConfig, interpret: bool) -> Gradients:
-    lists, dy, w_down, dl1 = (given[name] for name in ("kept_lists", "dy", "w_down", "dl1"))
+    lists, dy, w_down, dl1 = (given[name] for name in ("kept_lists", "dy", "w_down", "scale"))
     return panel_dh(*_kept(given), lists, dy, w_down, dl1, config=config.dh, interpret=interpret)
 
 

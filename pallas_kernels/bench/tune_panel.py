@@ -31,7 +31,7 @@ from pallas_kernels.bench.panel_stages import (
     candidates,
     padded,
 )
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import layer as panel_layer
 from pallas_kernels.panel.config import PanelConfig
@@ -98,7 +98,7 @@ def tune_panel(
     Args:
       inputs: arguments of `sparse_ffn` or `sparse_mlp`.
       dy: as x, (M, D).
-      options: of format ``"panel"``; its P and capacity are those of the call.
+      options: of a `Panel` format; its P and capacity are those of the call.
       direction: ``"forward"`` or ``"train"``.
       deadline: of `time.monotonic`: stages whose turn comes later keep the heuristic.
       directory: where the tables stand, if not in the package.
@@ -125,6 +125,13 @@ def tune_panel(
     return Found(plain.panel, changed, before, after, path)
 
 
+def _layout(options: FFNOptions) -> Panel:
+    layout = options.layout
+    if not isinstance(layout, Panel):
+        raise ValueError(f"panel configs are tuned for format='panel'; got '{layout}'")
+    return layout
+
+
 class _Search:
     """One layer's stages with the arrays that each is given, at every padding of the lists."""
 
@@ -133,15 +140,16 @@ class _Search:
         self._device = device_lib.current()
         self._itemsize, self._gated = x.dtype.itemsize, "w_gate" in inputs
         self._ready: dict[tuple[str, int, Config], Callable[[], Any]] = {}
-        self.plain = configs.heuristic(x, options, self._device)
-        backend = dispatch.choose(options, dispatch.Call.of(x, weight, options)).backend
+        self.plain = configs.heuristic(x, _layout(options).tokens, self._device)
+        backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
         self._interpret = backend == "interpret"
         self.stages = [name for name in STAGES if name != "gate" or backend != "mosaic_gpu"]
         gate_weight, up_weight = (inputs["w_gate"], weight) if self._gated else (weight, None)
-        gate = jax.jit(partial(panel_layer.gate_stage, config=self.plain, backend=backend))(x, gate_weight)
+        stage = partial(panel_layer.gate_stage, config=self.plain, backend=backend, rule=options.rule)
+        gate = jax.jit(stage)(x, gate_weight)
         layer: Given = {
             "x": x, "gate_weight": gate_weight, "up_weight": up_weight, "w_down": inputs["w_down"], "dy": dy,
-            "dl1": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,
+            "scale": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,
         }  # fmt: skip
         self.bases = {
             padding: base
@@ -160,7 +168,7 @@ class _Search:
         )
         lists, needed = build(gate, counts)
         chunks = n_chunks(gate.values.shape[0], d_ff, padding)
-        room = max(1, round(chunks * options.capacity))
+        room = max(1, round(chunks * _layout(options).capacity))
         kept = build(gate, counts, room=room)[0] if int(needed) <= room else lists
         return {"lists": lists, "kept_lists": kept}
 

@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels import device as device_lib
 from pallas_kernels import reference, tuning
 from pallas_kernels.bench import accuracy, timing
+from pallas_kernels.bench.cases import layout as twell_layout
 from pallas_kernels.options import FFNOptions
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
@@ -44,9 +45,9 @@ def tune_twell(
     device = device_lib.current()
     inputs = jax.jit(make_inputs)(jax.random.key(0))
     x, weight = inputs["x"], inputs.get("w_gate", inputs["w_up"])
-    interpret = options.backend == "interpret"
-    gate_packs, up_downs = configs.search_space(x, weight, options, device)
-    pack = partial(gate_pack, tile=options.tile, slots=options.slots, interpret=interpret)
+    interpret, layout = options.backend == "interpret", twell_layout(options)
+    gate_packs, up_downs = configs.search_space(x, weight, layout, device)
+    pack = partial(gate_pack, tile=layout.tile, slots=layout.slots, interpret=interpret)
     packs = {config: (partial(pack, config=config), (x, weight)) for config in gate_packs}
     best_pack, pack_ms, packed = _fastest(packs, partial(_gates_are_right, inputs))
     gated = "w_gate" in inputs
@@ -58,7 +59,7 @@ def tune_twell(
     }
     best_projection, projection_ms, _ = _fastest(projections, partial(_y_is_right, inputs, packed[0]))
     chosen = [(best_pack, pack_ms), (best_projection, projection_ms)]
-    for (op, key), (config, ms) in zip(configs.buckets(x, weight, options).items(), chosen, strict=True):
+    for (op, key), (config, ms) in zip(configs.buckets(x, weight, layout).items(), chosen, strict=True):
         entry = {"config": dataclasses.asdict(config), "ms": round(ms, 4)}
         tuning.save(device.table_name, op, {key: entry}, directory=directory)
     return ", ".join(f"{config} {ms:.3f} ms" for config, ms in chosen)

@@ -37,7 +37,7 @@ from pallas_kernels.bench.shapes import PAPER, SHAPES, TOKENS
 from pallas_kernels.bench.timing import Ceilings, Timing
 from pallas_kernels.bench.tune_twell import tune_twell
 from pallas_kernels.formats import TwELL
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import FFNOptions, Twell
 from pallas_kernels.twell.config import TwELLConfig
 
 _LABELS = {
@@ -269,9 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--backend", default="auto", choices=["auto", "mosaic_gpu", "triton"])
-    parser.add_argument("--tile", type=int, default=FFNOptions.tile, help="columns of a TwELL tile")
+    parser.add_argument("--tile", type=int, default=Twell.tile, help="columns of a TwELL tile")
     parser.add_argument(
-        "--compression", type=int, default=FFNOptions.compression, help="columns for a packed word"
+        "--compression", type=int, default=Twell.compression, help="columns for a packed word"
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        options = FFNOptions("twell", args.backend, tile=args.tile, compression=args.compression)
+        options = FFNOptions(Twell(args.tile, args.compression), backend=args.backend)
         cases, file = _cases(args), JsonFile(args.json)
         for case in cases:
             choose_backend(case, options)

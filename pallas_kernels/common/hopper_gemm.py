@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -264,10 +265,13 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
 
 # -- what an epilogue in PTX needs: a thread does what it finds in its own registers ------------------------
 
-ACTIVE_ABOVE = {"bfloat16": "0f00008000", "float16": "0f33000000"}
-"""Half of a type's least subnormal, as a PTX constant: an f32 gate above it rounds to an active one."""
 CONVERT = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 """PTX that rounds two f32 values to a type and packs them, the second operand into the low half."""
+
+
+def constant(value: float) -> str:
+    """An f32 number in PTX."""
+    return f"0f{np.float32(value).view(np.uint32):08X}"
 
 
 def address(ref: ir.Value, bits: int) -> ir.Value:

@@ -12,9 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import reference
+from pallas_kernels.activations import Rule
+from pallas_kernels.common.products import multiply
+
 Carry = TypeVar("Carry")
 
 _SMALL_ROUND = 128
+
+
+def bound(tokens: int) -> int:
+    """Rows of a round where nobody asks for another number: enough to fill a GPU, in less memory than TwELL's
+    packed words take at C = 8."""
+    return max(128, min(tokens // 16, 8192))
 
 
 def rounds(
@@ -46,3 +56,31 @@ def rounds(
         state = loop(bound, bound // 4, state)
         bound = _SMALL_ROUND
     return loop(bound, 1, state)[1]
+
+
+def rows_of(array: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of an array, zero where the id is out of range."""
+    return array.at[ids].get(mode="fill", fill_value=0)
+
+
+def mend(
+    y: jax.Array,
+    l1: jax.Array,
+    overflows: jax.Array,
+    bound: int,
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array]:
+    """y (M, D) and each token's sum of |h| (M,) with the overflowing rows computed densely, ``bound`` of them
+    a round."""
+
+    def one_round(ids, carry):
+        y, l1 = carry
+        h, _ = reference.hidden(*reference.projections(rows_of(x, ids), w_gate, w_up), rule)
+        row_l1 = jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
+        return y.at[ids].set(multiply(h, w_down), mode="drop"), l1.at[ids].set(row_l1, mode="drop")
+
+    return rounds(overflows, bound, one_round, (y, l1))

@@ -10,25 +10,28 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels import dense, reference
+from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
+from pallas_kernels.common.products import multiply
+from pallas_kernels.reference import Weights
 
 BLOCK = 4096
 """Most tokens of a block: enough for a GEMM to run at its full rate."""
 
 
 def forward(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
+    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, rule: Rule
 ) -> tuple[jax.Array, jax.Array]:
-    """y (M, D) and the () f32 sum of ``|h|`` of `reference.ffn`, for x (M, D) and weights (F, D)."""
+    """y (M, D) and each token's sum of ``|h|``, (M,) f32, for x (M, D) and weights (F, D)."""
 
     def one(x):
-        y, stats = reference.ffn(x, w_gate, w_up, w_down)
-        return y, stats.l1 * x.shape[0]
+        h, _ = reference.hidden(*reference.projections(x, w_gate, w_up), rule)
+        return multiply(h, w_down), jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
 
-    y, l1 = lax.map(one, _split(x))
-    return _join(y, x.shape[0]), jnp.sum(l1)
+    return jax.tree.map(partial(_join, tokens=x.shape[0]), lax.map(one, _split(x)))
 
 
 def backward(
@@ -37,18 +40,22 @@ def backward(
     w_up: jax.Array,
     w_down: jax.Array,
     dy: jax.Array,
-    dl1: jax.Array,
+    scale: jax.Array | None,
     *,
-    dtype: jax.typing.DTypeLike,
-) -> dense.Weights:
-    """`dense.recompute_backward`: cotangents of x and, in ``dtype``, the weights from
-    those of y (M, D) and l1."""
+    rule: Rule,
+    dtype: DTypeLike,
+) -> Weights:
+    """`dense.recompute_backward`: cotangents of x and, in ``dtype``, the weights, from those of y (M, D) and,
+    ``scale``, of every |h|."""
     tokens, weights = x.shape[0], (w_gate, w_up, w_down)
-    blocks = _split(x), _split(dy)
-    share = dl1 * (blocks[0].shape[1] / tokens)  # the cotangent of a block's own mean
+    own_scale = None if scale is None or scale.shape[0] != tokens else _split(scale)
+    blocks = _split(x), _split(dy), own_scale
 
     def one(sums, block):
-        dx, *gradients = dense.recompute_backward(block[0], *weights, block[1], share, dtype=jnp.float32)
+        x, dy, own = block
+        dx, *gradients = dense.recompute_backward(
+            x, *weights, dy, scale if own is None else own, rule=rule, dtype=jnp.float32
+        )
         return jax.tree.map(jnp.add, sums, gradients), dx
 
     zeros = jax.tree.map(partial(_zeros_like, x), list(weights))
@@ -62,13 +69,14 @@ def _zeros_like(x, weight):
 
 
 def _split(rows: jax.Array) -> jax.Array:
-    """(n, block, D): rows (M, D) in equal blocks, the last one filled up with zeros,
+    """(n, block, ...): rows (M, ...) in equal blocks, the last one filled up with zeros,
     which no gate is active for."""
     tokens = rows.shape[0]
     count = -(-tokens // BLOCK)
     block = -(-tokens // count)
-    return jnp.pad(rows, ((0, count * block - tokens), (0, 0))).reshape(count, block, -1)
+    padding = ((0, count * block - tokens),) + ((0, 0),) * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(count, block, *rows.shape[1:])
 
 
 def _join(blocks: jax.Array, tokens: int) -> jax.Array:
-    return blocks.reshape(-1, blocks.shape[-1])[:tokens]
+    return blocks.reshape(-1, *blocks.shape[2:])[:tokens]

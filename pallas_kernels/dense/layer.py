@@ -1,80 +1,69 @@
-"""The dense layer taken apart: a forward that keeps its projections, a backward from them,
-and one from nothing.
+"""The dense layer by XLA: a forward that keeps its projections, and a backward from them or from nothing.
 
-The sparse layers go here where sparsity does not pay or does not fit, and so does the dense layer whose
-weights are of a wider type than x. Numerics are the reference's; weight gradients are f32 sums, rounded
-once to the type asked for.
-
-    h = [active] g u    dh = [active] (dy Wd^T + sign(h) dl1 / M)    dg = dh u    du = dh g
-    dx = dg Wg + du Wu    dWg = dg^T x    dWu = du^T x    dWd = h^T dy
-
-Without a gate, g is h: dx = dh Wu and dWu = dh^T x.
+The sparse layers go here where sparsity does not pay or does not fit. Numerics are the reference's; weight
+gradients are f32 sums, rounded once to the type asked for.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import reference
+from pallas_kernels.activations import Rule
+from pallas_kernels.common.groups import Groups, by_group
+from pallas_kernels.common.products import multiply
 from pallas_kernels.options import FFNOptions, FFNStats
-
-_CONTRACT_FIRST = (((0,), (0,)), ((), ()))
-
-Weights = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
-"""x (M, D), w_gate (F, D) or None, w_up and w_down (F, D); or their cotangents."""
+from pallas_kernels.reference import Weights
 
 
-def rounded(x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array) -> Weights:
-    """The arguments as the layer computes with them: all in x's type."""
-    return x, None if w_gate is None else w_gate.astype(x.dtype), w_up.astype(x.dtype), w_down.astype(x.dtype)
+class Projections(NamedTuple):
+    """What the dense layer keeps between forward and backward.
+
+    Attributes:
+      gate, up: (M, F) in x's type; up is None without a gate projection.
+    """
+
+    gate: jax.Array
+    up: jax.Array | None
+
+    def named(self) -> "Projections":
+        """As it is: a remat policy keeps nothing of the dense layer."""
+        return self
 
 
-def ffn(
+def infer(
     x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     options: FFNOptions,
     backend: str,
+    groups: Groups = None,
 ) -> tuple[jax.Array, FFNStats]:
-    """One dense feed-forward layer: `reference.ffn` for x (M, D) and weights (F, D), by XLA on any device.
-
-    Differentiated by JAX itself, except where weights of a wider type than x's are rounded to it: JAX would
-    round their gradients as well, as those of what multiplies x.
-    """
-    return (reference.ffn if w_up.dtype == x.dtype else _of_master_weights)(x, w_gate, w_up, w_down)
-
-
-@jax.custom_vjp
-def _of_master_weights(x, w_gate, w_up, w_down):
-    return reference.ffn(*rounded(x, w_gate, w_up, w_down))
-
-
-def _forward(x, w_gate, w_up, w_down):
-    outputs, kept = forward(*rounded(x, w_gate, w_up, w_down))
-    return outputs, ((x, w_gate, w_up, w_down), kept)
-
-
-def _backward(saved, cotangents):
-    (x, *weights), (gate, up) = saved
-    dy, dstats = cotangents
-    return backward(*rounded(x, *weights), gate, up, dy, dstats.l1, dtype=weights[-1].dtype)
-
-
-_of_master_weights.defvjp(_forward, _backward)
+    """`reference.ffn` for x (M, D) and weights (F, D) of x's type, by XLA on any device."""
+    return forward(x, w_gate, w_up, w_down, options, backend, groups)[0]
 
 
 def forward(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array
-) -> tuple[tuple[jax.Array, FFNStats], tuple[jax.Array, jax.Array | None]]:
-    """`reference.ffn`, and the projections (M, F) that `backward` takes:
-    the gate's, and the up one's of a gated layer."""
-    gate = reference.project(x, w_up if w_gate is None else w_gate)
-    up = None if w_gate is None else reference.project(x, w_up)
-    h, mask = _hidden(gate, up)
-    return (reference.multiply(h, w_down), reference.statistics(h, mask)), (gate, up)
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    backend: str,
+    groups: Groups = None,
+) -> tuple[tuple[jax.Array, FFNStats], Projections]:
+    """`reference.ffn`, and the projections that `backward` takes."""
+    gate, up = reference.projections(x, w_gate, w_up)
+    h, mask = reference.hidden(gate, up, options.rule)
+    y = multiply(h, w_down)
+    if groups is None:
+        return (y, FFNStats.of_dense(h, mask)), Projections(gate, up)
+    stats = jax.vmap(FFNStats.of_dense)(by_group(h, groups), by_group(mask, groups))
+    return (y, stats), Projections(gate, up)
 
 
 def backward(
@@ -82,27 +71,17 @@ def backward(
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
-    gate: jax.Array,
-    up: jax.Array | None,
+    kept: Projections,
     dy: jax.Array,
-    dl1: jax.Array,
+    scale: jax.Array | None,
+    options: FFNOptions,
+    backend: str,
     *,
     dtype: DTypeLike,
+    weights: bool = True,
 ) -> Weights:
-    """Cotangents of x and, in ``dtype``, the weights.
-
-    From the kept projections, and the cotangents of y (M, D) and l1.
-    """
-    h, mask = _hidden(gate, up)
-    dh = reference.project(dy, w_down) + jnp.sign(h) * (dl1 / x.shape[0]).astype(x.dtype)
-    dh = jnp.where(mask, dh, jnp.zeros_like(dh))
-    summed = partial(reference.multiply, dimensions=_CONTRACT_FIRST, dtype=dtype)
-    if w_gate is None or up is None:
-        return reference.multiply(dh, w_up), None, summed(dh, x), summed(h, dy)
-    dg, du = jnp.where(mask, dh * up, jnp.zeros_like(dh)), dh * gate
-    du = jnp.where(mask, du, jnp.zeros_like(du))
-    dx = reference.multiply(dg, w_gate) + reference.multiply(du, w_up)
-    return dx, summed(dg, x), summed(du, x), summed(h, dy)
+    """`reference.backward` from the kept projections; XLA leaves out what nobody asks for."""
+    return reference.backward(x, w_gate, w_up, w_down, *kept, dy, scale, rule=options.rule, dtype=dtype)
 
 
 def recompute_backward(
@@ -111,17 +90,24 @@ def recompute_backward(
     w_up: jax.Array,
     w_down: jax.Array,
     dy: jax.Array,
-    dl1: jax.Array,
+    scale: jax.Array | None,
     *,
+    rule: Rule,
     dtype: DTypeLike,
 ) -> Weights:
-    """`backward` of a call of which nothing was kept."""
-    gate = reference.project(x, w_up if w_gate is None else w_gate)
-    up = None if w_gate is None else reference.project(x, w_up)
-    return backward(x, w_gate, w_up, w_down, gate, up, dy, dl1, dtype=dtype)
+    """`reference.backward` of a call of which nothing was kept."""
+    projections = reference.projections(x, w_gate, w_up)
+    return reference.backward(x, w_gate, w_up, w_down, *projections, dy, scale, rule=rule, dtype=dtype)
 
 
-def _hidden(gate: jax.Array, up: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    mask = reference.active(gate)
-    product = gate if up is None else gate * up
-    return jnp.where(mask, product, jnp.zeros_like(product)), mask
+def rounded(x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array) -> Weights:
+    """The arguments as the layer computes with them: all in x's type."""
+    cast = partial(jnp.asarray, dtype=x.dtype)
+    return x, None if w_gate is None else cast(w_gate), cast(w_up), cast(w_down)
+
+
+def token_hits(x: jax.Array, gate_weight: jax.Array, rule: Rule, groups: Groups) -> jax.Array:
+    """(groups, F) int32, for how many tokens of each group a neuron is active: a gate product of its own,
+    which XLA leaves out where nobody reads these hits."""
+    mask = rule.active(reference.project(x, gate_weight))
+    return jnp.sum(by_group(mask, groups), axis=-2, dtype=jnp.int32)

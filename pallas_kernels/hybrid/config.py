@@ -10,8 +10,9 @@ import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
+from pallas_kernels.dense import backup_rows
 from pallas_kernels.device import Device
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import Hybrid, Twell
 from pallas_kernels.twell import config as twell
 from pallas_kernels.twell.config import GatePackConfig
 
@@ -89,25 +90,24 @@ class HybridConfig:
     weights: WeightsConfig
 
 
-def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> HybridConfig:
+def choose(x: jax.Array, w: jax.Array, layout: Hybrid, device: Device | None = None) -> HybridConfig:
     """Configs for x (M, D) and weights like w (F, D): what was tuned on the device, else a heuristic.
 
     Raises:
-      ValueError: no tile of ``options.tile`` columns fits the device.
+      ValueError: no tile of ``Hybrid.tile`` columns fits the device.
     """
     device = device_lib.current() if device is None else device
-    tile = min(options.tile, _LARGEST_TILE)
-    gate_options = dataclasses.replace(options, tile=tile, compression=1)
+    tile = min(layout.tile, _LARGEST_TILE)
     config = HybridConfig(
         tile=tile,
-        slots=slots(tile, options.width),
-        backup_rows=min(options.backup_rows or twell.backup_rows(x.shape[0]), x.shape[0]),
-        gate_pack=twell.choose(x, w, gate_options, device).gate_pack,
+        slots=slots(tile, layout.width),
+        backup_rows=min(layout.backup_rows or backup_rows.bound(x.shape[0]), x.shape[0]),
+        gate_pack=twell.choose(x, w, Twell(tile=tile, compression=1), device).gate_pack,
         up_down=_rows(x, columns_of_thread=32),
         dx=_rows(x, columns_of_thread=16),
         weights=_weights(x, w),
     )
-    entry = tuning.lookup(device.table_name, "hybrid", bucket(x, w, options))
+    entry = tuning.lookup(device.table_name, "hybrid", bucket(x, w, layout))
     return _with_entry(config, entry) if entry else config
 
 
@@ -119,14 +119,14 @@ def slots(tile: int, width: int) -> int:
     return -(-(min(tile, width) + 1) // _SECTOR_WORDS) * _SECTOR_WORDS
 
 
-def bucket(x: jax.Array, w: jax.Array, options: FFNOptions) -> str:
+def bucket(x: jax.Array, w: jax.Array, layout: Hybrid) -> str:
     """The call's bucket in the tuning table ``hybrid``."""
     return tuning.bucket(
         tokens=x.shape[0],
         d_model=x.shape[1],
         d_ff=w.shape[0],
         itemsize=x.dtype.itemsize,
-        width=options.width,
+        width=layout.width,
     )
 
 

@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.formats import MAX_INDEX, TwELL
 from pallas_kernels.hybrid.config import HybridConfig, RowsConfig
@@ -48,8 +49,8 @@ class Ell(NamedTuple):
 
     Attributes:
       indices: (M, W) uint16, or int32 where F > 65,536.
-      gate: (M, W) in x's type.
-      up: (M, W) in x's type; None for a non-gated layer, whose gate is h.
+      gate: (M, W) in x's type, the rounded gates.
+      up: (M, W) in x's type; None for a non-gated layer.
       nnz: (M,) int32, always true.
     """
 
@@ -85,9 +86,9 @@ class Rows(NamedTuple):
 
 
 def gate_pack(
-    x: jax.Array, w_gate: jax.Array, *, config: HybridConfig, interpret: bool = False
+    x: jax.Array, w_gate: jax.Array, *, config: HybridConfig, rule: Rule = RELU, interpret: bool = False
 ) -> tuple[TwELL, jax.Array]:
-    """``relu(x Wg^T)`` in words that `up_down` reads: x (M, D), w_gate (F, D) of one type.
+    """The active gates of ``x Wg^T`` in words that `up_down` reads: x (M, D), w_gate (F, D) of one type.
 
     A word names its neuron by the low 16 bits of the index; the tile that it stands in knows the others. So
     an F over 65,536 is packed in pieces of that many.
@@ -101,6 +102,7 @@ def gate_pack(
         tile=config.tile,
         slots=config.slots,
         config=config.gate_pack,
+        rule=rule,
         interpret=interpret,
     )
     pieces = [pack(x, w_gate[start : start + MAX_INDEX]) for start in range(0, d_ff, MAX_INDEX)]
@@ -122,9 +124,10 @@ def up_down(
     width: int,
     keep: bool,
     config: RowsConfig,
+    rule: Rule = RELU,
     interpret: bool = False,
 ) -> Rows:
-    """``y = h Wd`` with ``h = gate * (x Wu^T)``, or ``h = gate`` without w_up: x (M, D), weights (F, D).
+    """``y = h Wd`` with ``h = a(g) b(x Wu^T)``, or ``h = a(g)`` without w_up: x (M, D), weights (F, D).
 
     Args:
       width: W; a row with more non-zeros comes out as zero.
@@ -137,7 +140,7 @@ def up_down(
     kept = [index_type, x.dtype] + [x.dtype] * (w_up is not None) if keep else []
     output = partial(varying_axes.output, packed.words)
     geometry = {"tile": packed.tile, "slots": packed.slots, "n_tiles": packed.n_tiles}
-    static = {"gated": w_up is not None, "width": width, "keep": keep, "config": config}
+    static = {"gated": w_up is not None, "width": width, "keep": keep, "rule": rule, "config": config}
     y, l1, nnz, *ell = pl.pallas_call(
         partial(_rows_kernel, **geometry, **static),
         out_shape=(
@@ -157,7 +160,7 @@ def up_down(
     return Rows(y, l1, nnz, Ell(indices, gate, up[0] if up else None, nnz))
 
 
-def _rows_kernel(words_ref, *refs, tile, slots, n_tiles, gated, width, keep, config):
+def _rows_kernel(words_ref, *refs, tile, slots, n_tiles, gated, width, keep, rule, config):
     dtype = refs[0].dtype  # that of x or a weight, or f32 where that is the values' type
     values_ref, refs = (refs[0], refs[1:]) if dtype == jnp.float32 else (None, refs)
     operands, (y_ref, l1_ref, nnz_ref, *ell_refs) = (refs[:3], refs[3:]) if gated else (refs[:1], refs[1:])
@@ -199,13 +202,15 @@ def _rows_kernel(words_ref, *refs, tile, slots, n_tiles, gated, width, keep, con
         used = nth < total
         mask = used[:, None] & in_row[None, :]
         following = fetch(step + 1)
-        h = gate
+        h = gate.astype(jnp.float32)
+        if rule.squared:
+            h = rule.value(h).astype(dtype).astype(jnp.float32)
         kept = [neuron, gate]
         if gated:
             up = jnp.sum(gather(up_ref, neuron, column, mask) * x[None, :], axis=1).astype(dtype)
-            h = (gate.astype(jnp.float32) * up.astype(jnp.float32)).astype(dtype)
+            h = (h * rule.up(up.astype(jnp.float32))).astype(dtype).astype(jnp.float32)
             kept.append(up)
-        h = jnp.where(used, h.astype(jnp.float32), 0)  # past the end, 0 times an infinite x is not 0
+        h = jnp.where(used, h, 0)  # past the end, 0 times an infinite x is not 0
         y = y + jnp.sum(h[:, None] * gather(down_ref, neuron, column, mask), axis=0)
         for ref, value in zip(ell_refs, kept, strict=False):
             store(ref, row, nth, value.astype(ref.dtype), used)

@@ -20,9 +20,9 @@ A few neurons hold most non-zeros (the top 5 % hold 34 to 100 % of them: MEASURE
 every token would be one long program. So the ``hot`` most active ones take another way: their columns of dg,
 du and h as dense (M, hot) matrices, and 6 M hot D FLOPs on tensor cores (`hot_gradients`).
 
-**Numerics.** f32 accumulation over all tokens, one rounding at the end, to the type asked for; dh, dg and du
-are rounded to the input type, as in the reference; dx is rounded once, where the reference rounds each of its
-two terms.
+**Numerics.** f32 accumulation over all tokens, one rounding at the end, to the type asked for; the two terms
+of dh are added in f32 and rounded once to the input type, then dg and du, as in the reference; dx is rounded
+once, where the reference rounds each of its two terms.
 
 **Limits.** As the forward; M W under 2^31.
 """
@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.hybrid.config import RowsConfig, WeightsConfig
 from pallas_kernels.hybrid.pallas_triton import Ell, gather, store
@@ -49,7 +50,7 @@ class Pulled(NamedTuple):
 
     Attributes:
       dx: (M, D) in x's type, zero for a row that overflows.
-      d_gate: (M, W) dg, or dh for a non-gated layer; meaningless past a row's entries, as the next two.
+      d_gate: (M, W) dg; meaningless past a row's entries, as the next two.
       d_up: (M, W) du; None for a non-gated layer.
       h: (M, W).
     """
@@ -63,38 +64,43 @@ class Pulled(NamedTuple):
 def pull_rows(
     ell: Ell,
     dy: jax.Array,
-    dl1: jax.Array,
+    scale: jax.Array | None,
     w_gate: jax.Array,
     w_up: jax.Array | None,
     w_down: jax.Array,
     *,
     config: RowsConfig,
+    rule: Rule = RELU,
     interpret: bool = False,
 ) -> Pulled:
-    """``dh = dy Wd^T + sign(h) dl1`` at the non-zeros, from it dg and du, and ``dx = dg Wg + du Wu``.
+    """``dh = dy Wd^T + sign(h) scale`` at the non-zeros, from it dg and du, and ``dx = dg Wg + du Wu``.
 
     Args:
-      dy: (M, D).  dl1: (1,) f32, the cotangent of every |h|.
+      dy: (M, D).
+      scale: f32, the cotangent of every |h|: (1,), or (M,) for that of each token; None for none.
       w_gate, w_up, w_down: (F, D); the gate's weight and None for a non-gated layer.
     """
     gated = w_up is not None
     stored = [ell.nnz, ell.indices, ell.gate] + [ell.up] * gated
     weights = [w_gate] + [w_up] * gated + [w_down]
+    scales = [] if scale is None else [scale]
+    terms = 3 if gated else 1 + rule.squared
     output = partial(varying_axes.output, dy)
     dx, d_gate, *rest = pl.pallas_call(
-        partial(_pull_rows_kernel, gated=gated, config=config),
-        out_shape=(output(dy.shape, dy.dtype), *[output(ell.gate.shape, dy.dtype)] * (3 if gated else 1)),
+        partial(_pull_rows_kernel, gated=gated, scaled=scale is not None, rule=rule, config=config),
+        out_shape=(output(dy.shape, dy.dtype), *[output(ell.gate.shape, dy.dtype)] * terms),
         grid=(dy.shape[0],),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hybrid_dx",
-    )(*stored, dy, dl1, *weights)
-    return Pulled(dx, d_gate, *rest) if gated else Pulled(dx, d_gate, None, ell.gate)
+    )(*stored, dy, *scales, *weights)
+    return Pulled(dx, d_gate, *rest) if gated else Pulled(dx, d_gate, None, rest[0] if rest else ell.gate)
 
 
-def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, config):
+def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
     kept_refs, refs = (refs[:2], refs[2:]) if gated else (refs[:1], refs[1:])
-    dy_ref, dl1_ref, refs = refs[0], refs[1], refs[2:]
+    dy_ref, refs = refs[0], refs[1:]
+    scale_ref, refs = (refs[0], refs[1:]) if scaled else (None, refs)
     (*inner_refs, down_ref), (dx_ref, *out_refs) = (refs[:3], refs[3:]) if gated else (refs[:2], refs[2:])
     row, entries, dtype = pl.program_id(0), config.entries, dy_ref.dtype
     d_model, width = dy_ref.shape[1], indices_ref.shape[1]
@@ -103,7 +109,8 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, config):
     nnz = nnz_ref[row]
     total = jnp.where(nnz > width, 0, nnz)
     dy = plt.load(dy_ref.at[row, column], mask=in_row, other=0).astype(jnp.float32)
-    dl1 = dl1_ref[0]
+    if scale_ref is not None:
+        scale = scale_ref[0 if scale_ref.shape[0] == 1 else row]
 
     def rounded(value):
         return value.astype(dtype).astype(jnp.float32)
@@ -122,13 +129,18 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, config):
         used = nth < total
         mask = used[:, None] & in_row[None, :]
         following = fetch(step + 1)
-        h = rounded(gate * up[0]) if gated else gate
-        # d|h|/dh = sign(h); both parts are rounded before they are added, and their sum after.
-        sign = (h > 0).astype(jnp.float32) - (h < 0).astype(jnp.float32)
-        dh = rounded(jnp.sum(gather(down_ref, neuron, column, mask) * dy[None, :], axis=1))
-        dh = jnp.where(used, rounded(dh + sign * dl1), 0)
-        # h = g u: dg = dh u, du = dh g
-        gradients = [rounded(dh * up[0]), rounded(dh * gate)] if gated else [dh]
+        value = rounded(rule.value(gate)) if rule.squared else gate
+        h = rounded(value * rule.up(up[0])) if gated else value
+        dh = jnp.sum(gather(down_ref, neuron, column, mask) * dy[None, :], axis=1)
+        if scale_ref is not None:
+            # d|h|/dh = sign(h), added before the one rounding: in 16 bits it would vanish by itself.
+            dh += ((h > 0).astype(jnp.float32) - (h < 0).astype(jnp.float32)) * scale
+        dh = jnp.where(used, rounded(dh), 0)
+        if gated:  # h = a(g) b(u)
+            dg = rounded(dh * rule.up(up[0]) * rule.slope(gate))
+            gradients = [dg, rounded(dh * value * rule.up_slope(up[0]))]
+        else:
+            gradients = [rounded(dh * rule.slope(gate))]
         for gradient, weight_ref in zip(gradients, inner_refs, strict=True):
             dx = dx + jnp.sum(gradient[:, None] * gather(weight_ref, neuron, column, mask), axis=0)
         for ref, value in zip(out_refs, [*gradients, h], strict=False):

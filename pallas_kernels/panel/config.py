@@ -5,13 +5,13 @@ holds ``num_stages`` slices of both operands, registers the f32 accumulators.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
 from pallas_kernels.device import Device
-from pallas_kernels.options import FFNOptions
 
 _SHARED_MEMORY_ROOM = 8 * 1024
 _WIDEST_SLICE = 128
@@ -171,26 +171,48 @@ class PanelConfig:
         return self.up_keep.tile
 
 
-BREAK_EVEN = {"forward": 0.9, "train": 0.55}
-"""Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than the dense one.
+class BreakEven(NamedTuple):
+    """Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than dense."""
 
-From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632: forward at shares of 0.45,
-0.83 and 0.99 takes 0.65, 0.93 and 1.01 to 1.05 of the dense layer's time, of which the last are at the end of
-what pays; forward and backward at 0.26 and 0.43 takes 0.53 and 0.74, beyond which 0.55 lies."""
+    forward: float
+    train: float
 
 
-def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> PanelConfig:
-    """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes,
-    else a heuristic."""
+_BREAK_EVEN: dict[tuple[int, str, bool], BreakEven] = {
+    # (compute capability times ten, the gate's backend, gated)
+    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55),
+    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4),
+    (90, "triton", True): BreakEven(0.55, 0.4),
+    (90, "triton", False): BreakEven(0.3, 0.25),
+}
+"""From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632, gated, the gate on Mosaic
+GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's time and breaks even at about
+0.95; forward and backward at 0.26 and 0.43 takes 0.53 and 0.74, and breaks even at about 0.6. The other rows
+are those figures with the slower gate stage, and with two products in place of three, and a margin."""
+
+_UNMEASURED = BreakEven(0.25, 0.15)
+"""Where nothing was measured: PanelELL saves at least twice what its gate stage may cost there."""
+
+
+def break_even(device: Device, backend: str, *, gated: bool) -> BreakEven:
+    """The shares for a device, the backend of the gate stage, and a layer with or without a gate."""
+    if backend == "interpret":
+        return _BREAK_EVEN[90, "mosaic_gpu", gated]
+    return _BREAK_EVEN.get((device.capability, backend, gated), _UNMEASURED)
+
+
+def choose(x: jax.Array, w: jax.Array, tokens: int, device: Device | None = None) -> PanelConfig:
+    """Configs for panels of ``tokens`` tokens of x (M, D) and weights like w (F, D): what was tuned on the
+    device for such sizes, else a heuristic."""
     device = device_lib.current() if device is None else device
-    config = heuristic(x, options, device)
+    config = heuristic(x, tokens, device)
     entry = tuning.lookup(device.table_name, "panel", bucket(x, w, config.panel))
     return config if entry is None else _with_entry(config, entry)
 
 
-def heuristic(x: jax.Array, options: FFNOptions, device: Device) -> PanelConfig:
+def heuristic(x: jax.Array, tokens: int, device: Device) -> PanelConfig:
     """Configs for x (M, D) where nothing was tuned."""
-    panel = min(options.panel, max(16, _power_of_2_above(x.shape[0])))
+    panel = min(tokens, max(16, _power_of_2_above(x.shape[0])))
     return _for_tensor_cores(panel, x.shape[1], device) if x.dtype.itemsize == 2 else _for_f32(panel)
 
 

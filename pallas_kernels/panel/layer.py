@@ -1,18 +1,18 @@
 """The PanelELL layer and its backward, written by hand.
 
 Exactness. Without a gradient to compute, the lists have room for every neuron of every panel, so nothing can
-overflow. Between forward and backward they have ``FFNOptions.capacity`` of that: a call that needs more is
+overflow. Between forward and backward they have ``Panel.capacity`` of that: a call that needs more is
 known to after its gate stage, takes the dense path inside the same program, block by block of tokens, and
 keeps nothing; so does its backward.
 
 Backward, from dy (M, D) and the cotangent dl1 of l1, over the slots of each panel's list:
 
     dh  = dy Wd^T + sign(h) dl1 / M     where the gate is active       panel_dh
-    dg  = dh u        du = dh g                                        panel_dh
+    dg  = dh b(u) a'(g)      du = dh a(g) b'(u)                        panel_dh
     dx  = dg Wg + du Wu                                                panel_down with two terms
     dWg = dg^T x      dWu = du^T x      dWd = h^T dy                   panel_dw
 
-Without a gate, g is h: dx = dh Wu and dWu = dh^T x. The counters have no gradient.
+Without a gate projection dg = dh a'(g), dx = dg Wu and dWu = dg^T x. The counters have no gradient.
 """
 
 import dataclasses
@@ -22,11 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
-from pallas_kernels import dense, reference
+from pallas_kernels import dense
+from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
-from pallas_kernels.dense import blocks
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.common.groups import Groups, by_group, group_size
+from pallas_kernels.dense import blocks, token_hits
+from pallas_kernels.options import FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import gate_panel, panel_down, panel_up
@@ -40,6 +43,7 @@ from pallas_kernels.panel.pallas_triton_lists import (
     n_chunks,
 )
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.reference import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +54,7 @@ class Residuals:
     Attributes:
       fits: () bool, whether the lists had room: if not, the other fields mean nothing.
       lists: the panels' neurons.
-      gate, up: (n_slots, P) in x's type; without a gate, h and None.
+      gate, up: (n_slots, P) in x's type, the projections; up is None without a gate projection.
     """
 
     fits: jax.Array
@@ -68,34 +72,48 @@ class Residuals:
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def ffn(
+def infer(
     x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     options: FFNOptions,
     backend: str,
+    groups: Groups = None,
 ) -> tuple[jax.Array, FFNStats]:
-    """One feed-forward layer through PanelELL: as `reference.ffn`, for x (M, D) and weights (F, D).
+    """One feed-forward layer through PanelELL: as `reference.ffn`, for x (M, D) and weights (F, D) of one
+    type.
 
-    Weights of a wider type than x's are rounded to it; their gradients are not.
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
     interpreted or not.
     """
-    x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
     tokens = x.shape[0]
     if tokens == 0:
-        return reference.ffn(x, w_gate, w_up, w_down)
-    config = configs.choose(x, w_up, options)
-    interpret = backend == "interpret"
+        return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
+    config = configs.choose(x, w_up, _layout(options).tokens)
+    rule, interpret = options.rule, backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
-    gate = gate_stage(x, gate_weight, config, backend)
+    gate = gate_stage(x, gate_weight, config, backend, rule)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
-    hidden = panel_up(gate, lists, x, up_weight, config=config.up, interpret=interpret)
+    hidden = panel_up(
+        gate,
+        lists,
+        x,
+        up_weight,
+        config=config.up,
+        rule=rule,
+        l1_by_token=groups is not None,
+        interpret=interpret,
+    )
     y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-    return y, _stats(counts, hidden.l1, tokens, jnp.zeros((), jnp.int32))
+    return y, _stats(counts, gate, hidden.l1, jnp.zeros((), bool), x, gate_weight, rule, groups)
+
+
+def _layout(options: FFNOptions) -> Panel:
+    layout = options.layout
+    assert isinstance(layout, Panel)
+    return layout
 
 
 def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -103,49 +121,97 @@ def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Ar
     return (w_up, None) if w_gate is None else (w_gate, w_up)
 
 
-def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: str) -> GatePanel:
+def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: str, rule: Rule) -> GatePanel:
     """The gate stage of x (M, D) and weight (F, D) on a backend."""
     if backend == "mosaic_gpu":
         from pallas_kernels.panel import pallas_mosaic_gpu
 
-        return pallas_mosaic_gpu.gate_panel(x, weight)
-    return gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=backend == "interpret")
-
-
-def _stats(counts: Counts, l1: jax.Array, tokens: int, overflow_rows: jax.Array) -> FFNStats:
-    return FFNStats(
-        l1=l1 / tokens,
-        l0=jnp.sum(counts.gates, dtype=jnp.float32) / tokens,
-        neuron_hits=jnp.sum(counts.hits, axis=0, dtype=jnp.int32),
-        max_nnz=jnp.max(counts.most),
-        overflow_rows=overflow_rows,
+        return pallas_mosaic_gpu.gate_panel(x, weight, rule)
+    return gate_panel(
+        x, weight, panel=config.panel, config=config.gate, rule=rule, interpret=backend == "interpret"
     )
 
 
-def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
-    """The layer and what its backward needs: ((y, stats), (arguments, Residuals, None without a token))."""
-    saved = (x, w_gate, w_up, w_down)
-    arguments = x, w_gate, w_up, w_down = dense.rounded(*saved)
+def _stats(
+    counts: Counts, gate: GatePanel, l1, overflowed, x, weight, rule: Rule, groups: Groups
+) -> FFNStats:
+    """The statistics of a call, or of each of its groups.
+
+    Args:
+      l1: () f32, the sum of |h|, or with groups (at least M,), each token's.
+      overflowed: () bool, whether all tokens were computed densely.
+    """
+    tokens = x.shape[0]
+    size = group_size(tokens, groups)
+    dense_tokens = jnp.where(overflowed, size, 0).astype(jnp.int32)
+    if groups is None:
+        return FFNStats(
+            l1=l1 / tokens,
+            l0=jnp.sum(counts.gates, dtype=jnp.float32) / tokens,
+            neuron_hits=jnp.sum(counts.hits, axis=0, dtype=jnp.int32),
+            max_nnz=jnp.max(counts.most),
+            overflow_rows=dense_tokens,
+            pairs=jnp.sum(counts.neurons, dtype=jnp.int32),
+            dense_tokens=dense_tokens,
+        )
+    nnz = by_group(jnp.sum(gate.nnz, axis=0)[:tokens], groups)
+    # A panel's pairs are counted for the group that its first token is in.
+    panel = gate.values.shape[2]
+    first = jnp.arange(counts.neurons.shape[0]) * panel // size
+    each = jnp.zeros((groups,), jnp.int32)
+    return FFNStats(
+        l1=jnp.sum(by_group(l1[:tokens], groups), axis=-1) / size,
+        l0=jnp.sum(nnz, axis=-1, dtype=jnp.float32) / size,
+        neuron_hits=token_hits(x, weight, rule, groups),
+        max_nnz=jnp.max(nnz, axis=-1),
+        overflow_rows=each + dense_tokens,
+        pairs=each.at[first].add(counts.neurons),
+        dense_tokens=each + dense_tokens,
+    )
+
+
+def forward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    backend: str,
+    groups: Groups = None,
+) -> tuple[tuple[jax.Array, FFNStats], Residuals | None]:
+    """`infer`, and what `backward` needs: None without a token."""
+    arguments = x, w_gate, w_up, w_down
     tokens, d_ff = x.shape[0], w_up.shape[0]
     if tokens == 0:
-        return reference.ffn(*arguments), (saved, None)
-    config = configs.choose(x, w_up, options)
-    interpret = backend == "interpret"
+        return dense.infer(*arguments, options, backend, groups), None
+    layout, rule, interpret = _layout(options), options.rule, backend == "interpret"
+    config = configs.choose(x, w_up, layout.tokens)
     gate_weight, up_weight = _roles(w_gate, w_up)
-    gate = gate_stage(x, gate_weight, config, backend)
+    gate = gate_stage(x, gate_weight, config, backend, rule)
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
-    room = max(1, round(chunks * options.capacity))
+    room = max(1, round(chunks * layout.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)
     lists, needed = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)
 
     def sparse(gate, lists):
-        hidden = panel_up(gate, lists, x, up_weight, config=config.up_keep, keep=True, interpret=interpret)
+        hidden = panel_up(
+            gate,
+            lists,
+            x,
+            up_weight,
+            config=config.up_keep,
+            rule=rule,
+            keep=True,
+            l1_by_token=groups is not None,
+            interpret=interpret,
+        )
         y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-        return y, hidden.l1, (hidden.h, None) if up_weight is None else (hidden.gate, hidden.up)
+        return y, hidden.l1 if groups is None else hidden.l1[:tokens], (hidden.gate, hidden.up)
 
     def instead(gate, lists):
         like = jax.eval_shape(sparse, gate, lists)[2]
-        return *blocks.forward(*arguments), varying_axes.vary_with(x, empty(like))
+        y, l1 = blocks.forward(*arguments, rule)
+        return y, jnp.sum(l1) if groups is None else l1, varying_axes.vary_with(x, empty(like))
 
     fits, listed = needed <= room, lists
     if room == chunks:
@@ -153,8 +219,8 @@ def forward(x, w_gate, w_up, w_down, options: FFNOptions, backend: str):
     else:
         listed = lists.only_if(fits)
         y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
-    overflow_rows = jnp.where(fits, 0, tokens).astype(jnp.int32)
-    return (y, _stats(counts, l1, tokens, overflow_rows)), (saved, Residuals(fits, listed, *kept).named())
+    stats = _stats(counts, gate, l1, ~fits, x, gate_weight, rule, groups)
+    return (y, stats), Residuals(fits, listed, *kept)
 
 
 def empty(like):
@@ -163,32 +229,42 @@ def empty(like):
 
 
 def pull_back(
-    arguments: dense.Weights,
-    residuals: Residuals,
-    dy,
-    dl1,
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    kept: Residuals,
+    dy: jax.Array,
+    scale: jax.Array | None,
     options: FFNOptions,
     backend: str,
     *,
-    dtype: jax.typing.DTypeLike,
-) -> dense.Weights:
-    """Cotangents of x and, in ``dtype``, the weights from those of y (M, D) and l1, where the lists had room.
-
-    All of ``arguments`` are of x's type.
-    """
-    x, w_gate, w_up, w_down = arguments
-    config, interpret = configs.choose(x, w_up, options), backend == "interpret"
-    lists, (gate_weight, up_weight) = residuals.lists, _roles(w_gate, w_up)
-    scale = (dl1 / x.shape[0]).astype(x.dtype).astype(jnp.float32).reshape(1)
-    kept = residuals.gate, residuals.up
-    gradients = panel_dh(*kept, lists, dy, w_down, scale, config=config.dh, interpret=interpret)
+    dtype: DTypeLike,
+    weights: bool = True,
+) -> Weights:
+    """`backward` where the lists had room."""
+    config, interpret = configs.choose(x, w_up, _layout(options).tokens), backend == "interpret"
+    lists, (gate_weight, up_weight) = kept.lists, _roles(w_gate, w_up)
+    gradients = panel_dh(
+        kept.gate,
+        kept.up,
+        lists,
+        dy,
+        w_down,
+        scale,
+        config=config.dh,
+        rule=options.rule,
+        interpret=interpret,
+    )
     terms = [(gradients.gate, gate_weight)]
     if up_weight is not None and gradients.up is not None:
         terms.append((gradients.up, up_weight))
     dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
-    weights = panel_dw(
+    if not weights:
+        return dx, None, None, None  # type: ignore[return-value]
+    return dx, *panel_dw(
         gradients,
-        residuals.gate,
+        kept.gate,
         lists,
         x,
         dy,
@@ -197,26 +273,35 @@ def pull_back(
         dtype=dtype,
         interpret=interpret,
     )
-    return dx, *weights
 
 
-def backward(options: FFNOptions, backend: str, saved, cotangents) -> dense.Weights:
-    """The cotangents of x and the weights, each in its own type; the counters have none."""
-    arguments, dtype = dense.rounded(*saved[0]), saved[0][2].dtype
-    residuals: Residuals | None = saved[1]
-    dy, dl1 = cotangents[0], cotangents[1].l1
-    if residuals is None:
-        return dense.recompute_backward(*arguments, dy, dl1, dtype=dtype)
+def backward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    kept: Residuals | None,
+    dy: jax.Array,
+    scale: jax.Array | None,
+    options: FFNOptions,
+    backend: str,
+    *,
+    dtype: DTypeLike,
+    weights: bool = True,
+) -> Weights:
+    """Cotangents of x and, in ``dtype``, the weights (None where not asked for), from dy (M, D) and
+    ``scale``, the cotangent of every |h|: (1,) or (M,) f32, or None for none."""
+    arguments = x, w_gate, w_up, w_down
+    if kept is None:
+        return dense.recompute_backward(*arguments, dy, scale, rule=options.rule, dtype=dtype)
 
-    def sparse(residuals, dy, dl1):
-        return pull_back(arguments, residuals, dy, dl1, options, backend, dtype=dtype)
+    def sparse(kept, dy, scale):
+        return pull_back(*arguments, kept, dy, scale, options, backend, dtype=dtype, weights=weights)
 
-    def instead(residuals, dy, dl1):
-        return blocks.backward(*arguments, dy, dl1, dtype=dtype)
+    def instead(kept, dy, scale):
+        dx, *gradients = blocks.backward(*arguments, dy, scale, rule=options.rule, dtype=dtype)
+        return (dx, *(gradients if weights else (None, None, None)))
 
-    if options.capacity == 1:
-        return sparse(residuals, dy, dl1)
-    return lax.cond(residuals.fits, sparse, instead, residuals, dy, dl1)
-
-
-ffn.defvjp(forward, backward)
+    if _layout(options).capacity == 1:
+        return sparse(kept, dy, scale)
+    return lax.cond(kept.fits, sparse, instead, kept, dy, scale)

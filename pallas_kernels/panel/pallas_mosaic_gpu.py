@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import hopper_gemm, varying_axes
 from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
@@ -44,8 +45,8 @@ def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, p
     return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
 
 
-def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
-    """``relu(x Wg^T)`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type."""
+def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU) -> GatePanel:
+    """The active gates of ``x Wg^T`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type."""
     tokens, d_ff = x.shape[0], w_gate.shape[0]
     n_panels, n_tiles = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, _TILE)
     width, segments = n_tiles * _TILE, TILE_M // SEGMENT
@@ -66,6 +67,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
             width=width,
             all_rows=tokens % TILE_M == 0,
             dtype=x.dtype,
+            rule=rule,
         )
 
     values, hits, nnz = hopper_gemm.gemm(
@@ -86,7 +88,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array) -> GatePanel:
     return GatePanel(values, hits, nnz)
 
 
-def _write(acc, values, hits, nnz, rows_left, columns_left, *, width, all_rows, dtype):
+def _write(acc, values, hits, nnz, rows_left, columns_left, *, width, all_rows, dtype, rule):
     """Writes a warpgroup's (64, 256) accumulator to its values, hit counts and counts of each token."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -95,7 +97,7 @@ def _write(acc, values, hits, nnz, rows_left, columns_left, *, width, all_rows, 
         pointers = [address(values, 64), address(hits, 64), address(nnz, 64)]
         scalars = [left.registers.flat[0] for left in (rows_left, columns_left)]
         constraints = ",".join(["f"] * (_TILE // 2) + ["l", "l", "l", "r", "r"])
-        text = _epilogue(width, all_rows, dtype)
+        text = _epilogue(width, all_rows, dtype, rule)
         assemble(text, [*hopper_gemm.values(acc), *pointers, *scalars], constraints)
 
     write(acc, values, hits, nnz, rows_left, columns_left)
@@ -106,16 +108,15 @@ def _gates(group):
     return [f"${half * _EACH + 2 * group + nth}" for half in range(2) for nth in range(2)]
 
 
-def _epilogue(width, all_rows, dtype):
+def _epilogue(width, all_rows, dtype, rule):
     """The epilogue of one thread, as PTX.
 
     Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the tile
     that exist. With ``all_rows`` no tile has less than all of its rows.
     """
     values, hits, nnz, rows_left, columns_left = (f"${2 * _EACH + i}" for i in range(5))
-    threshold, convert = (
-        table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
-    )
+    convert = hopper_gemm.CONVERT[jnp.dtype(dtype).name]
+    threshold = hopper_gemm.constant(rule.last_inactive(dtype))
     lines = [
         "{ .reg .pred p, q, odd, exists0, exists1; .reg .b64 to, wide; .reg .f32 z0, z1;",
         (
@@ -158,7 +159,12 @@ def _epilogue(width, all_rows, dtype):
             lines += [f"@p mov.b32 k{i}, {vote};" for i, vote in enumerate(votes)]
             for i, word in ((0, "v0"), (2, "v1")):
                 for nth in (i, i + 1):
-                    lines.append(f"max.NaN.f32 z{nth - i}, {_gates(group)[nth]}, 0f00000000;")
+                    gate, rectified = _gates(group)[nth], f"z{nth - i}"
+                    if rule.threshold:
+                        lines.append(f"setp.gtu.f32 q, {gate}, {threshold};")
+                        lines.append(f"selp.f32 {rectified}, {gate}, 0f00000000, q;")
+                    else:
+                        lines.append(f"max.NaN.f32 {rectified}, {gate}, 0f00000000;")
                     if not all_rows:
                         lines.append(f"selp.f32 z{nth - i}, z{nth - i}, 0f00000000, exists{nth // 2};")
                 lines.append(

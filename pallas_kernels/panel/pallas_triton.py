@@ -33,13 +33,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import device
+from pallas_kernels.activations import RELU, Rule, stored_active
 from pallas_kernels.common import varying_axes
+from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, dot
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists
-from pallas_kernels.reference import active
 
-_CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_CONTRACT_FIRST = (((0,), (0,)), ((), ()))
 _GROUP_M = 8
 _WGMMA_ROWS = 64
 
@@ -48,14 +47,20 @@ _WGMMA_ROWS = 64
 
 
 def gate_panel(
-    x: jax.Array, w_gate: jax.Array, *, panel: int, config: StageConfig, interpret: bool = False
+    x: jax.Array,
+    w_gate: jax.Array,
+    *,
+    panel: int,
+    config: StageConfig,
+    rule: Rule = RELU,
+    interpret: bool = False,
 ) -> GatePanel:
-    """``relu(x Wg^T)`` by panels of ``panel`` tokens: x (M, D), w_gate (F, D) of one type."""
+    """The active gates of ``x Wg^T`` by panels of ``panel`` tokens: x (M, D), w_gate (F, D) of one type."""
     tokens, d_ff = x.shape[0], w_gate.shape[0]
     n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
     width = n_tiles * config.tile
     values, hits, nnz = pl.pallas_call(
-        partial(_gate_kernel, panel=panel, config=config),
+        partial(_gate_kernel, panel=panel, config=config, rule=rule),
         out_shape=(
             varying_axes.output(x, (n_panels, width, panel), x.dtype),
             varying_axes.output(x, (n_panels, width), jnp.uint8),
@@ -69,14 +74,14 @@ def gate_panel(
     return GatePanel(values, hits, nnz)
 
 
-def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
+def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config, rule):
     tokens, d_ff = x_ref.shape[0], w_ref.shape[0]
     n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
     which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
     rows = which * panel + lax.iota(jnp.int32, panel)
     columns = tile_id * config.tile + lax.iota(jnp.int32, config.tile)
     gate = product(w_ref, jnp.minimum(columns, d_ff - 1), x_ref, jnp.minimum(rows, tokens - 1), config.tile_k)
-    mask = active(gate.astype(jnp.float32))
+    mask = rule.active(gate.astype(jnp.float32), gate.dtype)
     if tokens % panel:
         mask &= (rows < tokens)[None, :]
     if d_ff % config.tile:
@@ -90,12 +95,12 @@ def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config):
     plt.store(place, jnp.where(mask, gate, jnp.zeros_like(gate)), mask=kept)
 
 
-def product(a_ref, a_rows, b_ref, b_rows, tile_k):
-    """Rows of a (., D) times rows of b (., D), summed over D in f32 and rounded to their type:
-    (len(a_rows), len(b_rows))."""
+def product(a_ref, a_rows, b_ref, b_rows, tile_k, dtype=None):
+    """Rows of a (., D) times rows of b (., D), summed over D in f32 and rounded to ``dtype``, by default
+    their own: (len(a_rows), len(b_rows))."""
     depth = a_ref.shape[1]
-    # At least two slices: a loop of one is none, and Triton would pipeline the loop around it instead, in
-    # more shared memory than there is, unless slices are as small as this allows.
+    # At least two slices. Triton removes a one-iteration loop and then pipelines the enclosing loop instead,
+    # which needs more shared memory than the device has.
     tile_k = min(tile_k, max(16, pl.next_power_of_2(depth // 2 + 1) // 2))
 
     def step(k, acc, masked):
@@ -108,19 +113,14 @@ def product(a_ref, a_rows, b_ref, b_rows, tile_k):
             inside = jnp.broadcast_to(columns < depth, (rows.shape[0], tile_k))
             return plt.load(place, mask=inside, other=0)
 
-        return acc + _dot(load(a_ref, a_rows), load(b_ref, b_rows), _CONTRACT_LAST)
+        return acc + dot(load(a_ref, a_rows), load(b_ref, b_rows), CONTRACT_LAST)
 
     acc = jnp.zeros((a_rows.shape[0], b_rows.shape[0]), jnp.float32)
     whole = depth // tile_k
     acc = lax.fori_loop(0, whole, lambda i, acc: step(i * tile_k, acc, False), acc)
     if depth % tile_k:
         acc = step(whole * tile_k, acc, True)
-    return acc.astype(a_ref.dtype)
-
-
-def _dot(a, b, dimensions):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return acc.astype(a_ref.dtype if dtype is None else dtype)
 
 
 def _grouped_order(program, n_rows, n_columns):
@@ -139,8 +139,9 @@ class Hidden(NamedTuple):
 
     Attributes:
       h: (n_slots, P).
-      l1: () f32, sum of |h|.
-      gate, up: (n_slots, P), where they are kept for a backward.
+      l1: () f32, sum of |h|, or (n_panels * P,), that of each token.
+      gate, up: (n_slots, P), where they are kept for a backward; without a gate projection up is None, and
+        gate is h where the activation is the identity.
     """
 
     h: jax.Array
@@ -156,19 +157,22 @@ def panel_up(
     w_up: jax.Array | None,
     *,
     config: StageConfig,
+    rule: Rule = RELU,
     keep: bool = False,
+    l1_by_token: bool = False,
     interpret: bool = False,
 ) -> Hidden:
-    """``h = gate * (x Wu^T)`` over the lists, or ``h = gate`` without w_up: x (M, D), w_up (F, D)."""
+    """``h = a(g) b(x Wu^T)`` over the lists, or ``h = a(g)`` without w_up: x (M, D), w_up (F, D)."""
     panel, chunks = gate.values.shape[2], lists.owner.shape[0]
     shape = (lists.neurons.shape[0], panel)
-    kept = 2 if keep and w_up is not None else 0  # without a gate, h is all there is to keep
-    operands = [] if w_up is None else [x, w_up]
+    gated = w_up is not None
+    kept = keep * (2 if gated else int(rule.squared))
+    operands = [x, w_up] if gated else []
     h, l1, *gate_and_up = pl.pallas_call(
-        partial(_up_kernel, panel=panel, segments=gate.segments, config=config, gated=w_up is not None),
+        partial(_up_kernel, panel=panel, segments=gate.segments, config=config, rule=rule, gated=gated),
         out_shape=(
             varying_axes.output(x, shape, x.dtype),
-            varying_axes.output(x, (chunks,), jnp.float32),
+            varying_axes.output(x, (chunks, panel) if l1_by_token else (chunks,), jnp.float32),
             *[varying_axes.output(x, shape, x.dtype)] * kept,
         ),
         grid=(programs(lists, config),),
@@ -176,8 +180,38 @@ def panel_up(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_up",
     )(*work_list(lists), lists.segments, gate.values, *operands)
-    used = jnp.arange(chunks) < lists.offsets[-1] // lists.chunk
-    return Hidden(h, jnp.sum(jnp.where(used, l1, 0)), *(gate_and_up or (None, None)))
+    if l1_by_token:
+        l1 = _token_l1(l1, lists, interpret=interpret)
+    else:
+        used = jnp.arange(chunks) < lists.offsets[-1] // lists.chunk
+        l1 = jnp.sum(jnp.where(used, l1, 0))
+    if gated:
+        return Hidden(h, l1, *(gate_and_up or (None, None)))
+    return Hidden(h, l1, gate_and_up[0] if gate_and_up else h, None)
+
+
+def _token_l1(l1: jax.Array, lists: Lists, *, interpret: bool) -> jax.Array:
+    """(n_panels * P,) f32, the sum over a panel's chunks of each token's part (n_chunks, P)."""
+    n_panels, panel = lists.counts.shape[0], l1.shape[1]
+    return pl.pallas_call(
+        partial(_token_l1_kernel, chunk=lists.chunk),
+        out_shape=varying_axes.output(l1, (n_panels * panel,), jnp.float32),
+        grid=(n_panels,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="panel_token_l1",
+    )(l1, lists.offsets)
+
+
+def _token_l1_kernel(l1_ref, offsets_ref, sums_ref, *, chunk):
+    which, within = pl.program_id(0), lax.iota(jnp.int32, l1_ref.shape[1])
+    first, last = offsets_ref[which] // chunk, offsets_ref[which + 1] // chunk
+
+    def add(nth, total):
+        return total + plt.load(l1_ref.at[nth, within])
+
+    total = lax.fori_loop(first, last, add, jnp.zeros(within.shape, jnp.float32))
+    plt.store(sums_ref.at[which * within.shape[0] + within], total)
 
 
 def programs(lists: Lists, config: StageConfig) -> int:
@@ -238,23 +272,24 @@ def over_chunks(work_refs, panel, tile, body):
     lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, look_up(jnp.int32(0)))
 
 
-def gathered_product(w_ref, neurons, x_ref, rows, tile_k):
+def gathered_product(w_ref, neurons, x_ref, rows, tile_k, dtype=None):
     """`product` of gathered rows of weights and a panel's rows of x: (len(neurons), len(rows)).
 
     The longer side makes the columns of the tensor cores' tile: wgmma reads them again for every 64 rows, up
     to 256 at once.
     """
     if neurons.shape[0] > rows.shape[0] >= _WGMMA_ROWS:
-        return product(x_ref, rows, w_ref, neurons, tile_k).T
-    return product(w_ref, neurons, x_ref, rows, tile_k)
+        return product(x_ref, rows, w_ref, neurons, tile_k, dtype).T
+    return product(w_ref, neurons, x_ref, rows, tile_k, dtype)
 
 
-def _up_kernel(*refs, panel, segments, config, gated):
+def _up_kernel(*refs, panel, segments, config, rule, gated):
     work_refs, (segments_ref, values_ref), refs = refs[:5], refs[5:7], refs[7:]
     operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons):
+        up = None
         bits = plt.load(segments_ref.at[slots]).astype(jnp.int32)[:, None]
         if gated:
             x_ref, w_ref = operands
@@ -264,25 +299,39 @@ def _up_kernel(*refs, panel, segments, config, gated):
         # one by one.
         written = bits >> lax.div(within, jnp.int32(panel // segments)) & 1 > 0
         gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
-        h = hidden(gate, up) if gated else gate
+        h = hidden(gate, up, rule)
         place = (slots[:, None], within)
         plt.store(h_ref.at[place], h)
-        if kept_refs:
-            gate_ref, up_ref = kept_refs
-            plt.store(gate_ref.at[place], gate)
-            plt.store(up_ref.at[place], up)
-        l1_ref[chunk] = jnp.sum(jnp.abs(h.astype(jnp.float32)))
-        if slots.shape[0] > h_ref.shape[0] // l1_ref.shape[0]:  # a pair of chunks
-            l1_ref[chunk + 1] = jnp.float32(0)
+        for ref, value in zip(kept_refs, (gate, up), strict=False):
+            plt.store(ref.at[place], value)
+        pair = slots.shape[0] > h_ref.shape[0] // l1_ref.shape[0]
+        magnitude = jnp.abs(h.astype(jnp.float32))
+        if len(l1_ref.shape) == 2:
+            tokens = lax.iota(jnp.int32, panel)
+            plt.store(l1_ref.at[chunk, tokens], jnp.sum(magnitude, axis=0))
+            if pair:
+                plt.store(l1_ref.at[chunk + 1, tokens], jnp.zeros((panel,), jnp.float32))
+        else:
+            l1_ref[chunk] = jnp.sum(magnitude)
+            if pair:
+                l1_ref[chunk + 1] = jnp.float32(0)
 
     over_chunks(work_refs, panel, config.tile, body)
 
 
-def hidden(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """``round([active] g u)``."""
+def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule) -> jax.Array:
+    """``[active] round(round(a(g)) b(u))`` of stored gates, or ``[active] round(a(g))`` without an up
+    projection."""
+    if up is None and not rule.squared:
+        return gate
     wide = gate.astype(jnp.float32)
-    h = (wide * up.astype(jnp.float32)).astype(gate.dtype)
-    return jnp.where(active(wide), h, jnp.zeros_like(h))
+    value = rule.value(wide).astype(gate.dtype)
+    h = (
+        value
+        if up is None
+        else (value.astype(jnp.float32) * rule.up(up.astype(jnp.float32))).astype(gate.dtype)
+    )
+    return jnp.where(stored_active(wide), h, jnp.zeros_like(h))
 
 
 # -- down ----------------------------------------------------------------------------------------------------
@@ -334,7 +383,7 @@ def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
                 weight = plt.load(place, mask=inside, other=0)
             else:
                 weight = plt.load(place)
-            acc += _dot(h, weight, _CONTRACT_FIRST)
+            acc += dot(h, weight, CONTRACT_FIRST)
         return acc
 
     steps = (count + config.tile_k - 1) // config.tile_k

@@ -6,7 +6,8 @@ the weights' are `pallas_triton_weights`.
 **`panel_dh`**: as `panel_up` with Wd and dy for Wu and x: 2 M union D FLOPs, over the same list of chunks.
 Its epilogue turns dh into the gradients of both projections while it is in registers.
 
-**Numerics.** f32 accumulation; dh, dg and du are rounded to the input type, as in the reference.
+**Numerics.** f32 accumulation; the two terms of dh are added in f32 and rounded once to the input type, then
+dg and du, as in the reference.
 """
 
 from functools import partial
@@ -18,18 +19,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.activations import RELU, Rule, stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton import gathered_product, hidden, over_chunks, programs, work_list
 from pallas_kernels.panel.pallas_triton_lists import Lists
-from pallas_kernels.reference import active
 
 
 class Gradients(NamedTuple):
     """Of a gated layer over the lists' slots, each (n_slots, P):
     dg and du, and h again for the gradient of Wd.
 
-    Without a gate ``gate`` is dh where active, ``up`` is None, and h is what was kept.
+    Without a gate projection ``gate`` is the gradient of the one projection and ``up`` is None.
     """
 
     gate: jax.Array
@@ -43,60 +44,72 @@ def panel_dh(
     lists: Lists,
     dy: jax.Array,
     w_down: jax.Array,
-    dl1: jax.Array,
+    scale: jax.Array | None,
     *,
     config: StageConfig,
+    rule: Rule = RELU,
     interpret: bool = False,
 ) -> Gradients:
-    """``dh = dy Wd^T + sign(h) dl1`` over the lists and from it dg and du.
+    """``dh = dy Wd^T + sign(h) scale`` over the lists and from it dg and du.
 
     Args:
-      gate, up: (n_slots, P) as kept by `panel_up`; without a gate, h and None.
-      dy: (M, D).  w_down: (F, D).  dl1: (1,) f32, the cotangent of every |h|.
+      gate, up: (n_slots, P) as kept by `panel_up`; up is None without a gate projection.
+      dy: (M, D).  w_down: (F, D).
+      scale: f32, the cotangent of every |h|: (1,), or (M,) for that of each token; None for none.
     """
     gated = up is not None
     shape = varying_axes.output(gate, gate.shape, gate.dtype)
-    kept = (gate, up) if gated else (gate,)
+    kept = (gate,) if up is None else (gate, up)
+    scales = () if scale is None else (scale,)
     outputs = pl.pallas_call(
-        partial(_dh_kernel, panel=gate.shape[1], config=config, gated=gated),
-        out_shape=(shape,) * (3 if gated else 1),
+        partial(
+            _dh_kernel, panel=gate.shape[1], config=config, rule=rule, gated=gated, scaled=scale is not None
+        ),
+        out_shape=(shape,) * (3 if gated else 1 + rule.squared),
         grid=(programs(lists, config),),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_dh",
-    )(*work_list(lists), *kept, dy, w_down, dl1)
-    return Gradients(*outputs) if gated else Gradients(outputs[0], None, gate)
+    )(*work_list(lists), *kept, dy, w_down, *scales)
+    return Gradients(*outputs) if gated else Gradients(outputs[0], None, outputs[1] if rule.squared else gate)
 
 
-def _dh_kernel(*refs, panel, config, gated):
+def _dh_kernel(*refs, panel, config, rule, gated, scaled):
     work_refs, refs = refs[:5], refs[5:]
     kept = 2 if gated else 1
-    kept_refs, (dy_ref, w_ref, dl1_ref), outputs = refs[:kept], refs[kept : kept + 3], refs[kept + 3 :]
+    kept_refs, (dy_ref, w_ref), refs = refs[:kept], refs[kept : kept + 2], refs[kept + 2 :]
+    scale_ref, outputs = (refs[0], refs[1:]) if scaled else (None, refs)
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons):
         place = (slots[:, None], within)
         dtype = kept_refs[0].dtype
-        from_y = gathered_product(
-            w_ref, neurons, dy_ref, jnp.minimum(rows, dy_ref.shape[0] - 1), config.tile_k
-        )
+        rows = jnp.minimum(rows, dy_ref.shape[0] - 1)
+        dh = gathered_product(w_ref, neurons, dy_ref, rows, config.tile_k, jnp.float32)
         gate, *up = (plt.load(ref.at[place]) for ref in kept_refs)
-        h = hidden(gate, up[0]) if gated else gate
-        # d|h|/dh = sign(h); both parts are rounded before and after they are added, as the reference does.
-        wide = h.astype(jnp.float32)
-        sign = (wide > 0).astype(jnp.float32) - (wide < 0).astype(jnp.float32)
-        dh = (from_y.astype(jnp.float32) + sign * dl1_ref[0]).astype(dtype)
-        dh = jnp.where(active(gate.astype(jnp.float32)), dh.astype(jnp.float32), 0.0)
-        if gated:  # h = g u: dg = dh u, du = dh g
-            dg = (dh * up[0].astype(jnp.float32)).astype(dtype)
-            du = (dh * gate.astype(jnp.float32)).astype(dtype)
-            # An inactive gate has no gradient, whatever u is.
-            dg = jnp.where(active(gate.astype(jnp.float32)), dg, jnp.zeros_like(dg))
-            du = jnp.where(active(gate.astype(jnp.float32)), du, jnp.zeros_like(du))
-            results = [dg, du, h]
+        h = hidden(gate, up[0] if gated else None, rule)
+        if scale_ref is not None:
+            # d|h|/dh = sign(h), added before the one rounding: in 16 bits it would vanish by itself.
+            wide = h.astype(jnp.float32)
+            sign = (wide > 0).astype(jnp.float32) - (wide < 0).astype(jnp.float32)
+            one = scale_ref.shape[0] == 1
+            dh += sign * (scale_ref[0] if one else plt.load(scale_ref.at[rows])[None, :])
+        gate = gate.astype(jnp.float32)
+        mask = stored_active(gate)
+        dh = jnp.where(mask, dh, 0.0).astype(dtype).astype(jnp.float32)
+
+        def rounded(value):
+            # An inactive gate has no gradient, whatever the other factors are.
+            return jnp.where(mask, value.astype(dtype), jnp.zeros(value.shape, dtype))
+
+        if gated:  # h = a(g) b(u)
+            u = up[0].astype(jnp.float32)
+            value = rule.value(gate).astype(dtype).astype(jnp.float32)
+            dg = rounded(dh * rule.up(u) * rule.slope(gate))
+            results = [dg, rounded(dh * value * rule.up_slope(u)), h]
         else:
-            results = [dh.astype(dtype)]
-        for ref, value in zip(outputs, results, strict=True):
+            results = [rounded(dh * rule.slope(gate)), h]
+        for ref, value in zip(outputs, results, strict=False):
             plt.store(ref.at[place], value)
 
     over_chunks(work_refs, panel, config.tile, body)

@@ -37,13 +37,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.activations import stored_active
 from pallas_kernels.common import varying_axes
+from pallas_kernels.common.products import dot
 from pallas_kernels.panel.config import RareConfig, WeightsConfig
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.panel.pallas_triton_lists import OUT_OF_RANGE, Lists
-from pallas_kernels.reference import active
 
-_MATRICES = (((1,), (0,)), ((), ()))
 _LIST_TILE = 32
 _SHORTEST_LIMIT = 16
 _PREFIX_BLOCK = 128
@@ -65,8 +65,7 @@ def panel_dw(
     """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd.
 
     Args:
-      gate: (n_slots, P) as kept by the forward, active where a token activates a slot's neuron; without
-        a gate, h.
+      gate: (n_slots, P) as kept by the forward, above zero where a token activates a slot's neuron.
       x, dy: (M, D).
     """
     zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
@@ -158,10 +157,7 @@ def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
             inside = jnp.broadcast_to((rows < tokens) & (columns < d_model), (config.tile_k, config.tile_d))
             x = plt.load(x_ref.at[rows, columns], mask=inside, other=0)
             z = plt.load(z_ref.at[jnp.maximum(slot, 0)[:, None], within[None, :]], mask=present, other=0)
-            precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-            return acc + lax.dot_general(
-                z, x, _MATRICES, precision=precision, preferred_element_type=jnp.float32
-            )
+            return acc + dot(z, x)
 
         steps = jnp.int32(slots_ref.shape[0] * slices)
         acc = lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((config.tile, config.tile_d), jnp.float32))
@@ -250,7 +246,7 @@ def _token_lists_kernel(
         @pl.when(jnp.max(begin) >= 0)
         def _():
             gate = plt.load(gate_ref.at[slots[:, None], within])
-            mask = active(gate.astype(jnp.float32)) & (begin >= 0)[:, None]
+            mask = stored_active(gate.astype(jnp.float32)) & (begin >= 0)[:, None]
             counted = mask.astype(jnp.int32)
             place = begin[:, None] + jnp.cumsum(counted, axis=1) - counted
             target = jnp.where(mask, neurons[:, None], OUT_OF_RANGE)

@@ -15,7 +15,7 @@ import jax
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
 from pallas_kernels.device import Device
-from pallas_kernels.options import FFNOptions
+from pallas_kernels.options import Twell
 
 _WARP = 32
 _REGISTERS = 65536
@@ -27,7 +27,7 @@ _UNKNOWN_CORES = 108
 
 @dataclasses.dataclass(frozen=True)
 class GatePackConfig:
-    """How `gate_pack` cuts its GEMM; the columns of a tile are ``FFNOptions.tile``.
+    """How `gate_pack` cuts its GEMM; the columns of a tile are ``Twell.tile``.
 
     Attributes:
       tile_m: tokens of a program.
@@ -113,35 +113,29 @@ class TwELLConfig:
 Config = TypeVar("Config", GatePackConfig, UpDownConfig)
 
 
-def choose(x: jax.Array, w: jax.Array, options: FFNOptions, device: Device | None = None) -> TwELLConfig:
+def choose(x: jax.Array, w: jax.Array, layout: Twell, device: Device | None = None) -> TwELLConfig:
     """Configs for x (M, D) and weights like w (F, D): what was tuned on the device for such sizes,
     else a heuristic.
 
     Raises:
-      ValueError: no tile of ``options.tile`` columns fits the device.
+      ValueError: no tile of ``Twell.tile`` columns fits the device.
     """
     device = device_lib.current() if device is None else device
-    ops = buckets(x, w, options).items()
+    ops = buckets(x, w, layout).items()
     gate_pack, up_down = (tuning.lookup(device.table_name, op, key) for op, key in ops)
     return TwELLConfig(
-        GatePackConfig(**gate_pack) if gate_pack else _gate_pack_heuristic(x, w, options.tile, device),
+        GatePackConfig(**gate_pack) if gate_pack else _gate_pack_heuristic(x, w, layout.tile, device),
         UpDownConfig(**up_down) if up_down else _up_down_heuristic(x),
     )
 
 
-def buckets(x: jax.Array, w: jax.Array, options: FFNOptions) -> dict[str, str]:
+def buckets(x: jax.Array, w: jax.Array, layout: Twell) -> dict[str, str]:
     """Each op's name in the tuning tables and its bucket there, gate_pack first."""
     sizes = {"tokens": x.shape[0], "d_model": x.shape[1], "d_ff": w.shape[0], "itemsize": x.dtype.itemsize}
     return {
-        "twell_gate_pack": tuning.bucket(**sizes, tile=options.tile),
+        "twell_gate_pack": tuning.bucket(**sizes, tile=layout.tile),
         "twell_up_down": tuning.bucket(**sizes),
     }
-
-
-def backup_rows(tokens: int) -> int:
-    """Rows of a round of the dense backup: enough to fill a GPU, in less memory than the packed words take at
-    C = 8."""
-    return max(128, min(tokens // 16, 8192))
 
 
 def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) -> GatePackConfig:
@@ -165,7 +159,7 @@ def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) 
         reason = config.misfit(tile, itemsize, device)
         if reason is None:
             return config
-    raise ValueError(f"FFNOptions.tile={tile} is too wide for {device.kind}, choose a smaller one: {reason}")
+    raise ValueError(f"Twell.tile={tile} is too wide for {device.kind}, choose a smaller one: {reason}")
 
 
 def _up_down_heuristic(x: jax.Array) -> UpDownConfig:
@@ -177,10 +171,10 @@ def _up_down_heuristic(x: jax.Array) -> UpDownConfig:
 
 
 def search_space(
-    x: jax.Array, w: jax.Array, options: FFNOptions, device: Device
+    x: jax.Array, w: jax.Array, layout: Twell, device: Device
 ) -> tuple[list[GatePackConfig], list[UpDownConfig]]:
     """What the tuner tries for x (M, D) and weights like w (F, D): configs that the device can hold."""
-    itemsize, tile = x.dtype.itemsize, options.tile
+    itemsize, tile = x.dtype.itemsize, layout.tile
     gate_packs = _product(
         GatePackConfig,
         tile_m=(16, 32, 64, 128),

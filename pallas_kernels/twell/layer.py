@@ -6,41 +6,42 @@ many rounds as there are rows left: none for most inputs, all rows if every row 
 layer cut into blocks of rows. No result depends on the tile, the slots or the bound.
 """
 
-from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels import dense, reference
-from pallas_kernels.dense import backup_rows
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels import dense
+from pallas_kernels.common.groups import Groups
+from pallas_kernels.dense import backup_rows, token_hits
+from pallas_kernels.options import FFNOptions, FFNStats, Twell
+from pallas_kernels.reference import Weights
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def ffn(
+def infer(
     x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     options: FFNOptions,
     backend: str,
+    groups: Groups = None,
 ) -> tuple[jax.Array, FFNStats]:
-    """One feed-forward layer through TwELL: as `reference.ffn`, for x (M, D) and weights (F, D).
+    """One feed-forward layer through TwELL: as `reference.ffn`, for x (M, D) and weights (F, D) of one type.
 
-    Weights of a wider type than x's are rounded to it; their gradients are not.
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
     interpreted or not.
     """
-    x, w_gate, w_up, w_down = dense.rounded(x, w_gate, w_up, w_down)
-    tokens = x.shape[0]
+    tokens, layout = x.shape[0], options.layout
+    assert isinstance(layout, Twell)
     if tokens == 0:
-        return reference.ffn(x, w_gate, w_up, w_down)
-    config = configs.choose(x, w_up, options)
-    interpret = backend == "interpret"
+        return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
+    config = configs.choose(x, w_up, layout)
+    rule, interpret = options.rule, backend == "interpret"
     gate_weight = w_up if w_gate is None else w_gate
-    tiles = {"tile": options.tile, "slots": options.slots}
+    tiles: dict[str, Any] = {"tile": layout.tile, "slots": layout.slots, "rule": rule}
     if backend == "mosaic_gpu":
         from pallas_kernels.twell import pallas_mosaic_gpu
 
@@ -48,43 +49,42 @@ def ffn(
     else:
         packed, hits = gate_pack(x, gate_weight, **tiles, config=config.gate_pack, interpret=interpret)
     if w_gate is None:
-        rows = down(packed, w_down, config=config.up_down, interpret=interpret)
+        rows = down(packed, w_down, config=config.up_down, rule=rule, interpret=interpret)
     else:
-        rows = up_down(packed, x, w_up, w_down, config=config.up_down, interpret=interpret)
-    bound = min(options.backup_rows or configs.backup_rows(tokens), tokens)
-    y, l1 = _backup(rows, bound, x, w_gate, w_up, w_down)
-    stats = FFNStats(
-        l1=jnp.sum(l1) / tokens,
-        l0=jnp.sum(hits, dtype=jnp.float32) / tokens,
-        neuron_hits=hits,
-        max_nnz=jnp.max(rows.nnz),
-        overflow_rows=jnp.sum(rows.overflows, dtype=jnp.int32),
-    )
-    return y, stats
+        rows = up_down(packed, x, w_up, w_down, config=config.up_down, rule=rule, interpret=interpret)
+    bound = min(layout.backup_rows or backup_rows.bound(tokens), tokens)
+    y, l1 = backup_rows.mend(rows.y, rows.l1, rows.overflows, bound, x, w_gate, w_up, w_down, rule)
+    if groups is not None:
+        hits = token_hits(x, gate_weight, rule, groups)
+    return y, FFNStats.of_rows(l1, rows.nnz, rows.overflows, hits, groups)
 
 
-def _backup(rows, bound, x, w_gate, w_up, w_down):
-    """y (M, D) and l1 (M,) with the overflowing rows computed densely, ``bound`` of them a round."""
-    tokens = x.shape[0]
-
-    def one_round(ids, carry):
-        y, l1 = carry
-        h, _ = reference.hidden(x[jnp.minimum(ids, tokens - 1)], w_gate, w_up)
-        row_l1 = jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
-        whole = reference.multiply(h, w_down)
-        return y.at[ids].set(whole, mode="drop"), l1.at[ids].set(row_l1, mode="drop")
-
-    return backup_rows.rounds(rows.overflows, bound, one_round, (rows.y, rows.l1))
-
-
-def _forward(x, w_gate, w_up, w_down, options, backend):
-    return ffn(x, w_gate, w_up, w_down, options, backend), (x, w_gate, w_up, w_down)
+def forward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    backend: str,
+    groups: Groups = None,
+) -> tuple[tuple[jax.Array, FFNStats], None]:
+    """`infer`: nothing is kept."""
+    return infer(x, w_gate, w_up, w_down, options, backend, groups), None
 
 
-def _backward(options, backend, residuals, cotangents):
-    """Cotangents of x and the weights, each in its own type, from those of y and l1."""
-    dy, dstats = cotangents
-    return dense.recompute_backward(*dense.rounded(*residuals), dy, dstats.l1, dtype=residuals[2].dtype)
-
-
-ffn.defvjp(_forward, _backward)
+def backward(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    kept: None,
+    dy: jax.Array,
+    scale: jax.Array | None,
+    options: FFNOptions,
+    backend: str,
+    *,
+    dtype: DTypeLike,
+    weights: bool = True,
+) -> Weights:
+    """The dense layer's backward, from nothing."""
+    return dense.recompute_backward(x, w_gate, w_up, w_down, dy, scale, rule=options.rule, dtype=dtype)

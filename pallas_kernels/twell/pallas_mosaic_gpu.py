@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import hopper_gemm, varying_axes
 from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, WARPGROUP, address, assemble
 from pallas_kernels.formats import TwELL
@@ -37,8 +38,10 @@ def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, t
     return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
 
 
-def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tuple[TwELL, jax.Array]:
-    """``relu(x Wg^T)`` in TwELL: x (M, D), w_gate (F, D) of one 16-bit type.
+def gate_pack(
+    x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int, rule: Rule = RELU
+) -> tuple[TwELL, jax.Array]:
+    """The active gates of ``x Wg^T`` in TwELL: x (M, D), w_gate (F, D) of one 16-bit type.
 
     Returns:
       The packed gates, and neuron_hits (F,) int32.
@@ -60,6 +63,7 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
             slots=slots,
             row_bytes=n_tiles * slots * 4,
             dtype=x.dtype,
+            rule=rule,
         )
 
     words, hits = hopper_gemm.gemm(
@@ -82,7 +86,9 @@ def gate_pack(x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int) -> tupl
     return packed, jnp.sum(hits, axis=0, dtype=jnp.int32)[:d_ff]
 
 
-def _pack(acc, words, hits, counters, gates, column, rows_left, columns_left, *, slots, row_bytes, dtype):
+def _pack(
+    acc, words, hits, counters, gates, column, rows_left, columns_left, *, slots, row_bytes, dtype, rule
+):
     """Writes a warpgroup's (64, T) accumulator to its words and hit counts."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -95,7 +101,9 @@ def _pack(acc, words, hits, counters, gates, column, rows_left, columns_left, *,
         mgpu_utils.warpgroup_barrier()
         constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "r", "r", "r", "r", "r"])
         assemble(
-            _walk(tile, slots, row_bytes, dtype), [*hopper_gemm.values(acc), *pointers, *scalars], constraints
+            _walk(tile, slots, row_bytes, dtype, rule),
+            [*hopper_gemm.values(acc), *pointers, *scalars],
+            constraints,
         )
         mgpu_utils.warpgroup_barrier()
         assemble(_flush_counters(tile), [pointers[1], pointers[2]], "l,r")
@@ -117,7 +125,7 @@ def _flush_counters(tile):
         mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 a, t, 4, $1; mad.wide.u32 g, t, 1, $0; {moves} }}"""
 
 
-def _walk(tile, slots, row_bytes, dtype):
+def _walk(tile, slots, row_bytes, dtype, rule):
     """The epilogue of one thread, as PTX.
 
     Operands: the T / 2 `hopper_gemm.values`; addresses of words, hits, counters and gates; the tile's first
@@ -130,9 +138,8 @@ def _walk(tile, slots, row_bytes, dtype):
         return f"${half * each + k}"
 
     words, _, counters, gates, column, rows_left, columns_left = (f"${2 * each + i}" for i in range(7))
-    threshold, convert = (
-        table[jnp.dtype(dtype).name] for table in (hopper_gemm.ACTIVE_ABOVE, hopper_gemm.CONVERT)
-    )
+    convert = hopper_gemm.CONVERT[jnp.dtype(dtype).name]
+    threshold = hopper_gemm.constant(rule.last_inactive(dtype))
     masks = [(half, word) for half in range(2) for word in range(n_words)]
     lines = [
         "{ .reg .pred p, q; .reg .b16 h; .reg .b64 wide;",

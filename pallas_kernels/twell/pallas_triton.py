@@ -21,7 +21,8 @@ flat list of non-zeros, walked ``entries`` at a time: that many rows of Wu and o
 and the next packed words are fetched a step ahead, because the address of a weight row depends on them.
 
 **Numerics.** f32 accumulation; the gate is rounded to the input type before its sign is read, as in the
-reference; u, h and y's sum stay in f32, where the reference rounds u and h. f32 inputs multiply as IEEE f32.
+reference; u and h are rounded where the reference rounds them, so that no result depends on which rows fit;
+y is rounded once. f32 inputs multiply as IEEE f32.
 
 **Limits.** Block sizes are powers of two, and `up_down` holds D, padded to one, in a program; an NVIDIA GPU
 of compute capability 8.0 or newer.
@@ -36,6 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.formats import TwELL
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
@@ -46,9 +48,16 @@ _EACH_BYTE = 0x01010101
 
 
 def gate_pack(
-    x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int, config: GatePackConfig, interpret: bool = False
+    x: jax.Array,
+    w_gate: jax.Array,
+    *,
+    tile: int,
+    slots: int,
+    config: GatePackConfig,
+    rule: Rule = RELU,
+    interpret: bool = False,
 ) -> tuple[TwELL, jax.Array]:
-    """``relu(x Wg^T)`` in TwELL: x (M, D), w_gate (F, D) of one type.
+    """The active gates of ``x Wg^T`` in TwELL: x (M, D), w_gate (F, D) of one type.
 
     Returns:
       The packed gates, and neuron_hits (F,) int32.
@@ -61,7 +70,7 @@ def gate_pack(
         varying_axes.output(x, (n_blocks, n_tiles * tile // 4), jnp.uint32),
         varying_axes.output(x, shape, jnp.uint32),
     ] + [varying_axes.output(x, shape, jnp.float32)] * wide
-    kernel = partial(_gate_kernel, tile=tile, slots=slots, config=config, interpret=interpret)
+    kernel = partial(_gate_kernel, tile=tile, slots=slots, config=config, rule=rule, interpret=interpret)
     byte_counts, words, *values = pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -74,7 +83,7 @@ def gate_pack(
     return packed, _neuron_hits(byte_counts, tile, d_ff)
 
 
-def _gate_kernel(x_ref, w_ref, hits_ref, words_ref, *values_ref, tile, slots, config, interpret):
+def _gate_kernel(x_ref, w_ref, hits_ref, words_ref, *values_ref, tile, slots, config, rule, interpret):
     tokens, d_model = x_ref.shape
     n_blocks, n_tiles = pl.cdiv(tokens, config.tile_m), pl.cdiv(w_ref.shape[0], tile)
     row_block, tile_id = _grouped_order(pl.program_id(0), n_blocks, n_tiles, config.group_m)
@@ -85,7 +94,7 @@ def _gate_kernel(x_ref, w_ref, hits_ref, words_ref, *values_ref, tile, slots, co
     if d_model % config.tile_k:
         acc += product(whole * config.tile_k, config.tile_k, True)
     outputs = (hits_ref, words_ref, *values_ref)
-    _pack(acc, row_block, tile_id, tokens, w_ref.shape[0], x_ref.dtype, slots, outputs, interpret)
+    _pack(acc, row_block, tile_id, tokens, w_ref.shape[0], x_ref.dtype, slots, outputs, rule, interpret)
 
 
 def _product(x_ref, w_ref, row, column, tile_m, tile, k, tile_k, masked):
@@ -109,7 +118,7 @@ def _product(x_ref, w_ref, row, column, tile_m, tile, k, tile_k, masked):
     return lax.dot_general(a, b, _CONTRACT_LAST, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _pack(acc, row_block, tile_id, tokens, d_ff, dtype, slots, outputs, interpret):
+def _pack(acc, row_block, tile_id, tokens, d_ff, dtype, slots, outputs, rule, interpret):
     """Writes one tile (rows, T) of f32 gates: its words, its counts and its neurons' hit counts."""
     hits_ref, words_ref, *values_ref = outputs
     tile_m, tile = acc.shape
@@ -119,7 +128,7 @@ def _pack(acc, row_block, tile_id, tokens, d_ff, dtype, slots, outputs, interpre
     first_column = tile_id * tile + 2 * lane
 
     def is_stored(value, nth):
-        mask = _is_active(value, dtype)
+        mask = ~(value <= rule.last_inactive(dtype))
         leading = (None,) * (value.ndim - row.ndim)
         if d_ff % tile:
             mask &= first_column[leading] + (nth // 2 * 8 + nth % 2) < d_ff
@@ -173,13 +182,6 @@ def _as_fragments(acc: jax.Array) -> jax.Array:
     return lanes.reshape(tile // 4, 2, rows // 16, 8, 4)
 
 
-def _is_active(gate: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Whether an f32 gate is active once rounded to ``dtype``: NaN, or over half of its least subnormal."""
-    info = jnp.finfo(dtype)
-    threshold = 0.0 if dtype == jnp.float32 else float(info.smallest_subnormal) / 2
-    return ~(gate <= threshold)
-
-
 def _quads(mask: jax.Array) -> jax.Array:
     """The mask with four of a lane's columns to a uint32, a byte each: (T / 4, ...) to (T / 16, ...)."""
     fours = mask.reshape(mask.shape[0] // 4, 4, *mask.shape[1:])
@@ -230,24 +232,32 @@ def up_down(
     w_down: jax.Array,
     *,
     config: UpDownConfig,
+    rule: Rule = RELU,
     interpret: bool = False,
 ) -> Rows:
-    """``y = (gate * (x Wu^T)) Wd`` over the packed gates: x (M, D), weights (F, D) of one type."""
-    return _over_rows(packed, (x, w_up, w_down), config, interpret, "twell_up_down")
+    """``y = h Wd`` with ``h = a(g) b(x Wu^T)`` over packed gates: x (M, D), weights (F, D) of one type."""
+    return _over_rows(packed, (x, w_up, w_down), config, rule, interpret, "twell_up_down")
 
 
-def down(packed: TwELL, w_down: jax.Array, *, config: UpDownConfig, interpret: bool = False) -> Rows:
-    """``y = h Wd`` where the packed values are h itself (non-gated layer)."""
-    return _over_rows(packed, (w_down,), config, interpret, "twell_down")
+def down(
+    packed: TwELL,
+    w_down: jax.Array,
+    *,
+    config: UpDownConfig,
+    rule: Rule = RELU,
+    interpret: bool = False,
+) -> Rows:
+    """``y = a(g) Wd`` over the packed gates (non-gated layer)."""
+    return _over_rows(packed, (w_down,), config, rule, interpret, "twell_down")
 
 
-def _over_rows(packed, operands, config, interpret, name):
+def _over_rows(packed, operands, config, rule, interpret, name):
     tokens, d_model = packed.words.shape[0], operands[-1].shape[1]
     stored = [packed.words] if packed.values is None else [packed.words, packed.values]
     output = partial(varying_axes.output, packed.words)
     geometry = {"n_tiles": packed.n_tiles, "slots": packed.slots, "dtype": packed.dtype}
     y, l1, nnz, overflows = pl.pallas_call(
-        partial(_rows_kernel, **geometry, gated=len(operands) == 3, config=config),
+        partial(_rows_kernel, **geometry, gated=len(operands) == 3, rule=rule, config=config),
         out_shape=(
             output((tokens, d_model), operands[-1].dtype),
             output((tokens,), jnp.float32),
@@ -262,7 +272,7 @@ def _over_rows(packed, operands, config, interpret, name):
     return Rows(y, l1, nnz, overflows > 0)
 
 
-def _rows_kernel(words_ref, *refs, n_tiles, slots, dtype, gated, config):
+def _rows_kernel(words_ref, *refs, n_tiles, slots, dtype, gated, rule, config):
     *inputs, y_ref, l1_ref, nnz_ref, overflows_ref = refs
     down_ref = inputs.pop()
     values_ref = inputs[0] if dtype == jnp.float32 else None
@@ -299,15 +309,18 @@ def _rows_kernel(words_ref, *refs, n_tiles, slots, dtype, gated, config):
         rows = weight_ref.at[neuron[:, None], column[None, :]]
         return plt.load(rows, mask=mask, other=0).astype(jnp.float32)
 
+    def rounded(values):
+        return values.astype(dtype).astype(jnp.float32)
+
     def body(step, carry):
         y, l1, neuron, value = carry
         used = (step * entries + lax.iota(jnp.int32, entries)) < total
         mask = used[:, None] & in_row[None, :]
         following = fetch(step + 1)
-        h = value
+        h = rounded(rule.value(value)) if rule.squared else value
         if gated:
-            up = jnp.sum(gather(up_ref, neuron, mask) * x[None, :], axis=1)
-            h = jnp.where(used, value * up, 0)  # past the end, 0 times an infinite x is not 0
+            up = rounded(jnp.sum(gather(up_ref, neuron, mask) * x[None, :], axis=1))
+            h = jnp.where(used, rounded(h * rule.up(up)), 0)  # past the end, 0 times an infinite x is not 0
         y = y + jnp.sum(h[:, None] * gather(down_ref, neuron, mask), axis=0)
         return y, l1 + jnp.sum(jnp.abs(h)), *following
 

@@ -11,20 +11,24 @@ import pytest
 from op_contract import DL1, Contract, call, check_everything, cotangent, differentiate, run
 from panel_path import PanelPath
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import Auto, FFNOptions
 from pallas_kernels import auto as adaptive
+
+OPTIONS = FFNOptions(Auto(tokens=16), backend="interpret")
 
 
 class TestAutoInterpreted(Contract):
     path = PanelPath(
-        FFNOptions(format="auto", backend="interpret", tile=32, compression=4, panel=16, capacity=1.0),
+        FFNOptions(format=Auto(tokens=16), backend="interpret"),
         d_model=40,
         d_ff=72,
         many_tokens=301,
-        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
-        variants=({"panel": 32},),
+        check_vma=False,
+        variants=(Auto(tokens=32),),
         tokens=40,
         partial=True,
+        tile=32,
+        slots=8,
     )
 
     def test_the_plain_call_is_not_skipped(self):
@@ -36,7 +40,7 @@ class TestAutoInterpreted(Contract):
 def test_the_probe_takes_the_sparse_layer_where_panels_are_sparse(pattern, expected):
     path = dataclasses.replace(TestAutoInterpreted.path, d_ff=1000)
     inputs, _ = path.layer(pattern, 64, "bfloat16")
-    decision = adaptive.pays(jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"]), 16, "train")
+    decision = adaptive.pays(jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"]), OPTIONS, 0.55)
     assert bool(decision) is expected
 
 
@@ -47,17 +51,16 @@ def test_the_probe_sees_the_whole_call():
     for dense_from, expected in ((640, True), (320, True), (100, False), (0, False)):
         x = np.zeros((640, 8))
         x[:, 0] = np.where(np.arange(640) < dense_from, -1, 1)
-        assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), 16, "train")) is expected, dense_from
+        assert bool(adaptive.pays(jnp.asarray(x), jnp.asarray(gate), OPTIONS, 0.55)) is expected, dense_from
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 4, 8, 32])
-def test_the_probe_is_not_misled_by_how_sequences_begin(monkeypatch, sequences):
+def test_the_probe_is_not_misled_by_how_sequences_begin(sequences):
     """The first token of each activates every neuron, as attention's sinks do; no other activates any:
     with one such panel in the sample it would not pay."""
-    monkeypatch.setattr("pallas_kernels.panel.config.BREAK_EVEN", {"train": 0.1})
     x = np.full((sequences * 2048, 8), -1.0)
     x[::2048] = 1
-    assert bool(adaptive.pays(jnp.asarray(x), jnp.ones((100, 8)), 128, "train"))
+    assert bool(adaptive.pays(jnp.asarray(x), jnp.ones((100, 8)), FFNOptions(), 0.1))
 
 
 @pytest.mark.parametrize("break_even", [0.0, 2.0])

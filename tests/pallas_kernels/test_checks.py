@@ -1,11 +1,23 @@
 """Bad input: each mistake is one sentence that says what was expected, what was found and what to do."""
 
+import math
 import re
 
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import FFNOptions, sparse_ffn, sparse_mlp
+from pallas_kernels import (
+    Auto,
+    Dense,
+    FFNOptions,
+    Hybrid,
+    Panel,
+    Threshold,
+    Twell,
+    activations,
+    sparse_ffn,
+    sparse_mlp,
+)
 
 M, D, F = 3, 8, 12
 
@@ -124,7 +136,7 @@ def test_too_many_neurons_for_twell():
 
 
 def test_tiles_that_the_kernels_cannot_pack():
-    options = FFNOptions(format="twell", backend="interpret", tile=512)
+    options = FFNOptions(format=Twell(tile=512), backend="interpret")
     with pytest.raises(ValueError, match="tiles of at most 256 columns; got tile=512") as raised:
         sparse_ffn(**arguments(), options=options)
     assert_one_sentence(raised.value)
@@ -139,18 +151,62 @@ def test_tiles_that_the_kernels_cannot_pack():
             {"weight_gradients": "float16"},
             "FFNOptions.weight_gradients must be one of auto, input, float32; got 'float16'",
         ),
-        ({"tile": 16}, "tile must be a power of two of at least 32; got 16"),
-        ({"tile": 96}, "tile must be a power of two of at least 32; got 96"),
-        ({"compression": 0}, "must divide tile=256 and leave at least 2 slots a tile; got 0"),
-        ({"compression": 3}, "must divide tile=256 and leave at least 2 slots a tile; got 3"),
-        ({"compression": 256}, "must divide tile=256 and leave at least 2 slots a tile; got 256"),
-        ({"backup_rows": 0}, "backup_rows must be at least 1; got 0"),
+        ({"activation": "gelu"}, "activation must be one of relu, relu2, drelu, or Threshold"),
+        ({"format": "panel(width=3)"}, "format 'panel' has the options tokens, capacity; got 'width=3'"),
+        ({"format": "dense(tile=3)"}, "format 'dense' has no options; got 'tile=3'"),
+        ({"format": "panel(tokens=many)"}, "Panel.tokens must be a number; got 'many'"),
+        ({"format": 3}, "FFNOptions.format must be one of .*; got 3"),
     ],
     ids=str,
 )
 def test_bad_options(fields, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
         FFNOptions(**fields)
+    assert_one_sentence(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "sentence"),
+    [
+        (Twell, {"tile": 16}, "Twell.tile must be a power of two of at least 32; got 16"),
+        (Twell, {"tile": 96}, "Twell.tile must be a power of two of at least 32; got 96"),
+        (Twell, {"compression": 0}, "must divide tile=256 and leave at least 2 slots a tile; got 0"),
+        (Twell, {"compression": 3}, "must divide tile=256 and leave at least 2 slots a tile; got 3"),
+        (Twell, {"compression": 256}, "must divide tile=256 and leave at least 2 slots a tile; got 256"),
+        (Twell, {"backup_rows": 0}, "Twell.backup_rows must be at least 1; got 0"),
+        (Hybrid, {"width": 0}, "Hybrid.width must be at least 1; got 0"),
+        (Hybrid, {"backup_rows": 0}, "Hybrid.backup_rows must be at least 1; got 0"),
+        (Panel, {"tokens": 24}, "Panel.tokens must be a power of two from 16 to 128; got 24"),
+        (Panel, {"capacity": 0.0}, "Panel.capacity must be above 0 and at most 1; got 0.0"),
+        (Auto, {"tokens": 256}, "Auto.tokens must be a power of two from 16 to 128; got 256"),
+        (Threshold, {"value": -0.1}, "Threshold.value must be a finite number of at least 0"),
+        (Threshold, {"value": math.nan}, "Threshold.value must be a finite number of at least 0.*got nan"),
+        (Threshold, {"value": "a"}, "Threshold.value must be a finite number of at least 0.*got 'a'"),
+    ],
+    ids=str,
+)
+def test_bad_layouts_and_activations(kind, fields, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        kind(**fields)
+    assert_one_sentence(raised.value)
+
+
+@pytest.mark.parametrize(
+    "layout", [Auto(), Dense(), Panel(64, 0.5), Panel(), Hybrid(3, None, 32), Hybrid(4, 5), Twell(32, 4, 1)]
+)
+def test_a_layout_is_its_text(layout):
+    assert FFNOptions(str(layout)).layout == layout
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "drelu", Threshold(0.01)])
+def test_an_activation_is_its_text(activation):
+    assert activations.parse(str(activation)) == activation
+
+
+def test_an_activation_of_two_projections_needs_both():
+    weights = {name: value for name, value in arguments().items() if name != "w_gate"}
+    with pytest.raises(ValueError, match="rectifies the gate and the up projection") as raised:
+        sparse_mlp(**weights, options=FFNOptions(activation="drelu"))
     assert_one_sentence(raised.value)
 
 

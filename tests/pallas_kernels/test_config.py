@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import FFNOptions, tuning
+from pallas_kernels import Twell, tuning
 from pallas_kernels.device import Device
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
@@ -59,12 +59,10 @@ def test_misfit_counts_shared_memory_and_registers():
 
 
 def test_hopper_gets_what_was_measured_to_be_fastest():
-    chosen = configs.choose(*problem(), FFNOptions(), H200)
+    chosen = configs.choose(*problem(), Twell(), H200)
     assert chosen.gate_pack == GatePackConfig(128, 64, 8, 3, 8)
     assert chosen.up_down == UpDownConfig(2, 2)
-    assert configs.choose(*problem(), FFNOptions(tile=128), H200).gate_pack == GatePackConfig(
-        128, 64, 8, 3, 16
-    )
+    assert configs.choose(*problem(), Twell(tile=128), H200).gate_pack == GatePackConfig(128, 64, 8, 3, 16)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.kind)
@@ -72,48 +70,46 @@ def test_every_choice_fits_its_device(device):
     sizes = itertools.product((1, 7, 16, 300, 16385), (1, 100, 4096), (3, 5632), (jnp.bfloat16, jnp.float32))
     for (tokens, d_model, d_ff, dtype), tile in itertools.product(sizes, (64, 128, 256)):
         x, w = problem(tokens, d_model, d_ff, dtype)
-        chosen = configs.choose(x, w, FFNOptions(tile=tile), device).gate_pack
+        chosen = configs.choose(x, w, Twell(tile=tile), device).gate_pack
         assert chosen.misfit(tile, x.dtype.itemsize, device) is None
         assert chosen.tile_m <= max(16, 2 * tokens)
 
 
 def test_few_tokens_get_short_tiles():
-    heights = [configs.choose(*problem(m), FFNOptions(), H200).gate_pack.tile_m for m in (1, 512, 4096)]
+    heights = [configs.choose(*problem(m), Twell(), H200).gate_pack.tile_m for m in (1, 512, 4096)]
     assert heights == [16, 64, 128]
 
 
 def test_f32_gets_smaller_tiles_than_bf16():
-    narrow, wide = (
-        configs.choose(*problem(dtype=t), FFNOptions(), H200) for t in (jnp.bfloat16, jnp.float32)
-    )
+    narrow, wide = (configs.choose(*problem(dtype=t), Twell(), H200) for t in (jnp.bfloat16, jnp.float32))
     assert wide.gate_pack.tile_m * wide.gate_pack.tile_k < narrow.gate_pack.tile_m * narrow.gate_pack.tile_k
     assert wide.up_down.num_warps > narrow.up_down.num_warps
 
 
 def test_a_tile_that_no_config_holds_is_an_error():
     with pytest.raises(ValueError, match=r"tile=16384 is too wide for NVIDIA H200, choose a smaller one"):
-        configs.choose(*problem(), FFNOptions(tile=16384), H200)
+        configs.choose(*problem(), Twell(tile=16384), H200)
 
 
 def test_a_tuned_entry_goes_before_the_heuristic():
     x, w = problem()
-    ops = configs.buckets(x, w, FFNOptions())
+    ops = configs.buckets(x, w, Twell())
     tuned = {"tile_m": 64, "tile_k": 32, "num_warps": 4, "num_stages": 2, "group_m": 4}
     tuning.save(H200.table_name, "twell_gate_pack", {ops["twell_gate_pack"]: {"config": tuned, "ms": 1.0}})
-    chosen = configs.choose(x, w, FFNOptions(), H200)
+    chosen = configs.choose(x, w, Twell(), H200)
     assert chosen.gate_pack == GatePackConfig(**tuned)
     assert chosen.up_down == UpDownConfig()
-    assert configs.choose(*problem(60000), FFNOptions(), H200) == chosen
-    assert configs.choose(x, w, FFNOptions(tile=128), H200).gate_pack != chosen.gate_pack
-    assert configs.choose(x, w, FFNOptions(), DEVICES[1]).gate_pack != chosen.gate_pack
+    assert configs.choose(*problem(60000), Twell(), H200) == chosen
+    assert configs.choose(x, w, Twell(tile=128), H200).gate_pack != chosen.gate_pack
+    assert configs.choose(x, w, Twell(), DEVICES[1]).gate_pack != chosen.gate_pack
 
 
 @pytest.mark.parametrize("device", DEVICES[:-1], ids=lambda device: device.kind)
 def test_the_search_space_holds_the_heuristic_and_nothing_that_cannot_run(device):
     for tokens, dtype in itertools.product((16, 4096), (jnp.bfloat16, jnp.float32)):
         x, w = problem(tokens, dtype=dtype)
-        gate_packs, up_downs = configs.search_space(x, w, FFNOptions(), device)
-        chosen = configs.choose(x, w, FFNOptions(), device)
+        gate_packs, up_downs = configs.search_space(x, w, Twell(), device)
+        chosen = configs.choose(x, w, Twell(), device)
         assert chosen.gate_pack in gate_packs
         assert chosen.up_down in up_downs
         assert len(gate_packs) == len(set(gate_packs)) < 100

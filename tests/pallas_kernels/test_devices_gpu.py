@@ -5,13 +5,14 @@ import pytest
 from across_devices import FORMATS, AcrossDevices
 from op_contract import Path
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Panel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 
 def _path(format):
-    options = FFNOptions(format=format, backend="xla" if format == "dense" else "auto", capacity=1.0)
+    layout = Panel(capacity=1.0) if format == "panel" else format
+    options = FFNOptions(layout, backend="xla" if format == "dense" else "auto")
     return Path(options, d_model=256, d_ff=1024, many_tokens=8192, dtype="bfloat16")
 
 

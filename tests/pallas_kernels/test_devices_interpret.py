@@ -7,14 +7,20 @@ import pytest
 from across_devices import FORMATS, AcrossDevices, host_traffic
 from op_contract import Path
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell
+
+LAYOUTS = {
+    "dense": "dense",
+    "auto": Auto(tokens=16),
+    "panel": Panel(tokens=16, capacity=1.0),
+    "hybrid": Hybrid(tile=32, width=30),
+    "twell": Twell(tile=32, compression=4),
+}
 
 
 def _path(format):
     backend = "xla" if format == "dense" else "interpret"
-    options = FFNOptions(
-        format=format, backend=backend, tile=32, compression=4, width=30, panel=16, capacity=1.0
-    )
+    options = FFNOptions(LAYOUTS[format], backend=backend)
     # Pallas' interpreter mixes its own arrays with varying ones.
     return Path(options, d_model=40, d_ff=72, many_tokens=64, check_vma=False)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import FFNOptions, device, dispatch, sparse_ffn
+from pallas_kernels import Auto, Dense, FFNOptions, Twell, device, dispatch, sparse_ffn
 from pallas_kernels.device import Device
+from pallas_kernels.options import parse_layout
 
 CPU = Device("cpu", "cpu", 0, 0)
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
@@ -23,11 +24,11 @@ def on(found: Device):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
 
 
-PLAIN = dispatch.Call(tokens=64, d_model=2048, d_ff=5632, dtype=jnp.dtype("bfloat16"), tile=256)
+PLAIN = dispatch.Call(tokens=64, d_model=2048, d_ff=5632, dtype=jnp.dtype("bfloat16"))
 
 
-def reason(format, backend, found, **changes):
-    return dispatch.unsupported_reason(format, backend, PLAIN._replace(**changes), found)
+def reason(layout, backend, found, **changes):
+    return dispatch.unsupported_reason(parse_layout(layout), backend, PLAIN._replace(**changes), found)
 
 
 @pytest.mark.parametrize("found", [H200, A100], ids=lambda d: d.kind)
@@ -55,7 +56,7 @@ def test_mosaic_says_what_it_misses(found):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tile": 64}, {"dtype": jnp.dtype("float32")}, {"tokens": 7}, {"d_ff": 5633}, {"d_model": 100}],
+    [{"dtype": jnp.dtype("float32")}, {"tokens": 7}, {"d_ff": 5633}, {"d_model": 100}],
     ids=str,
 )
 def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
@@ -78,9 +79,8 @@ def test_sixteen_bit_indices_bound_f():
 
 
 def test_byte_counts_bound_the_tile():
-    assert reason("twell", "triton", H200, tile=256) is None
-    assert "at most 256 columns; got tile=512" in reason("twell", "triton", H200, tile=512)
-    assert reason("dense", "xla", H200, tile=512) is None
+    assert reason("twell", "triton", H200) is None
+    assert "at most 256 columns; got tile=512" in reason("twell(tile=512)", "triton", H200)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +100,23 @@ MANY = PLAIN._replace(tokens=65536)
 @pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)
 def test_auto_is_dense_where_kernels_cannot_run(found):
     with on(found):
-        assert dispatch.choose(FFNOptions(), MANY) == ("dense", "xla")
+        assert dispatch.choose(FFNOptions(), MANY) == (Dense(), "xla")
 
 
 def test_auto_decides_inside_the_program_where_they_can():
     with on(H200):
-        assert dispatch.choose(FFNOptions(), MANY) == ("auto", "mosaic_gpu")
-        assert dispatch.choose(FFNOptions(), MANY._replace(d_model=100)) == ("auto", "triton")
-        assert dispatch.choose(FFNOptions(backend="triton"), MANY) == ("auto", "triton")
-        assert dispatch.choose(FFNOptions(backend="xla"), MANY) == ("dense", "xla")
+        assert dispatch.choose(FFNOptions(), MANY) == (Auto(), "mosaic_gpu")
+        assert dispatch.choose(FFNOptions(), MANY._replace(d_model=100)) == (Auto(), "triton")
+        assert dispatch.choose(FFNOptions(backend="triton"), MANY) == (Auto(), "triton")
+        assert dispatch.choose(FFNOptions(backend="xla"), MANY) == (Dense(), "xla")
     with on(A100):
-        assert dispatch.choose(FFNOptions(), MANY) == ("auto", "triton")
+        assert dispatch.choose(FFNOptions(), MANY) == (Auto(), "triton")
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 2047}, {"dtype": jnp.dtype("float32")}], ids=str)
 def test_auto_is_dense_where_its_probe_would_not_pay(changes):
     with on(H200):
-        assert dispatch.choose(FFNOptions(), MANY._replace(**changes)) == ("dense", "xla")
+        assert dispatch.choose(FFNOptions(), MANY._replace(**changes)) == (Dense(), "xla")
 
 
 def test_explain_tells_what_would_run_and_why():
@@ -141,7 +141,7 @@ def test_explain_tells_what_would_run_and_why():
 def test_panels_of_hopper_are_128_tokens():
     assert reason("panel", "mosaic_gpu", H200, tokens=128) is None
     assert "has panels of 128 tokens; got panel=64" in reason(
-        "panel", "mosaic_gpu", H200, tokens=128, panel=64
+        "panel(tokens=64)", "mosaic_gpu", H200, tokens=128
     )
     assert "at least 128 tokens, one panel; got 64" in reason("panel", "mosaic_gpu", H200)
 
@@ -149,16 +149,16 @@ def test_panels_of_hopper_are_128_tokens():
 def test_auto_backend_is_the_first_that_can():
     auto = FFNOptions(format="twell")
     with on(H200):
-        assert dispatch.choose(auto, PLAIN) == ("twell", "mosaic_gpu")
-        assert dispatch.choose(auto, PLAIN._replace(tokens=7)) == ("twell", "triton")
-        assert dispatch.choose(FFNOptions(format="twell", backend="triton"), PLAIN) == ("twell", "triton")
+        assert dispatch.choose(auto, PLAIN) == (Twell(), "mosaic_gpu")
+        assert dispatch.choose(auto, PLAIN._replace(tokens=7)) == (Twell(), "triton")
+        assert dispatch.choose(FFNOptions(format="twell", backend="triton"), PLAIN) == (Twell(), "triton")
         assert dispatch.choose(FFNOptions(format="twell", backend="interpret"), PLAIN) == (
-            "twell",
+            Twell(),
             "interpret",
         )
-        assert dispatch.choose(FFNOptions(format="dense"), PLAIN) == ("dense", "xla")
+        assert dispatch.choose(FFNOptions(format="dense"), PLAIN) == (Dense(), "xla")
     with on(A100):
-        assert dispatch.choose(auto, PLAIN) == ("twell", "triton")
+        assert dispatch.choose(auto, PLAIN) == (Twell(), "triton")
 
 
 @pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)

@@ -1,8 +1,6 @@
 """Every format gives the same layer on any pattern of activity:
 random ones, and those that are worst for each."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +10,16 @@ from hypothesis import strategies as st
 from op_contract import call
 from worst_patterns import check, layer, worst
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell
 
 TOKENS, WIDTH = 40, 48
-COMMON = FFNOptions(backend="interpret", tile=32, compression=8, width=4, backup_rows=3, panel=16)
 OPTIONS = {
     "dense": FFNOptions(format="dense"),
-    "twell": dataclasses.replace(COMMON, format="twell"),
-    "hybrid": dataclasses.replace(COMMON, format="hybrid"),
-    "panel": dataclasses.replace(COMMON, format="panel"),
-    "panel with room for all": dataclasses.replace(COMMON, format="panel", capacity=1.0),
-    "auto": dataclasses.replace(COMMON, format="auto"),
+    "twell": FFNOptions(Twell(tile=32, compression=8, backup_rows=3), backend="interpret"),
+    "hybrid": FFNOptions(Hybrid(tile=32, width=4, backup_rows=3), backend="interpret"),
+    "panel": FFNOptions(Panel(tokens=16), backend="interpret"),
+    "panel with room for all": FFNOptions(Panel(tokens=16, capacity=1.0), backend="interpret"),
+    "auto": FFNOptions(Auto(tokens=16), backend="interpret"),
 }
 
 

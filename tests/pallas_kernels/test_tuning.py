@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import FFNOptions, tuning
+from pallas_kernels import FFNOptions, Panel, Twell, tuning
 from pallas_kernels.bench import tune_twell as search
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.bench.timing import Timing
@@ -51,8 +51,8 @@ def test_a_broken_table_is_named(tmp_path, text):
 def check_panel(key, fields):
     """An entry holds whole stages, which keep the laws among each other on top of the heuristic."""
     x = jax.ShapeDtypeStruct((128, 128), jnp.float32 if "32bit" in key else jnp.bfloat16)
-    options = FFNOptions("panel", panel=int(key.rpartition("p")[2]))
-    config = panel_configs._with_entry(panel_configs.heuristic(x, options, HOPPER), fields)
+    options = FFNOptions(format=Panel(tokens=int(key.rpartition("p")[2])))
+    config = panel_configs._with_entry(panel_configs.heuristic(x, options.layout.tokens, HOPPER), fields)
     assert fields == {name: dataclasses.asdict(getattr(config, name)) for name in fields}
 
 
@@ -74,7 +74,7 @@ def test_a_panel_entry_that_breaks_a_law_is_noticed():
 
 
 MAKE_INPUTS = partial(ffn_inputs, activity=Activity(4.0), tokens=32, d_model=32, d_ff=64, dtype=jnp.bfloat16)
-OPTIONS = FFNOptions(format="twell", backend="interpret", tile=64, compression=2)
+OPTIONS = FFNOptions(format=Twell(tile=64, compression=2), backend="interpret")
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -84,7 +84,7 @@ def test_the_search_writes_a_table_for_each_kernel(tmp_path, monkeypatch, gated)
     monkeypatch.setattr(search, "_ROUNDS", 1)
     line = search.tune_twell(partial(MAKE_INPUTS, gated=gated), OPTIONS, directory=tmp_path)
     inputs = jax.eval_shape(MAKE_INPUTS, jax.random.key(0))
-    for op, key in configs.buckets(inputs["x"], inputs["w_up"], OPTIONS).items():
+    for op, key in configs.buckets(inputs["x"], inputs["w_up"], OPTIONS.layout).items():
         found = tuning.lookup("cpu", op, key, directory=tmp_path)
         assert found == dataclasses.asdict(only[op])
         assert str(only[op]) in line

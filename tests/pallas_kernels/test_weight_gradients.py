@@ -9,17 +9,16 @@ import pytest
 from op_contract import DL1, call, compiled, cotangent, run
 from truth import gradients
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell
 
 TOKENS, D, F = 128, 32, 48
-COMMON = FFNOptions(backend="interpret", tile=32, compression=8, width=16, backup_rows=5, panel=16)
 OPTIONS = {
     "dense": FFNOptions(format="dense"),
-    "twell": dataclasses.replace(COMMON, format="twell"),
-    "hybrid": dataclasses.replace(COMMON, format="hybrid"),
-    "panel": dataclasses.replace(COMMON, format="panel", capacity=1.0),
-    "panel without room": dataclasses.replace(COMMON, format="panel", capacity=1e-6),
-    "auto": dataclasses.replace(COMMON, format="auto"),
+    "twell": FFNOptions(Twell(tile=32, compression=8, backup_rows=5), backend="interpret"),
+    "hybrid": FFNOptions(Hybrid(tile=32, width=16, backup_rows=5), backend="interpret"),
+    "panel": FFNOptions(Panel(tokens=16, capacity=1.0), backend="interpret"),
+    "panel without room": FFNOptions(Panel(tokens=16, capacity=1e-6), backend="interpret"),
+    "auto": FFNOptions(Auto(tokens=16), backend="interpret"),
 }
 
 

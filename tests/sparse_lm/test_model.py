@@ -158,8 +158,9 @@ def test_flash_attention_is_asked_for_where_it_runs(monkeypatch):
 
 
 INTERPRETED = {
-    name: FFNOptions(format=name, backend="interpret", panel=16, tile=32, capacity=1.0)
-    for name in ("panel", "hybrid", "auto")
+    "panel": FFNOptions("panel(tokens=16, capacity=1.0)", backend="interpret"),
+    "hybrid": FFNOptions("hybrid(tile=32)", backend="interpret"),
+    "auto": FFNOptions("auto(tokens=16)", backend="interpret"),
 }
 
 

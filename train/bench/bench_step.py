@@ -94,7 +94,7 @@ class Case:
     def program(self, options: BenchStepOptions) -> Program:
         """The run whose step it is. All cases of the same options have the same initial state."""
         backend = "auto" if self.format == "dense" else options.model.ffn.backend
-        ffn = dataclasses.replace(options.model.ffn, format=self.format, backend=backend)
+        ffn = options.model.ffn.with_format(self.format, backend)
         model = dataclasses.replace(options.model, remat=self.remat, ffn=ffn)
         config = TrainConfig(
             steps=WARM_UP + options.steps, batch_size=options.batch_size, model=model, optimizer=_UNCHANGING

@@ -88,7 +88,7 @@ class CompareOptions:
     def run_with(self, format: Format) -> TrainConfig:
         """The run of one format."""
         backend = "auto" if format == "dense" else self.model.ffn.backend
-        ffn = dataclasses.replace(self.model.ffn, format=format, backend=backend)
+        ffn = self.model.ffn.with_format(format, backend)
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,

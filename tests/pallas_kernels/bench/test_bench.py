@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FFNOptions, reference
+from pallas_kernels import FFNOptions, Twell, reference
 from pallas_kernels import device as device_lib
 from pallas_kernels.bench import accuracy, cases, timing
 from pallas_kernels.bench import twell as bench
@@ -20,7 +20,7 @@ from pallas_kernels.bench.timing import Ceilings
 from pallas_kernels.device import Device
 from pallas_kernels.formats import TwELL
 
-OPTIONS = FFNOptions(format="twell", backend="interpret", tile=64, compression=4)
+OPTIONS = FFNOptions(format=Twell(tile=64, compression=4), backend="interpret")
 LIMITS = Ceilings(flops=1e15, bytes=4e12, dispatch_ms=1e-3)
 CASE, NON_GATED = (Case(FFNShape("tiny", 32, 64, gated), 32, Activity(8.0)) for gated in (True, False))
 
@@ -256,7 +256,7 @@ def test_the_program_asks_for_the_cases_that_were_named(pretended_gpu, capsys, t
     (named, _), (everything, options) = pretended_gpu
     assert named == [Case(SHAPES["llama-3-8b"], m, Activity(9.0)) for m in (4096, 16)]
     assert everything == cases.default_cases()
-    assert options == FFNOptions("twell", tile=128)
+    assert options == FFNOptions(format=Twell(tile=128))
     assert json.loads(path.read_text())["command"][1:] == arguments
     assert "gate_pack takes" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FFNOptions, reference, sparse_ffn, tuning
+from pallas_kernels import FFNOptions, Panel, reference, sparse_ffn, tuning
 from pallas_kernels import device as device_lib
 from pallas_kernels.bench import layers as bench_layers
 from pallas_kernels.bench import panel_stages
@@ -25,7 +25,7 @@ from pallas_kernels.panel.config import StageConfig, WeightsConfig
 
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
 AMPERE = Device("gpu", "NVIDIA A10", 86, 72)
-OPTIONS = FFNOptions("panel", "interpret", panel=16)
+OPTIONS = FFNOptions(format=Panel(tokens=16), backend="interpret")
 X = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
 
 
@@ -36,7 +36,7 @@ X = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
 @pytest.mark.parametrize("panel", [32, 64, 128])
 @pytest.mark.parametrize("stage", STAGES)
 def test_candidates_keep_the_laws_and_fit(stage, panel, device):
-    plain = configs.heuristic(X, FFNOptions("panel", panel=panel), device)
+    plain = configs.heuristic(X, panel, device)
     for padding in panel_stages.PADDINGS:
         base = padded(plain, padding)
         if base is None:
@@ -54,7 +54,7 @@ def test_candidates_keep_the_laws_and_fit(stage, panel, device):
 
 
 def test_the_configs_that_have_been_fast_are_among_them():
-    plain = configs.heuristic(X, FFNOptions("panel"), H200)
+    plain = configs.heuristic(X, 128, H200)
     wide = padded(plain, 256)
     assert {StageConfig(128, 32, 4, 6), StageConfig(256, 32, 8, 8)} <= set(
         candidates("down", plain, 2, True, H200)
@@ -64,12 +64,12 @@ def test_the_configs_that_have_been_fast_are_among_them():
 
 
 def test_without_a_list_neighbours_are_tried():
-    plain = configs.heuristic(X, FFNOptions("panel"), H200)
+    plain = configs.heuristic(X, 128, H200)
     own = plain.dw
     found = candidates("dw", plain, 2, True, H200)
     assert dataclasses.replace(own, tile=2 * own.tile) in found
     assert dataclasses.replace(own, num_stages=own.num_stages - 1) in found
-    exact = configs.heuristic(jax.ShapeDtypeStruct((64, 64), jnp.float32), FFNOptions("panel"), H200)
+    exact = configs.heuristic(jax.ShapeDtypeStruct((64, 64), jnp.float32), 128, H200)
     assert dataclasses.replace(exact.up, num_warps=8) in candidates("up", exact, 4, True, H200)
 
 
@@ -106,7 +106,7 @@ def contender(stage, padding, config, ms):
 
 @pytest.mark.parametrize("now", [0.5, 0.999])
 def test_another_padding_is_taken_or_left_as_a_whole(monkeypatch, now):
-    plain = configs.heuristic(X, FFNOptions("panel"), H200)
+    plain = configs.heuristic(X, 128, H200)
     wide = padded(plain, 256)
     best: dict[str, Any] = {
         stage: {128: contender(stage, 128, getattr(plain, stage), 1.0)} for stage in STAGES
@@ -184,9 +184,9 @@ def test_the_table_holds_what_was_fastest_and_the_layer_uses_it(monkeypatch, tmp
     assert [line.split(":")[0].strip() for line in said] == [
         f"{stage}, lists of 128" if stage in TIED else stage for stage in STAGES
     ]
-    plain = configs.choose(inputs["x"], inputs["w_up"], OPTIONS)
+    plain = configs.choose(inputs["x"], inputs["w_up"], OPTIONS.layout.tokens)
     monkeypatch.setattr(tuning, "DIRECTORY", tmp_path)
-    tuned = configs.choose(inputs["x"], inputs["w_up"], OPTIONS)
+    tuned = configs.choose(inputs["x"], inputs["w_up"], OPTIONS.layout.tokens)
     assert all(getattr(tuned, stage).num_warps == 8 for stage in STAGES)
     assert tuned != plain
     y, stats = sparse_ffn(**inputs, options=OPTIONS)

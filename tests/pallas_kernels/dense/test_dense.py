@@ -11,10 +11,7 @@ from pallas_kernels import FFNOptions
 
 class TestDense(Contract):
     path = Path(
-        FFNOptions(format="dense", backend="xla", tile=32, compression=4),
-        d_model=40,
-        d_ff=72,
-        many_tokens=301,
+        FFNOptions(format="dense", backend="xla"), d_model=40, d_ff=72, many_tokens=301, tile=32, slots=8
     )
 
     def test_without_jit(self):

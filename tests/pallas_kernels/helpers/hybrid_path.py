@@ -11,4 +11,4 @@ class HybridPath(Path):
     """A `Path` whose rows hold W non-zeros, wherever they are."""
 
     def overflow_rows(self, active: np.ndarray) -> int:
-        return int((active.sum(axis=1) > self.options.width).sum())
+        return int((active.sum(axis=1) > self.options.layout.width).sum())

@@ -18,10 +18,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from truth import Arrays, exact, forward, gradients, judge, rounding_to
 
-from pallas_kernels import FFNOptions, FFNStats, device, dispatch, sparse_ffn, sparse_mlp
+from pallas_kernels import FFNOptions, FFNStats, Threshold, Twell, device, dispatch, sparse_ffn, sparse_mlp
+from pallas_kernels.options import Layout
 
 DTYPES = ("bfloat16", "float16", "float32")
 LAYERS = ("gated", "non-gated")
+ACTIVATIONS = [
+    ("relu2", "gated"), ("relu2", "non-gated"), ("drelu", "gated"),
+    (Threshold(0.3125), "gated"), (Threshold(0.3125), "non-gated"),
+]  # fmt: skip
 DL1 = 0.375
 """Weight of l1 in the differentiated objective, exact in every type."""
 
@@ -31,31 +36,34 @@ class Path:
     """What a thin file declares: the options under test, and sizes that its backend can afford.
 
     Attributes:
-      options: format, backend, and a tile of which F holds two whole ones and a part of one.
+      options: format, backend and activation.
       d_model, d_ff: D and F, no multiples of any tile.
       many_tokens: a large odd M.
-      variants: other values of the fields that no result may depend on.
+      variants: the format with other values of the fields that no result may depend on.
       check_vma: whether the path runs under ``shard_map``'s check of varying axes.
       tokens: M where nothing else is asked.
       dtype: the type where nothing else is asked.
       partial: whether the backend supports some calls only. Then those that `unsupported_reason` refuses are
         skipped with that reason, and the thin file has a test that the plain call is not one of them.
+      tile, slots: what the patterns of activity are made of: F holds two whole tiles and a part of one.
     """
 
     options: FFNOptions
     d_model: int
     d_ff: int
     many_tokens: int
-    variants: tuple[dict[str, int], ...] = ()
+    variants: tuple[Layout, ...] = ()
     check_vma: bool = True
     tokens: int = 7
     dtype: str = "float32"
     partial: bool = False
+    tile: int = 32
+    slots: int = 8
 
     def layer(self, pattern: str, tokens: int, dtype: str, kind: str = "gated", seed: int = 0):
         """`designed.layer` in this path's sizes."""
         sizes = {"d_model": self.d_model, "d_ff": self.d_ff}
-        geometry = {"tile": self.options.tile, "slots": self.options.slots}
+        geometry = {"tile": self.tile, "slots": self.slots}
         return layer(
             pattern,
             tokens=tokens,
@@ -68,12 +76,13 @@ class Path:
 
     def overflow_rows(self, active: np.ndarray) -> int:
         """How many rows a compact format of these options has to give to the backup."""
-        if self.options.format == "dense":
+        layout = self.options.layout
+        if not isinstance(layout, Twell):
             return 0
-        tile = self.options.tile
+        tile = layout.tile
         padded = np.pad(active, ((0, 0), (0, -active.shape[1] % tile)))
         counts = padded.reshape(len(active), -1, tile).sum(axis=-1)
-        return int((counts > self.options.slots - 1).any(axis=-1).sum())
+        return int((counts > layout.slots - 1).any(axis=-1).sum())
 
 
 def call(inputs: Mapping[str, jax.Array], options: FFNOptions) -> tuple[jax.Array, FFNStats]:
@@ -192,8 +201,8 @@ class Contract:
 
     def skip_unsupported(self, inputs: Arrays, options: FFNOptions) -> None:
         if self.path.partial:
-            call = dispatch.Call.of(inputs["x"], inputs["w_up"], options)
-            reason = dispatch.unsupported_reason(options.format, options.backend, call, device.current())
+            call = dispatch.Call.of(inputs["x"], inputs["w_up"])
+            reason = dispatch.unsupported_reason(options.layout, options.backend, call, device.current())
             if reason is not None:
                 pytest.skip(reason)
 
@@ -204,6 +213,24 @@ class Contract:
     @pytest.mark.parametrize("pattern", PATTERNS)
     def test_pattern(self, pattern, dtype, kind):
         self.check(pattern, self.path.tokens, dtype, kind)
+
+    @pytest.mark.parametrize(("activation", "kind"), ACTIVATIONS)
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_activation(self, activation, kind, dtype):
+        """Every activation but the plain one, in values, statistics and gradients; rows fit and overflow."""
+        inputs, _ = self.layer("uneven", dtype=dtype, kind=kind)
+        options = dataclasses.replace(self.path.options, activation=activation)
+        dy = cotangent(inputs)
+        (y, stats), grads = run(compiled(options), inputs, dy, DL1)
+        true, rounded = (forward(inputs, cast, activation) for cast in (exact, rounding_to(dtype)))
+        judge("y", y, true["y"], rounded["y"], y.dtype)
+        judge("l1", stats.l1, true["l1"], rounded["l1"], y.dtype)
+        check_counts(stats, true["active"], self.path.overflow_rows(true["active"]))
+        true, rounded = (
+            gradients(inputs, dy, DL1, cast, activation=activation) for cast in (exact, rounding_to(dtype))
+        )
+        for name, gradient in grads.items():
+            judge(f"gradient of {name}", gradient, true[name], rounded[name], y.dtype)
 
     @pytest.mark.parametrize("pattern", ["one-row-hot", "few"])
     def test_one_token(self, pattern):
@@ -221,7 +248,7 @@ class Contract:
         inputs, active = self.layer(pattern, kind=kind)
         y, stats = run(compiled_forward(self.path.options), inputs)
         check_values(y, stats, inputs)
-        overflow_rows = 0 if self.path.options.format == "panel" else self.path.overflow_rows(active)
+        overflow_rows = 0 if self.path.options.layout.name == "panel" else self.path.overflow_rows(active)
         check_counts(stats, active, overflow_rows)
 
     def test_tiny_layer(self):
@@ -338,9 +365,9 @@ class Contract:
 
     @pytest.mark.parametrize("pattern", ["uneven", "every-row-overflows"])
     def test_capacities_change_no_result(self, pattern):
-        for changes in self.path.variants:
+        for layout in self.path.variants:
             variant = dataclasses.replace(
-                self.path, options=dataclasses.replace(self.path.options, **changes)
+                self.path, options=dataclasses.replace(self.path.options, format=layout)
             )
             inputs, active = self.layer(pattern)
             self.skip_unsupported(inputs, variant.options)

@@ -18,14 +18,14 @@ class PanelPath(Path):
 
     def overflow_rows(self, active: np.ndarray) -> int:
         tokens, d_ff = active.shape
-        if self.options.capacity == 1 or tokens == 0:
+        if self.options.layout.capacity == 1 or tokens == 0:
             return 0
         x, w = (jax.ShapeDtypeStruct((n, self.d_model), self.dtype) for n in (tokens, d_ff))
-        config = configs.choose(x, w, self.options)
+        config = configs.choose(x, w, self.options.layout.tokens)
         chunk, panels = config.chunk, -(-tokens // config.panel)
         padded = np.pad(active, ((0, panels * config.panel - tokens), (0, 0)))
         unions = padded.reshape(panels, config.panel, d_ff).any(axis=1).sum(axis=1)
-        room = max(1, round(n_chunks(panels, d_ff, chunk) * self.options.capacity))
+        room = max(1, round(n_chunks(panels, d_ff, chunk) * self.options.layout.capacity))
         return tokens if int((-(-unions // chunk)).sum()) > room else 0
 
 

@@ -23,7 +23,7 @@ from hybrid_path import HybridPath
 from op_contract import DL1, Path, check_everything, compiled, compiled_forward, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Hybrid, Panel, Twell
 
 CALLS = [
     # format, backend, tokens, D, F, tile, compression, type, kind
@@ -48,8 +48,13 @@ PATTERNS = ("few", "uneven", "fully-dense", "all-zero")
 def main(formats: list[str]) -> None:
     calls = [call for call in CALLS if call[0] in formats]
     for format, backend, tokens, d_model, d_ff, tile, compression, dtype, kind in calls:
-        options = FFNOptions(format, backend, tile=tile, compression=compression, capacity=1.0)
-        path = PATHS[format](options, d_model, d_ff, tokens)
+        layouts = {
+            "twell": Twell(tile, compression),
+            "panel": Panel(capacity=1.0),
+            "hybrid": Hybrid(tile=tile),
+        }
+        options = FFNOptions(layouts[format], backend=backend)
+        path = PATHS[format](options, d_model, d_ff, tokens, tile=tile, slots=tile // compression)
         for pattern in PATTERNS:
             inputs, active = path.layer(pattern, tokens, dtype, kind)
             dy = cotangent(inputs)
@@ -58,7 +63,7 @@ def main(formats: list[str]) -> None:
             check_everything(result, inputs, dy, active, path.overflow_rows(active))
     if "panel" in formats:
         check_a_batch_of_which_one_has_no_room(
-            FFNOptions("panel", "triton", tile=64, compression=4), d_model=72, d_ff=1024, tokens=256
+            FFNOptions(format="panel", backend="triton"), d_model=72, d_ff=1024, tokens=256
         )
     print(f"{len(calls) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
 

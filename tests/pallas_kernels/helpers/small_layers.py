@@ -12,14 +12,14 @@ import numpy as np
 from designed import layer
 from hypothesis import settings
 
-from pallas_kernels import FFNOptions, reference, sparse_ffn, sparse_mlp
+from pallas_kernels import FFNOptions, Panel, reference, sparse_ffn, sparse_mlp
 
 M, D, F = 6, 5, 24
 KINDS = ("gated", "non-gated")
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIONS = {
     "dense": FFNOptions(format="dense"),
-    "panel": FFNOptions(format="panel", backend="interpret", panel=16, capacity=1.0),
+    "panel": FFNOptions(format=Panel(tokens=16, capacity=1.0), backend="interpret"),
 }
 ON_PATHS = [(path, dtype) for path in ("reference", "dense") for dtype in DTYPES] + [("panel", "bfloat16")]
 

@@ -11,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import Threshold
+from pallas_kernels.activations import Activation
+
 Arrays = dict[str, np.ndarray]
 Cast = Callable[[np.ndarray], np.ndarray]
 
@@ -23,17 +26,20 @@ def rounding_to(dtype: Any) -> Cast:
     return lambda values: values.astype(dtype).astype(np.float64)
 
 
-def forward(inputs: Mapping[str, np.ndarray], cast: Cast = exact) -> Arrays:
+def forward(inputs: Mapping[str, np.ndarray], cast: Cast = exact, activation: Activation = "relu") -> Arrays:
     """y, l1 and the intermediates g, u, h and active of a gated layer, or of one without ``w_gate``."""
     x, w_up, w_down = (inputs[name].astype(np.float64) for name in ("x", "w_up", "w_down"))
     with np.errstate(invalid="ignore", over="ignore"):
         u = cast(x @ w_up.T)
         g = cast(x @ inputs["w_gate"].astype(np.float64).T) if "w_gate" in inputs else u
-        active = ~(g <= 0)
-        h = np.where(active, cast(g * u) if "w_gate" in inputs else g, 0.0)
+        threshold = activation.value if isinstance(activation, Threshold) else 0.0
+        active = ~(g <= threshold)
+        value = cast(g * g) if activation == "relu2" else g
+        factor = np.where(u <= 0, 0, u) if activation == "drelu" else u
+        h = np.where(active, cast(value * factor) if "w_gate" in inputs else value, 0.0)
         y = cast(h @ w_down)
         l1 = np.abs(h).sum() / max(len(x), 1)
-    return {"y": y, "l1": l1, "g": g, "u": u, "h": h, "active": active}
+    return {"y": y, "l1": l1, "g": g, "u": u, "h": h, "active": active, "value": value, "factor": factor}
 
 
 def gradients(
@@ -42,18 +48,22 @@ def gradients(
     dl1: float,
     cast: Cast = exact,
     cast_sums: Cast | None = None,
+    activation: Activation = "relu",
 ) -> Arrays:
     """Gradients of ``sum(dy * y) + dl1 * l1`` by name; weights' through ``cast_sums`` if given."""
     cast_sums = cast if cast_sums is None else cast_sums
     x, w_up, w_down = (inputs[name].astype(np.float64) for name in ("x", "w_up", "w_down"))
-    layer = forward(inputs, cast)
-    from_l1 = cast(np.asarray(dl1 / max(len(x), 1))) * np.sign(layer["h"])
-    dh = np.where(layer["active"], cast(cast(dy @ w_down.T) + from_l1), 0.0)
+    layer = forward(inputs, cast, activation)
+    slope = 2 * layer["g"] if activation == "relu2" else 1.0
+    factor_slope = ~(layer["u"] <= 0) if activation == "drelu" else 1.0
+    from_l1 = dl1 / max(len(x), 1) * np.sign(layer["h"])
+    dh = np.where(layer["active"], cast(dy @ w_down.T + from_l1), 0.0)
     result = {"w_down": cast_sums(layer["h"].T @ dy)}
     if "w_gate" not in inputs:
-        return result | {"w_up": cast_sums(dh.T @ x), "x": cast(dh @ w_up)}
+        dg = cast(dh * slope)
+        return result | {"w_up": cast_sums(dg.T @ x), "x": cast(dg @ w_up)}
     w_gate = inputs["w_gate"].astype(np.float64)
-    dg, du = cast(dh * layer["u"]), cast(dh * layer["g"])
+    dg, du = cast(dh * layer["factor"] * slope), cast(dh * layer["value"] * factor_slope)
     dx = cast(cast(dg @ w_gate) + cast(du @ w_up))
     return result | {"w_gate": cast_sums(dg.T @ x), "w_up": cast_sums(du.T @ x), "x": dx}
 

@@ -13,7 +13,7 @@ from hybrid_path import HybridPath
 from op_contract import Contract, call, differentiate
 from random_layers import DENSE, check_errors, errors, random_layer
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Hybrid
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
@@ -22,16 +22,18 @@ class TestHybridOnGPU(Contract):
     """At W 45 three tiles of 15 fill a row exactly."""
 
     path = HybridPath(
-        FFNOptions(format="hybrid", backend="triton", tile=64, compression=4, width=45),
+        FFNOptions(format=Hybrid(tile=64, width=45), backend="triton"),
         d_model=136,
         d_ff=200,
         many_tokens=16385,
         variants=(
-            {"width": 15, "backup_rows": 1},
-            {"width": 16, "tile": 32, "compression": 2},
-            {"width": 1, "backup_rows": 3},
-            {"width": 256},
+            Hybrid(tile=64, width=15, backup_rows=1),
+            Hybrid(width=16, tile=32),
+            Hybrid(tile=64, width=1, backup_rows=3),
+            Hybrid(tile=64, width=256),
         ),
+        tile=64,
+        slots=16,
     )
 
 
@@ -39,13 +41,19 @@ class TestHybridOnGPUAtThePapersWidth(Contract):
     """F and M large enough that the hottest neurons take the dense product; D of several slices."""
 
     path = HybridPath(
-        FFNOptions(format="hybrid", backend="triton", tile=256, compression=8, width=128),
+        FFNOptions(format=Hybrid(tile=256, width=128), backend="triton"),
         d_model=1000,
         d_ff=2100,
         many_tokens=4099,
-        variants=({"width": 31, "backup_rows": 2}, {"tile": 128}, {"width": 500}),
+        variants=(
+            Hybrid(tile=256, width=31, backup_rows=2),
+            Hybrid(tile=128, width=128),
+            Hybrid(tile=256, width=500),
+        ),
         tokens=33,
         dtype="bfloat16",
+        tile=256,
+        slots=32,
     )
 
 
@@ -77,7 +85,7 @@ def compiled_layers():
 
     def compile_one(case):
         tokens, d_model, d_ff, width, dtype, gated = case
-        options = FFNOptions(format="hybrid", backend="triton", width=width)
+        options = FFNOptions(format=Hybrid(width=width), backend="triton")
         sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
         function = jax.jit(partial(errors, options=options, **sizes))
         return function.lower(jax.random.key(0), jnp.float32(0)).compile()

@@ -21,7 +21,7 @@ from op_contract import (
 )
 from truth import judge, rounding_to
 
-from pallas_kernels import FFNOptions, HybridELL, hybrid
+from pallas_kernels import FFNOptions, Hybrid, HybridELL, hybrid
 from pallas_kernels.hybrid import config as configs
 from pallas_kernels.hybrid import pallas_triton_backward as backward
 from pallas_kernels.hybrid.pallas_triton import gate_pack, up_down
@@ -32,17 +32,19 @@ class TestHybridInterpreted(Contract):
     """At W 30 two whole tiles of 15 fill a row exactly; at W 15 every row of 16 overflows."""
 
     path = HybridPath(
-        FFNOptions(format="hybrid", backend="interpret", tile=32, compression=2, width=30),
+        FFNOptions(format=Hybrid(tile=32, width=30), backend="interpret"),
         d_model=40,
         d_ff=72,
         many_tokens=301,
-        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
+        check_vma=False,
         variants=(
-            {"width": 15, "backup_rows": 1},
-            {"width": 16, "tile": 64, "compression": 4, "backup_rows": 2},
-            {"width": 1, "backup_rows": 3},
-            {"width": 128},
+            Hybrid(tile=32, width=15, backup_rows=1),
+            Hybrid(width=16, tile=64, backup_rows=2),
+            Hybrid(tile=32, width=1, backup_rows=3),
+            Hybrid(tile=32, width=128),
         ),
+        tile=32,
+        slots=16,
     )
 
     def test_a_neuron_of_all_tokens(self):
@@ -91,7 +93,7 @@ def of_stages(monkeypatch):
 def stored(inputs):
     """The residuals of a call, and its gate."""
     x, weight = inputs["x"], inputs.get("w_gate", inputs["w_up"])
-    config = configs.choose(x, weight, PATH.options)
+    config = configs.choose(x, weight, PATH.options.layout)
     packed, _ = gate_pack(x, weight, config=config, interpret=True)
     up = inputs["w_up"] if "w_gate" in inputs else None
     rows = up_down(
@@ -146,7 +148,7 @@ def test_a_neuron_past_16_bits():
     inputs["x"][:, 0] = 1
     active = np.zeros((tokens, d_ff), bool)
     active[:, where] = True
-    options = dataclasses.replace(PATH.options, tile=64, compression=2, width=4)
+    options = dataclasses.replace(PATH.options, format=Hybrid(tile=64, width=4))
     dy = cotangent(inputs)
     step = jax.jit(partial(differentiate, apply=partial(call, options=options)))
     check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 0)
@@ -174,7 +176,7 @@ def test_lists_by_neuron():
 def pulled(ell, inputs, dy):
     """The gradients at the non-zeros of a call, and where they stand."""
     gate, up = (inputs["w_up"], None) if ell.up is None else (inputs["w_gate"], inputs["w_up"])
-    config = configs.choose(inputs["x"], gate, PATH.options)
+    config = configs.choose(inputs["x"], gate, PATH.options.layout)
     dl1 = jnp.full(1, DL1, jnp.float32)
     rows = backward.pull_rows(ell, dy, dl1, gate, up, inputs["w_down"], config=config.dx, interpret=True)
     return rows, backward.by_neuron(ell, PATH.d_ff)
@@ -197,7 +199,9 @@ def test_any_number_of_hot_neurons(hot, dtype, kind):
     coefficients = [rows.d_gate, *([] if rows.d_up is None else [rows.d_up]), rows.h]
     others = np.random.default_rng(1).standard_normal((len(coefficients), PATH.d_ff, PATH.d_model))
     others = others.astype(np.float32)
-    config = dataclasses.replace(configs.choose(inputs["x"], inputs["w_up"], PATH.options).weights, hot=hot)
+    config = dataclasses.replace(
+        configs.choose(inputs["x"], inputs["w_up"], PATH.options.layout).weights, hot=hot
+    )
     step = partial(backward.pull_weights, dtype=jnp.dtype(dtype), config=config, interpret=True)
     found = run(lambda inputs: jax.jit(step)(rows, ell, lists, inputs["x"], dy, list(others)), inputs)
     for values, other, gradient in zip(coefficients, others, found, strict=True):
@@ -234,7 +238,9 @@ def test_cuts_of_the_weight_gradients(of_stages, stage):
 @pytest.mark.parametrize("bound", [1, 3, 4, 8])
 def test_backup_bounds(bound):
     """Four rows of eight overflow: fewer, as many and more than a round holds."""
-    options = dataclasses.replace(PATH.options, backup_rows=bound)
+    options = dataclasses.replace(
+        PATH.options, format=dataclasses.replace(PATH.options.layout, backup_rows=bound)
+    )
     inputs, active = PATH.layer("one-over", 8, "bfloat16")
     assert PATH.overflow_rows(active) == 4
     dy = cotangent(inputs)
@@ -277,17 +283,17 @@ def test_a_tile_holds_what_a_row_may(tile, width):
 def test_hot_neurons_need_many_tokens():
     def hot(tokens, d_ff):
         x, w = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (tokens, d_ff))
-        return configs.choose(x, w, FFNOptions()).weights.hot
+        return configs.choose(x, w, Hybrid()).weights.hot
 
     assert [hot(16384, 5632), hot(64, 5632), hot(16384, 512)] == [256, 0, 0]
 
 
 def test_a_tuned_entry_replaces_fields(monkeypatch):
     x, w = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (128, 600))
-    usual = configs.choose(x, w, FFNOptions())
+    usual = configs.choose(x, w, Hybrid())
     entries = {"hybrid": {"weights": {"entries": 16}, "dx": {"num_warps": 8}}}
     monkeypatch.setattr(configs.tuning, "lookup", lambda device, op, key: entries.get(op))
-    tuned = configs.choose(x, w, FFNOptions())
+    tuned = configs.choose(x, w, Hybrid())
     assert tuned.weights == dataclasses.replace(usual.weights, entries=16)
     assert tuned.dx == dataclasses.replace(usual.dx, num_warps=8)
     assert tuned.up_down == usual.up_down

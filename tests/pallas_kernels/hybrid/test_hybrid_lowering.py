@@ -17,7 +17,7 @@ from lowering import lowered, on_h200, shapes
 from op_contract import DTYPES, LAYERS, differentiate
 from op_contract import call as call_with
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Hybrid
 from pallas_kernels.bench.shapes import SHAPES, TOKENS
 from pallas_kernels.hybrid.layer import _forward
 
@@ -64,7 +64,7 @@ def test_without_a_gradient(dtype, kind):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("width", [1, 30, 128, 500])
 def test_widths(width, kind):
-    apply = partial(call, options=dataclasses.replace(OPTIONS, width=width))
+    apply = partial(call, options=dataclasses.replace(OPTIONS, format=Hybrid(width=width)))
     assert_kernels(lowered(partial(step, apply=apply), shapes(100, 64, 600, kind=kind)), kind, backward=True)
 
 
@@ -98,7 +98,9 @@ def test_more_neurons_than_16_bits_name():
 def test_slots_past_31_bits_are_refused():
     with pytest.raises(ValueError, match="narrow the rows"):
         lowered(
-            partial(step, apply=partial(call, options=dataclasses.replace(OPTIONS, width=2048))),
+            partial(
+                step, apply=partial(call, options=dataclasses.replace(OPTIONS, format=Hybrid(width=2048)))
+            ),
             shapes(2**20, 16, 4096),
         )
 
@@ -119,7 +121,9 @@ def residuals(inputs, options=OPTIONS):
 def test_bytes_kept_of_a_token(width, dtype, kind, words):
     """An index and one or two values for each of W entries, and a count: 772 bytes at W 128 in bf16."""
     tokens = 65536
-    kept = residuals(shapes(tokens, 2048, 5632, dtype, kind), dataclasses.replace(OPTIONS, width=width))
+    kept = residuals(
+        shapes(tokens, 2048, 5632, dtype, kind), dataclasses.replace(OPTIONS, format=Hybrid(width=width))
+    )
     expected = (2 + (words - 1) * jnp.dtype(dtype).itemsize) * width + 4
     assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected * tokens
     if (width, dtype) == (128, "bfloat16"):

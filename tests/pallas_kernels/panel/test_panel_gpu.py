@@ -13,30 +13,42 @@ from op_contract import Contract
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 from random_layers import check_errors, errors
 
-from pallas_kernels import FFNOptions, device
+from pallas_kernels import FFNOptions, Panel, device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 
 class TestPanelOnGPU(Contract):
     path = PanelPath(
-        FFNOptions(format="panel", backend="triton", tile=64, compression=4, panel=32, capacity=1.0),
+        FFNOptions(format=Panel(tokens=32, capacity=1.0), backend="triton"),
         d_model=136,
         d_ff=200,
         many_tokens=16385,
-        variants=({"panel": 16}, {"panel": 64, "capacity": 0.5}, {"capacity": 1e-6}),
+        variants=(
+            Panel(tokens=16, capacity=1.0),
+            Panel(tokens=64, capacity=0.5),
+            Panel(tokens=32, capacity=1e-06),
+        ),
+        tile=64,
+        slots=16,
     )
 
 
 class TestPanelOnGPUAt128Tokens(Contract):
     path = PanelPath(
-        FFNOptions(format="panel", backend="triton", tile=64, compression=4, panel=128, capacity=1.0),
+        FFNOptions(format=Panel(tokens=128, capacity=1.0), backend="triton"),
         d_model=1000,
         d_ff=700,
         many_tokens=1027,
-        variants=({"panel": 64}, {"capacity": 0.5}, {"capacity": 1e-6}),
+        variants=(
+            Panel(tokens=64, capacity=1.0),
+            Panel(tokens=128, capacity=0.5),
+            Panel(tokens=128, capacity=1e-06),
+        ),
         tokens=130,
         dtype="bfloat16",
+        tile=64,
+        slots=16,
     )
 
 
@@ -45,14 +57,19 @@ class TestPanelOnHopper(Contract):
     all else is skipped with its reason."""
 
     path = PanelPath(
-        FFNOptions(format="panel", backend="mosaic_gpu", tile=64, compression=4, capacity=1.0),
+        FFNOptions(format=Panel(capacity=1.0), backend="mosaic_gpu"),
         d_model=128,
         d_ff=520,
         many_tokens=1032,
-        variants=({"capacity": 0.5}, {"capacity": 1e-6}),
+        variants=(
+            Panel(tokens=128, capacity=0.5),
+            Panel(tokens=128, capacity=1e-06),
+        ),
         tokens=136,
         dtype="bfloat16",
         partial=True,
+        tile=64,
+        slots=16,
     )
 
     def test_the_plain_call_is_not_skipped(self):
@@ -66,7 +83,7 @@ class TestPanelOnHopper(Contract):
 def test_a_batch_of_which_one_has_no_room(backend):
     if backend == "mosaic_gpu" and device.current().capability != 90:
         pytest.skip("needs a Hopper GPU")
-    options = FFNOptions("panel", backend, tile=64, compression=4)
+    options = FFNOptions(format="panel", backend=backend)
     check_a_batch_of_which_one_has_no_room(options, d_model=128, d_ff=1024, tokens=512)
 
 
@@ -101,7 +118,7 @@ def compiled_layers():
         backend, tokens, d_model, d_ff, capacity, dtype, gated = case
         if backend == "mosaic_gpu" and device.current().capability != 90:
             return None
-        options = FFNOptions(format="panel", backend=backend, capacity=capacity)
+        options = FFNOptions(format=Panel(capacity=capacity), backend=backend)
         sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
         function = jax.jit(partial(errors, options=options, **sizes))
         return function.lower(jax.random.key(0), jnp.float32(0)).compile()

@@ -9,7 +9,7 @@ import pytest
 from op_contract import DL1, Contract, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
-from pallas_kernels import FFNOptions, PanelELL, reference, sparse_ffn
+from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
@@ -19,13 +19,22 @@ from pallas_kernels.panel.pallas_triton_backward import panel_dh
 
 class TestPanelInterpreted(Contract):
     path = PanelPath(
-        FFNOptions(format="panel", backend="interpret", tile=32, compression=4, panel=16, capacity=1.0),
+        FFNOptions(format=Panel(tokens=16, capacity=1.0), backend="interpret"),
         d_model=40,
         d_ff=72,
         many_tokens=301,
-        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
-        variants=({"panel": 32}, {"capacity": 0.5}, {"capacity": 1e-6}),
+        check_vma=False,
+        variants=(
+            Panel(tokens=32, capacity=1.0),
+            Panel(tokens=16, capacity=0.5),
+            Panel(tokens=16, capacity=1e-06),
+        ),
+        tile=32,
+        slots=8,
     )
+
+
+PANEL = TestPanelInterpreted.path.options.layout.tokens
 
 
 def listed(gate, d_ff, **sizes):
@@ -37,7 +46,7 @@ def listed(gate, d_ff, **sizes):
 @jax.jit
 def written(x, weight):
     """A call's lists, how many chunks they need, and its values."""
-    config = configs.choose(x, weight, TestPanelInterpreted.path.options)
+    config = configs.choose(x, weight, PANEL)
     gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
     lists, needed = listed(gate, len(weight), chunk=config.chunk)
     return lists, needed, kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
@@ -50,7 +59,7 @@ def test_the_kernels_write_the_format(pattern, tokens):
     the reference's gate."""
     inputs, _ = TestPanelInterpreted.path.layer(pattern, tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
-    config = configs.choose(x, weight, TestPanelInterpreted.path.options)
+    config = configs.choose(x, weight, PANEL)
     chunk = config.chunk
     lists, needed, values = written(x, weight)
     expected = PanelELL.from_dense(reference.project(x, weight), panel=config.panel, chunk=chunk)
@@ -89,7 +98,7 @@ def test_the_laws_of_a_config(changes, sentence):
 
 
 def test_a_batch_of_which_one_has_no_room():
-    options = dataclasses.replace(TestPanelInterpreted.path.options, capacity=0.5)
+    options = dataclasses.replace(TestPanelInterpreted.path.options, format=Panel(tokens=16, capacity=0.5))
     check_a_batch_of_which_one_has_no_room(options, d_model=40, d_ff=300, tokens=33)
 
 
@@ -112,7 +121,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     hot ones are left out."""
     inputs, active = TestPanelInterpreted.path.layer("uneven", tokens, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
-    config = configs.choose(x, weight, TestPanelInterpreted.path.options)
+    config = configs.choose(x, weight, PANEL)
     lists, _, kept = written(x, weight)
     totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
     np.testing.assert_array_equal(totals, active.sum(axis=0))
@@ -243,7 +252,7 @@ def test_either_way_alone_gives_the_weight_gradients(share, monkeypatch):
     expected = gradients(FFNOptions(format="dense"))
     small = dataclasses.replace(configs._for_f32(16), rare=configs.RareConfig(share=share))
     monkeypatch.setattr(configs, "choose", lambda *_: small)
-    found = gradients(TestPanelInterpreted.path.options)
+    found = gradients(PANEL)
     for name in expected:
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(found[name] / scale, expected[name] / scale, atol=1e-5, err_msg=name)

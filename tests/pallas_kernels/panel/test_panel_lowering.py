@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from lowering import lowered, shapes
 from op_contract import DTYPES, LAYERS, call, differentiate
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Panel
 from pallas_kernels.bench.shapes import SHAPES
 from pallas_kernels.panel import layer
 
@@ -105,7 +105,7 @@ def test_bytes_kept_for_each_token(kind, most):
 def test_remat_keeps_the_residuals_by_name():
     """With a policy by name a rematerialised layer keeps its lists' values,
     and without one only its arguments."""
-    options, inputs = FFNOptions("panel", "interpret", capacity=1.0), shapes(1024, 256, 512)
+    options, inputs = FFNOptions(format=Panel(capacity=1.0), backend="interpret"), shapes(1024, 256, 512)
 
     def kept(policy):
         apply = jax.checkpoint(lambda inputs: call(inputs, options)[0], policy=policy)
@@ -119,7 +119,7 @@ def test_remat_keeps_the_residuals_by_name():
 
 def test_no_dense_intermediate_in_the_gradient():
     """Beside the branch for calls that do not fit, nothing of shape (M, F) exists."""
-    options = FFNOptions(format="panel", backend="triton", capacity=1.0)
+    options = FFNOptions(format=Panel(capacity=1.0), backend="triton")
     text = lowered(step(options), shapes(16384, 2048, 5632), jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
     assert not re.search(r"tensor<16384x(5632|5888)x", text)
     assert np.all([name in text for name in BACKWARD])

@@ -12,28 +12,40 @@ from designed import layer
 from op_contract import Contract, Path, call, check_counts, check_values, run
 from random_layers import DENSE, random_layer
 
-from pallas_kernels import FFNOptions, device
+from pallas_kernels import FFNOptions, Twell, device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 
 class TestTwELLOnGPU(Contract):
     path = Path(
-        FFNOptions(format="twell", backend="triton", tile=64, compression=4),
+        FFNOptions(format=Twell(tile=64, compression=4), backend="triton"),
         d_model=136,
         d_ff=200,
         many_tokens=16385,
-        variants=({"tile": 32, "compression": 2}, {"compression": 1}, {"compression": 16, "backup_rows": 1}),
+        variants=(
+            Twell(tile=32, compression=2),
+            Twell(tile=64, compression=1),
+            Twell(tile=64, compression=16, backup_rows=1),
+        ),
+        tile=64,
+        slots=16,
     )
 
 
 class TestTwELLOnGPUAtThePapersTile(Contract):
     path = Path(
-        FFNOptions(format="twell", backend="triton", tile=256, compression=8),
+        FFNOptions(format=Twell(tile=256, compression=8), backend="triton"),
         d_model=1000,
         d_ff=700,
         many_tokens=1027,
-        variants=({"tile": 128}, {"compression": 1}, {"compression": 128, "backup_rows": 2}),
+        variants=(
+            Twell(tile=128, compression=8),
+            Twell(tile=256, compression=1),
+            Twell(tile=256, compression=128, backup_rows=2),
+        ),
+        tile=256,
+        slots=32,
     )
 
 
@@ -42,18 +54,20 @@ class TestTwELLOnHopper(Contract):
     all else is skipped with its reason."""
 
     path = Path(
-        FFNOptions(format="twell", backend="mosaic_gpu", tile=256, compression=8),
+        FFNOptions(format=Twell(tile=256, compression=8), backend="mosaic_gpu"),
         d_model=128,
         d_ff=520,
         many_tokens=1032,
         variants=(
-            {"tile": 128, "compression": 16},
-            {"compression": 1},
-            {"compression": 128, "backup_rows": 2},
+            Twell(tile=128, compression=16),
+            Twell(tile=256, compression=1),
+            Twell(tile=256, compression=128, backup_rows=2),
         ),
         tokens=64,
         dtype="bfloat16",
         partial=True,
+        tile=256,
+        slots=32,
     )
 
     def test_the_plain_call_is_not_skipped(self):
@@ -128,7 +142,7 @@ def compiled_layers():
         backend, (tokens, d_model, d_ff, tile, compression, dtype, gated) = backend_and_case
         if backend == "mosaic_gpu" and device.current().capability != 90:
             return None
-        options = FFNOptions(format="twell", backend=backend, tile=tile, compression=compression)
+        options = FFNOptions(format=Twell(tile=tile, compression=compression), backend=backend)
         sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
         function = jax.jit(partial(errors, options=options, **sizes))
         return function.lower(jax.random.key(0), jnp.float32(0)).compile()
@@ -176,7 +190,7 @@ def test_offsets_past_two_to_the_31(d_model, d_ff, pattern):
     """A million tokens, so that the packed words, or x and y, pass 2^31 elements:
     first, last and middle rows."""
     tokens = 2**20 + 3
-    options = FFNOptions(format="twell", backend="triton", tile=256, compression=8)
+    options = FFNOptions(format=Twell(tile=256, compression=8), backend="triton")
     sizes = {"d_model": d_model, "d_ff": d_ff, "tile": 256, "slots": options.slots, "dtype": jnp.bfloat16}
     few, active = layer(pattern, tokens=4096, **sizes)
     repeats = -(-tokens // 4096)

@@ -2,15 +2,20 @@
 
 from op_contract import Contract, Path
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Twell
 
 
 class TestTwELLInterpreted(Contract):
     path = Path(
-        FFNOptions(format="twell", backend="interpret", tile=32, compression=4),
+        FFNOptions(format=Twell(tile=32, compression=4), backend="interpret"),
         d_model=40,
         d_ff=72,
         many_tokens=301,
-        check_vma=False,  # 2026-11: Pallas' interpreter mixes its own arrays with varying ones
-        variants=({"tile": 64, "compression": 1}, {"compression": 16, "backup_rows": 1}),
+        check_vma=False,
+        variants=(
+            Twell(tile=64, compression=1),
+            Twell(tile=32, compression=16, backup_rows=1),
+        ),
+        tile=32,
+        slots=8,
     )

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lowering import lowered, shapes
 from op_contract import DTYPES, LAYERS, call, differentiate
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Twell
 from pallas_kernels.bench.shapes import SHAPES, TOKENS
 
 KERNELS = {"gated": ("twell_gate_pack", "twell_up_down"), "non-gated": ("twell_gate_pack", "twell_down")}
@@ -42,7 +42,7 @@ def test_types_and_odd_sizes(sizes, dtype, kind):
 @pytest.mark.parametrize("geometry", [(32, 4), (64, 1), (128, 8), (256, 1), (256, 16)], ids=str)
 def test_tiles(geometry, kind):
     tile, compression = geometry
-    options = FFNOptions(format="twell", backend="triton", tile=tile, compression=compression)
+    options = FFNOptions(format=Twell(tile=tile, compression=compression), backend="triton")
     assert_kernels(lowered(partial(call, options=options), shapes(100, 64, 600, "bfloat16", kind)), kind)
 
 
@@ -143,7 +143,7 @@ def test_backend_auto_falls_to_triton():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_gate_on_mosaic(dtype, tile, kind):
     """Hopper's own gate; Triton's up and down projections follow it."""
-    options = FFNOptions(format="twell", backend="mosaic_gpu", tile=tile)
+    options = FFNOptions(format=Twell(tile=tile), backend="mosaic_gpu")
     text = lowered(partial(call, options=options), shapes(1032, 2048, 5640, dtype, kind))
     assert text.count("custom_call @mosaic_gpu_v2") == 1
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 1

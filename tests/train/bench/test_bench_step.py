@@ -17,7 +17,7 @@ from train.errors import UserError
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2, context_length=32,
-    ffn=FFNOptions(backend="interpret", tile=32, compression=1),
+    ffn=FFNOptions("panel(tokens=16, capacity=1.0)", backend="interpret"),
 )  # fmt: skip
 
 

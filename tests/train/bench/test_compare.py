@@ -20,7 +20,7 @@ from train.state import build_program
 MODEL = ModelConfig(
     vocab_size=257, d_model=32, d_ff=128, num_layers=2, num_heads=4, num_kv_heads=2, context_length=16,
     tied_embeddings=False, qkv_bias=True,
-    ffn=FFNOptions(backend="interpret", panel=16, tile=32, capacity=1.0),
+    ffn=FFNOptions("panel(tokens=16, capacity=1.0)", backend="interpret"),
 )  # fmt: skip
 
 
