@@ -13,6 +13,7 @@ from panel_path import PanelPath
 
 from pallas_kernels import Auto, FFNOptions
 from pallas_kernels import auto as adaptive
+from pallas_kernels.panel import config as configs
 
 OPTIONS = FFNOptions(Auto(tokens=16), backend="interpret")
 
@@ -66,9 +67,8 @@ def test_the_probe_is_not_misled_by_how_sequences_begin(sequences):
 @pytest.mark.parametrize("break_even", [0.0, 2.0])
 def test_either_decision_gives_the_same_result(monkeypatch, break_even):
     """The probe decides how long a call takes, never what it gives."""
-    monkeypatch.setattr(
-        "pallas_kernels.panel.config.BREAK_EVEN", {"forward": break_even, "train": break_even}
-    )
+    share = configs.BreakEven(break_even, break_even)
+    monkeypatch.setattr(configs, "break_even", lambda *_, **__: share)
     path = TestAutoInterpreted.path
     step = jax.jit(partial(differentiate, apply=partial(call, options=path.options)))
     for pattern in ("few", "fully-dense"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Twell, tuning
+from pallas_kernels.dense import backup_rows
 from pallas_kernels.device import Device
 from pallas_kernels.twell import config as configs
 from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
@@ -117,4 +118,4 @@ def test_the_search_space_holds_the_heuristic_and_nothing_that_cannot_run(device
 
 
 def test_backup_rows_are_few_in_memory():
-    assert [configs.backup_rows(m) for m in (1, 65536, 1 << 20)] == [128, 4096, 8192]
+    assert [backup_rows.bound(m) for m in (1, 65536, 1 << 20)] == [128, 4096, 8192]

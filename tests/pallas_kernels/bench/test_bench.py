@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import FFNOptions, Twell, reference
 from pallas_kernels import device as device_lib
+from pallas_kernels.activations import RELU
 from pallas_kernels.bench import accuracy, cases, timing
 from pallas_kernels.bench import twell as bench
 from pallas_kernels.bench.cases import Case
@@ -34,7 +35,7 @@ def make(activity, **sizes):
 
 def active_gates(inputs):
     gate = inputs.get("w_gate", inputs["w_up"])
-    return np.asarray(reference.active(reference.project(inputs["x"], gate)))
+    return np.asarray(RELU.active(reference.project(inputs["x"], gate)))
 
 
 @pytest.mark.parametrize("nnz", [8.0, 30.0, 100.0])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dense, reference
+from pallas_kernels.activations import RELU
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.dense import blocks
 
@@ -30,16 +31,18 @@ def arguments(tokens, kind):
 
 
 @pytest.mark.parametrize("kind", ["gated", "non-gated"])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 48, 61])
-def test_blocks_are_the_layer(tokens, kind):
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 61])
+def test_blocks_are_the_layer(tokens, kind, by_token):
     weights = arguments(tokens, kind)
     y, stats = jax.jit(reference.ffn)(*weights)
-    found, l1 = jax.jit(blocks.forward)(*weights)
+    found, l1 = jax.jit(partial(blocks.forward, rule=RELU))(*weights)
     np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(l1 / tokens, stats.l1, rtol=1e-5)
-    dy, dl1 = jax.random.normal(jax.random.key(1), y.shape), jnp.float32(3.0)
-    expected = jax.jit(partial(dense.recompute_backward, dtype=dy.dtype))(*weights, dy, dl1)
-    found = jax.jit(partial(blocks.backward, dtype=dy.dtype))(*weights, dy, dl1)
+    np.testing.assert_allclose(l1.sum() / tokens, stats.l1, rtol=1e-5)
+    dy = jax.random.normal(jax.random.key(1), y.shape)
+    scale = jnp.linspace(0.01, 0.1, tokens if by_token else 1)
+    expected = jax.jit(partial(dense.recompute_backward, rule=RELU, dtype=dy.dtype))(*weights, dy, scale)
+    found = jax.jit(partial(blocks.backward, rule=RELU, dtype=dy.dtype))(*weights, dy, scale)
     for name, a, b in zip(("dx", "dw_gate", "dw_up", "dw_down"), found, expected, strict=True):
         if b is None:
             assert a is None
@@ -52,6 +55,7 @@ def test_no_intermediate_of_all_tokens():
     """What the blocks are for: nothing of shape (M, F) in the program."""
     weights = arguments(64, "gated")
     dy = jnp.ones_like(weights[0])
-    text = jax.jit(partial(blocks.backward, dtype=dy.dtype)).lower(*weights, dy, jnp.float32(0)).as_text()
+    step = jax.jit(partial(blocks.backward, rule=RELU, dtype=dy.dtype))
+    text = step.lower(*weights, dy, jnp.zeros(1)).as_text()
     assert "tensor<16x40x" in text
     assert "tensor<64x40x" not in text

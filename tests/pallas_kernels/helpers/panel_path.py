@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from op_contract import DL1, Path, call, check_everything, cotangent, differentiate, run
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.pallas_triton_lists import n_chunks
 
@@ -18,14 +18,15 @@ class PanelPath(Path):
 
     def overflow_rows(self, active: np.ndarray) -> int:
         tokens, d_ff = active.shape
-        if self.options.layout.capacity == 1 or tokens == 0:
+        layout = self.options.layout
+        if not isinstance(layout, Panel) or layout.capacity == 1 or tokens == 0:
             return 0
         x, w = (jax.ShapeDtypeStruct((n, self.d_model), self.dtype) for n in (tokens, d_ff))
-        config = configs.choose(x, w, self.options.layout.tokens)
+        config = configs.choose(x, w, layout.tokens)
         chunk, panels = config.chunk, -(-tokens // config.panel)
         padded = np.pad(active, ((0, panels * config.panel - tokens), (0, 0)))
         unions = padded.reshape(panels, config.panel, d_ff).any(axis=1).sum(axis=1)
-        room = max(1, round(n_chunks(panels, d_ff, chunk) * self.options.layout.capacity))
+        room = max(1, round(n_chunks(panels, d_ff, chunk) * layout.capacity))
         return tokens if int((-(-unions // chunk)).sum()) > room else 0
 
 

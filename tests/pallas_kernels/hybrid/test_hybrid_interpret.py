@@ -19,9 +19,10 @@ from op_contract import (
     differentiate,
     run,
 )
+from op_contract import call as sparse_call
 from truth import judge, rounding_to
 
-from pallas_kernels import FFNOptions, Hybrid, HybridELL, hybrid
+from pallas_kernels import FFNOptions, Hybrid, HybridELL
 from pallas_kernels.hybrid import config as configs
 from pallas_kernels.hybrid import pallas_triton_backward as backward
 from pallas_kernels.hybrid.pallas_triton import gate_pack, up_down
@@ -65,9 +66,7 @@ TOKENS = 33
 
 
 def call(inputs, options=PATH.options):
-    return hybrid.ffn(
-        inputs["x"], inputs.get("w_gate"), inputs["w_up"], inputs["w_down"], options, "interpret"
-    )
+    return sparse_call(inputs, options)
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def stored(inputs):
         x,
         up,
         inputs["w_down"],
-        width=PATH.options.width,
+        width=PATH.options.layout.width,
         keep=True,
         config=config.up_down,
         interpret=True,
@@ -117,7 +116,7 @@ def test_residuals_are_the_format(pattern, dtype, kind):
     inputs, active = PATH.layer(pattern, TOKENS, dtype, kind)
     inputs = jax.tree.map(jnp.asarray, inputs)
     ell, gate, up = stored(inputs)
-    expected = HybridELL.from_dense(gate, width=PATH.options.width, backup_rows=0)
+    expected = HybridELL.from_dense(gate, width=PATH.options.layout.width, backup_rows=0)
     assert (ell.indices.dtype, ell.gate.dtype) == (jnp.uint16, gate.dtype)
     np.testing.assert_array_equal(ell.nnz, expected.nnz)
 
@@ -126,11 +125,11 @@ def test_residuals_are_the_format(pattern, dtype, kind):
         return np.asarray(whole.to_dense(), np.float64)
 
     np.testing.assert_array_equal(dense(ell.gate), np.asarray(expected.to_dense(), np.float64))
-    fits = active.sum(axis=1) <= PATH.options.width
+    fits = active.sum(axis=1) <= PATH.options.layout.width
     if up is not None:
         true = np.where(active & fits[:, None], np.asarray(up, np.float64), 0)
         np.testing.assert_allclose(dense(ell.up), true, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-6)
-    unused = np.arange(PATH.options.width)[None] >= np.where(fits, active.sum(axis=1), 0)[:, None]
+    unused = np.arange(PATH.options.layout.width)[None] >= np.where(fits, active.sum(axis=1), 0)[:, None]
     for leaf in (ell.indices, ell.gate, *([] if ell.up is None else [ell.up])):
         assert not np.asarray(leaf, np.float64)[unused].any()
 
@@ -162,10 +161,10 @@ def test_lists_by_neuron():
     inputs, active = PATH.layer("uneven", TOKENS, "bfloat16")
     ell, *_ = stored(jax.tree.map(jnp.asarray, inputs))
     lists = jax.device_get(backward.by_neuron(ell, PATH.d_ff))
-    active &= (active.sum(axis=1) <= PATH.options.width)[:, None]
+    active &= (active.sum(axis=1) <= PATH.options.layout.width)[:, None]
     np.testing.assert_array_equal(lists.counts, active.sum(axis=0))
     for neuron, (start, count) in enumerate(zip(lists.starts, lists.counts, strict=True)):
-        rows, slots = np.divmod(lists.places[start : start + count], PATH.options.width)
+        rows, slots = np.divmod(lists.places[start : start + count], PATH.options.layout.width)
         np.testing.assert_array_equal(rows, np.flatnonzero(active[:, neuron]))
         assert (np.asarray(ell.indices)[rows, slots] == neuron).all()
     assert sorted(lists.order) == list(range(PATH.d_ff))
@@ -195,7 +194,7 @@ def test_any_number_of_hot_neurons(hot, dtype, kind):
     dy = cotangent(inputs).astype(dtype)
     ell, *_ = stored(jax.tree.map(jnp.asarray, inputs))
     rows, lists = pulled(ell, inputs, dy)
-    used = active & (active.sum(axis=1) <= PATH.options.width)[:, None]
+    used = active & (active.sum(axis=1) <= PATH.options.layout.width)[:, None]
     coefficients = [rows.d_gate, *([] if rows.d_up is None else [rows.d_up]), rows.h]
     others = np.random.default_rng(1).standard_normal((len(coefficients), PATH.d_ff, PATH.d_model))
     others = others.astype(np.float32)
@@ -206,7 +205,7 @@ def test_any_number_of_hot_neurons(hot, dtype, kind):
     found = run(lambda inputs: jax.jit(step)(rows, ell, lists, inputs["x"], dy, list(others)), inputs)
     for values, other, gradient in zip(coefficients, others, found, strict=True):
         dense = np.zeros(used.shape)
-        where, slots = np.nonzero(np.arange(PATH.options.width)[None] < used.sum(axis=1)[:, None])
+        where, slots = np.nonzero(np.arange(PATH.options.layout.width)[None] < used.sum(axis=1)[:, None])
         dense[where, np.asarray(ell.indices)[where, slots]] = np.asarray(values, np.float64)[where, slots]
         assert (dense[~used] == 0).all()
         true = dense.T @ np.asarray(dy if values is rows.h else inputs["x"], np.float64) + other

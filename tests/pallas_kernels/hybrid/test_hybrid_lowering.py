@@ -19,7 +19,7 @@ from op_contract import call as call_with
 
 from pallas_kernels import FFNOptions, Hybrid
 from pallas_kernels.bench.shapes import SHAPES, TOKENS
-from pallas_kernels.hybrid.layer import _forward
+from pallas_kernels.hybrid.layer import forward
 
 FORWARD = {"gated": ("twell_gate_pack", "hybrid_up_down"), "non-gated": ("twell_gate_pack", "hybrid_down")}
 BACKWARD = ("hybrid_dx", "hybrid_dw")
@@ -110,9 +110,9 @@ def test_slots_past_31_bits_are_refused():
 
 def residuals(inputs, options=OPTIONS):
     """Shapes of what a call keeps for its backward, beside its own arguments."""
-    forward = partial(_forward, options=options, backend="triton")
-    _, kept = on_h200(lambda: jax.eval_shape(forward, *arguments(inputs)))
-    return jax.tree.leaves(kept.ell)
+    keep = partial(forward, options=options, backend="triton")
+    _, kept = on_h200(lambda: jax.eval_shape(keep, *arguments(inputs)))
+    return jax.tree.leaves(kept)
 
 
 @pytest.mark.parametrize(("kind", "words"), [("gated", 3), ("non-gated", 2)])

@@ -184,7 +184,7 @@ def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
 )
 def test_chunks_in_pairs_give_the_same_values(pattern, kind):
     inputs, _ = TestPanelInterpreted.path.layer(pattern, 37, "float32", kind)
-    dy, dl1 = jnp.asarray(cotangent(inputs)), jnp.full(1, DL1, jnp.float32)
+    dy, scale = jnp.asarray(cotangent(inputs)), jnp.full(1, DL1, jnp.float32)
     inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
     gate_weight = inputs.get("w_gate", inputs["w_up"])
     up_weight = inputs["w_up"] if kind == "gated" else None
@@ -199,12 +199,13 @@ def test_chunks_in_pairs_give_the_same_values(pattern, kind):
         hidden = kernels.panel_up(
             gate, lists, inputs["x"], up_weight, config=config, keep=True, interpret=True
         )
-        kept = (hidden.h, None) if up_weight is None else (hidden.gate, hidden.up)
-        gradients = panel_dh(*kept, lists, dy, inputs["w_down"], dl1, config=config, interpret=True)
+        gradients = panel_dh(
+            hidden.gate, hidden.up, lists, dy, inputs["w_down"], scale, config=config, interpret=True
+        )
         return [value[:used] for value in jax.tree.leaves((hidden._replace(l1=None), gradients))], hidden.l1
 
     (alone, l1), (pairs, l1_of_pairs) = stages(16), stages(32)
-    assert len(alone) == (6 if kind == "gated" else 3)
+    assert len(alone) == (6 if kind == "gated" else 4)
     for one, two in zip(alone, pairs, strict=True):
         np.testing.assert_array_equal(one, two)
     np.testing.assert_allclose(l1, l1_of_pairs, rtol=1e-6)
@@ -252,7 +253,7 @@ def test_either_way_alone_gives_the_weight_gradients(share, monkeypatch):
     expected = gradients(FFNOptions(format="dense"))
     small = dataclasses.replace(configs._for_f32(16), rare=configs.RareConfig(share=share))
     monkeypatch.setattr(configs, "choose", lambda *_: small)
-    found = gradients(PANEL)
+    found = gradients(TestPanelInterpreted.path.options)
     for name in expected:
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(found[name] / scale, expected[name] / scale, atol=1e-5, err_msg=name)
