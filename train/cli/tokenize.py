@@ -15,8 +15,8 @@ class TokenizeData:
     """The text to tokenize.
 
     Attributes:
-      paths: files or globs of documents (JSONL, plain text or Parquet; the first two plain or .gz/.xz/.zst).
-        None: the corpus that ships with the package.
+      paths: files or globs of documents (JSONL, plain text or Parquet; the first two plain or .gz/.xz/.zst);
+        by default the corpus that ships with the package.
       text_field: field of a JSONL document, or column of Parquet, that holds its text.
       tokenizer: byte, bpe (fitted on the training documents, needs --vocab-size), or the path of a Hugging
         Face tokenizer.json.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.data.documents import Source, find_sources, read_documents
 from train.data.holdout import choose_threshold, digest, is_held_out
+from train.data.lock import locked
 from train.data.shard_writer import LOG
 from train.data.shards import VERSION, Joined, TokenShards, Values, is_shards
 from train.data.tokenize import Progress, tokenize
@@ -281,10 +282,10 @@ def _fitted(
     directory = cache / f"bpe-{_key(config, sources, [vocab_size])}"
     if not (directory / FILE_NAME).is_file():
         threshold = choose_split(config, sources)  # raises for a bad corpus before the directory is made
-        say(f"fitting a tokenizer of {vocab_size:,} ids to the corpus")
-        tokenizer = fit_tokenizer(config, vocab_size, sources, threshold)
-        directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(directory)
+        with locked(directory, wait=True):
+            if not (directory / FILE_NAME).is_file():  # nor made by a process that was waited for
+                say(f"fitting a tokenizer of {vocab_size:,} ids to the corpus")
+                fit_tokenizer(config, vocab_size, sources, threshold).save(directory)
     return load_tokenizer(directory)
 
 
