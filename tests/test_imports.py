@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"pallas_kernels", "sparse_lm", "train", "configs"}
 THEIRS = {
     "grain", "tokenizers", "optax", "orbax", "flax", "tyro", "rich", "zstandard",
-    "transformers", "safetensors", "tensorboardX", "matplotlib",
+    "transformers", "safetensors", "tensorboardX", "matplotlib", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "numpy"},
