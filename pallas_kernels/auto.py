@@ -76,7 +76,8 @@ def infer(
     weights (F, D) of one type."""
 
     def sparse(x, w_gate, w_up, w_down):
-        return panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        outputs = panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        return varying_axes.vary_with(x, outputs)
 
     def instead(x, w_gate, w_up, w_down):
         return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
@@ -98,14 +99,14 @@ def forward(
     """`infer`, and what either layer keeps, in the same buffers."""
 
     def sparse(x, w_gate, w_up, w_down):
-        return panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        outputs = panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        return varying_axes.vary_with(x, outputs)  # constants too: a conditional's branches vary alike
 
     def instead(x, w_gate, w_up, w_down):
         like = jax.eval_shape(sparse, x, w_gate, w_up, w_down)[1]
         outputs, (gate, up) = dense.forward(x, w_gate, w_up, w_down, options, "xla", groups)
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
         residuals = Residuals(jnp.zeros((), bool), empty(like.lists), *kept)
-        # Constants too: what the other branch gives is computed.
         return varying_axes.vary_with(x, (outputs, residuals))
 
     share = configs.break_even(device.current(), backend, gated=w_gate is not None).train
