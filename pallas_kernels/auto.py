@@ -83,8 +83,12 @@ def infer(
         return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
 
     share = configs.break_even(device.current(), backend, gated=w_gate is not None).forward
-    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
-    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    def probe(x, w_gate, w_up, w_down):
+        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+        return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
 
 
 def forward(
@@ -110,8 +114,20 @@ def forward(
         return varying_axes.vary_with(x, (outputs, residuals))
 
     share = configs.break_even(device.current(), backend, gated=w_gate is not None).train
-    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
-    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    def probe(x, w_gate, w_up, w_down):
+        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+        return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
+
+
+def _where_kernels_run(kernels, instead, backend: str, *arguments):
+    """``kernels`` where the program is lowered for CUDA, ``instead`` for any other platform: the process
+    that traces a call may have a GPU and run it on a CPU all the same."""
+    if backend == "interpret":
+        return kernels(*arguments)
+    return lax.platform_dependent(*arguments, cuda=kernels, default=instead)
 
 
 def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -154,4 +170,7 @@ def backward(
         dx, *gradients = dense.backward(*arguments, projections, dy, scale, options, "xla", dtype=dtype)
         return (dx, *(gradients if weights else (None, None, None)))
 
-    return lax.cond(kept.fits, sparse, instead, kept, dy, scale)
+    def as_decided(kept, dy, scale):
+        return lax.cond(kept.fits, sparse, instead, kept, dy, scale)
+
+    return _where_kernels_run(as_decided, instead, backend, kept, dy, scale)
