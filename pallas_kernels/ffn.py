@@ -3,10 +3,9 @@
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from pallas_kernels import batching, dense, dispatch, partition
+from pallas_kernels import batching, dense, partition
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.common import varying_axes
-from pallas_kernels.differentiation import LayerCall
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
@@ -59,13 +58,12 @@ def _layer(
     if (shared := partition.ffn(x, *weights, options=options)) is not None:
         return shared
     tokens = x.reshape(-1, x.shape[-1])
-    choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up))
     arguments: Weights = (tokens, w_gate, w_up, w_down)
     if options.weight_gradients == "input":
         arguments = dense.rounded(*arguments)
     # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
     arguments = varying_axes.vary_alike(*arguments)
-    y, stats = batching.apply(arguments, LayerCall(options, choice.layout.name, choice.backend))
+    y, stats = batching.apply(arguments, options)
     return y.reshape(x.shape), stats
 
 
