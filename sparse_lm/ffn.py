@@ -36,7 +36,7 @@ class SparseFFN(nnx.Module):
         *,
         rngs: nnx.Rngs,
         gated: bool = True,
-        dtype: DTypeLike = jnp.bfloat16,
+        dtype: DTypeLike | None = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         init_std: float = 0.02,
         kernel_init: nnx.Initializer | None = None,
@@ -53,7 +53,7 @@ class SparseFFN(nnx.Module):
           d_ff: F, hidden neurons.
           rngs: source of the initial weights.
           gated: with a gate projection, or the plain two-matrix form.
-          dtype: compute type: bfloat16, float16 or float32.
+          dtype: compute type: bfloat16, float16 or float32; None is the type of the input.
           param_dtype: type of the master weights.
           init_std: standard deviation of the initial weights.
           kernel_init: instead of ``init_std``, what draws each weight (F, D). One wrapped by
@@ -86,7 +86,7 @@ class SparseFFN(nnx.Module):
         self.w_up = draw()
         self.w_down = draw()
         self.d_model = d_model
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.options = FFNOptions() if options is None else options
         self.batch_axes = (batch_axes,) if isinstance(batch_axes, str) else batch_axes
 
@@ -94,7 +94,7 @@ class SparseFFN(nnx.Module):
         """Applies the layer.
 
         Args:
-          x: (..., D), cast to ``dtype``.
+          x: (..., D), cast to ``dtype`` if one was given.
 
         Returns:
           ``y`` (..., D) in ``dtype`` and the call's statistics.
@@ -108,8 +108,8 @@ class SparseFFN(nnx.Module):
             raise ValueError(f"SparseFFN expected x of shape (..., {self.d_model}); got {x.shape}")
         parameters = [p for p in (self.w_gate, self.w_up, self.w_down) if p is not None]
         # The layer itself rounds f32 weights, and so can give their gradients in f32.
-        weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(self.dtype) for p in parameters]
-        x = x.astype(self.dtype)
+        x = x.astype(self.dtype or x.dtype)
+        weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(x.dtype) for p in parameters]
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.manual_axes:
             return self._call(x, *weights)

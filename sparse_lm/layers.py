@@ -22,7 +22,8 @@ class RMSNorm(nnx.Module):
         """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis: (..., D) to (..., D) in ``dtype``."""
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))  # ranks alike, for who forbids promotion
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
