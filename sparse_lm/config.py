@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from pallas_kernels import FFNOptions
+from sparse_lm.rope import RopeScaling
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
 
@@ -53,6 +54,12 @@ class ModelConfig:
       qkv_bias: biases on the query, key and value projections (Qwen2).
       context_length: longest sequence in tokens.
       rope_theta: base of the rotary embedding.
+      rope_scaling: how its frequencies are stretched to a longer context.
+      embedding_scale: factor of the embeddings (MiniCPM's ``scale_emb``).
+      residual_scale: factor of what attention and feed-forward add to the residual stream (MiniCPM's
+        ``scale_depth / sqrt(num_layers)``).
+      logit_divisor: divides the hidden state before the output head (MiniCPM's
+        ``hidden_size / dim_model_base``).
       norm_eps: RMSNorm epsilon.
       init_std: standard deviation of the initial weights.
       dtype: compute type, ``"bfloat16"``, ``"float16"`` or ``"float32"``; master weights are always f32.
@@ -75,6 +82,10 @@ class ModelConfig:
     qkv_bias: bool = False
     context_length: int = 2048
     rope_theta: float = 100_000.0
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -108,12 +119,26 @@ class ModelConfig:
             raise ValueError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in (
+            "rope_theta",
+            "norm_eps",
+            "init_std",
+            "embedding_scale",
+            "residual_scale",
+            "logit_divisor",
+        ):
             value = getattr(self, name)
             if not (value > 0 and value < float("inf")):
                 raise ValueError(
                     f"model.{name.replace('_', '-')} must be a finite positive number; got {value}"
                 )
+        original = self.rope_scaling.original_context
+        if self.rope_scaling.kind == "dynamic" and original is not None and self.context_length > original:
+            raise ValueError(
+                "model.context-length must not go beyond model.rope-scaling.original-context="
+                f"{original} with dynamic scaling, which changes its frequencies with the length of the text "
+                f"from there on; got {self.context_length}: use linear, llama3 or yarn for longer texts"
+            )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in get_args(RematPolicy):
