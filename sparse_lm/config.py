@@ -7,6 +7,7 @@ from pallas_kernels import FFNOptions
 from sparse_lm.rope import RopeScaling
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
+Activation = Literal["relu", "relu2", "threshold", "drelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,10 @@ class ModelConfig:
       d_model: D, model width.
       d_ff: F, hidden neurons of each feed-forward layer.
       num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
-      gated: ``relu(x Wg) * (x Wu)`` if true, ``relu(x Wu)`` if false.
+      gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
+      activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold"``, x where it is over
+        ``threshold`` and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too, gated models only.
+      threshold: of ``"threshold"``; 0 for the others.
       tied_embeddings: the output head is the embedding's transpose.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       context_length: longest sequence in tokens.
@@ -78,6 +82,8 @@ class ModelConfig:
     num_heads: int = 32
     num_kv_heads: int = 32
     gated: bool = True
+    activation: Activation = "relu"
+    threshold: float = 0.0
     tied_embeddings: bool = True
     qkv_bias: bool = False
     context_length: int = 2048
@@ -119,6 +125,18 @@ class ModelConfig:
             raise ValueError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"model.activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}"
+            )
+        if not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"model.threshold must be a finite number of at least 0; got {self.threshold}")
+        if self.threshold and self.activation != "threshold":
+            raise ValueError(
+                f"model.threshold needs model.activation=threshold; got {self.threshold} with {self.activation}"
+            )
+        if self.activation == "drelu" and not self.gated:
+            raise ValueError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")
         for name in (
             "rope_theta",
             "norm_eps",

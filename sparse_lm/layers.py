@@ -26,9 +26,7 @@ class RMSNorm(nnx.Module):
         return (x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
 
 
-def rotary(
-    x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0
-) -> jax.Array:
+def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864), first half of a head paired with its second
     (as in Llama).
 

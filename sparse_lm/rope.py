@@ -45,7 +45,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeScalingKind):
             raise ValueError(
-                f"model.rope-scaling.kind must be one of {', '.join(get_args(RopeScalingKind))}; got {self.kind!r}"
+                f"model.rope-scaling.kind must be one of {', '.join(get_args(RopeScalingKind))}; "
+                f"got {self.kind!r}"
             )
         if not (1 <= self.factor < math.inf):
             raise ValueError(
