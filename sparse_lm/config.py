@@ -7,6 +7,7 @@ from pallas_kernels import FFNOptions
 from sparse_lm.rope import RopeScaling
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 Activation = Literal["relu", "relu2", "threshold", "drelu"]
 
 
@@ -52,7 +53,7 @@ class ModelConfig:
       num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
       gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
       activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold"``, x where it is over
-        ``threshold`` and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too, gated models only.
+        ``threshold`` and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated only).
       threshold: of ``"threshold"``; 0 for the others.
       tied_embeddings: the output head is the embedding's transpose.
       qkv_bias: biases on the query, key and value projections (Qwen2).
@@ -94,7 +95,7 @@ class ModelConfig:
     logit_divisor: float = 1.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     remat: RematPolicy = "none"
     sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     ffn: FFNOptions = dataclasses.field(default_factory=FFNOptions)
@@ -133,7 +134,8 @@ class ModelConfig:
             raise ValueError(f"model.threshold must be a finite number of at least 0; got {self.threshold}")
         if self.threshold and self.activation != "threshold":
             raise ValueError(
-                f"model.threshold needs model.activation=threshold; got {self.threshold} with {self.activation}"
+                f"model.threshold needs model.activation=threshold; got {self.threshold} with "
+                f"{self.activation}"
             )
         if self.activation == "drelu" and not self.gated:
             raise ValueError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from sparse_lm.config import ModelConfig
+from sparse_lm.config import Dtype, ModelConfig
 from sparse_lm.convert.activations import ACTIVATIONS, ANY, activation_of
 from sparse_lm.convert.errors import ConversionError
 from sparse_lm.convert.rope import rope_from_hf
@@ -141,7 +141,7 @@ def whole_number(fields: Fields, name: str) -> int:
     return required(fields, name, int)
 
 
-def _dtype(fields: Fields) -> Literal["bfloat16", "float16", "float32"]:
+def _dtype(fields: Fields) -> Dtype:
     match fields.get("dtype") or fields.get("torch_dtype") or "float32":
         case "bfloat16" | "float16" | "float32" as name:
             return name

@@ -1,6 +1,7 @@
 """Where the parameters of a model are, and reading them from there: a published directory or one of ours."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparse_lm.config import ModelConfig
+from sparse_lm.config import Dtype, ModelConfig
 from sparse_lm.convert.errors import ConversionError
 from sparse_lm.convert.families import family_from_hf
 from sparse_lm.convert.leaves import Leaf, leaves
@@ -40,11 +41,13 @@ class HFWeights:
       files: its tensors.
     """
 
-    def __init__(self, directory: Path, files: TensorFiles) -> None:
+    def __init__(self, directory: Path, files: TensorFiles, dtype: Dtype | None = None) -> None:
         """Raises ConversionError: another model, or tensors that are not those of the model."""
         self.fields = read_json(directory / "config.json")
         family = family_from_hf(self.fields)
         self.config = family.config(self.fields)
+        if dtype is not None:
+            self.config = dataclasses.replace(self.config, dtype=dtype)
         self.files = files
         expected = {
             leaf.hf(layer): leaf.hf_shape
@@ -76,8 +79,12 @@ class OwnWeights:
 
 
 @contextlib.contextmanager
-def open_hf(directory: str | Path) -> Iterator[HFWeights]:
+def open_hf(directory: str | Path, *, dtype: Dtype | None = None) -> Iterator[HFWeights]:
     """A Hugging Face directory: safetensors in one file or sharded, and ``config.json``.
+
+    Args:
+      directory: its path.
+      dtype: the model's compute type; ``None`` takes that of ``config.json``.
 
     Raises:
       ConversionError: it is no such directory, its model is none that can be converted, or its tensors are
@@ -87,7 +94,7 @@ def open_hf(directory: str | Path) -> Iterator[HFWeights]:
     if not directory.is_dir():
         raise ConversionError(f"a Hugging Face model must be a directory; there is none at {directory}")
     with TensorFiles(directory) as files:
-        yield HFWeights(directory, files)
+        yield HFWeights(directory, files, dtype)
 
 
 @contextlib.contextmanager
