@@ -128,8 +128,9 @@ def rope_to_hf(theta: float, scaling: RopeScaling) -> dict[str, Any]:
                 "beta_fast": scaling.beta_fast,
                 "beta_slow": scaling.beta_slow,
                 "truncate": scaling.truncate,
-                "attention_factor": scaling.amplitude,
             }
+            if scaling.attention_factor is not None:
+                extra["attention_factor"] = scaling.attention_factor
     if scaling.kind in ("llama3", "yarn"):
         extra["original_max_position_embeddings"] = scaling.original_context
     return {

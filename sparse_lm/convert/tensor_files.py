@@ -114,7 +114,10 @@ def write_tensors(
         total += sum(values.nbytes for values in shard.values())
         # The library writes the bytes behind the pointer, whatever the strides are.
         contiguous = {name: np.ascontiguousarray(values) for name, values in shard.items()}
-        save_file(contiguous, directory / _temporary(count), metadata={"format": "pt"})
+        path = directory / _temporary(count)
+        save_file(contiguous, path, metadata={"format": "pt"})
+        # The library closes its files to all other users; they are as open as their directory.
+        path.chmod(directory.stat().st_mode & 0o666)
         count += 1
     if count == 1:
         (directory / _temporary(0)).rename(directory / SINGLE)

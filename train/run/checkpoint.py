@@ -23,6 +23,7 @@ from sparse_lm import SparseLM
 from train.config import CheckpointConfig, TrainConfig, from_dict
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from train.errors import UserError
+from train.run import converted
 from train.run.checkpoint_errors import is_disk_full, reading, short_reason, writing
 from train.state import TrainState, build_program
 
@@ -175,7 +176,7 @@ class Checkpoints:
 
     def config(self, step: int) -> TrainConfig:
         """The configuration that saved ``step``."""
-        return _read_run(self.path(step))[0]
+        return read_run(self.path(step))[0]
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The tokenizer that ``step`` was trained with."""
@@ -236,7 +237,7 @@ def find_checkpoint(directory: str | Path) -> Path:
     given = Path(directory).expanduser().absolute()
     if not given.is_dir():
         raise UserError(f"a checkpoint must be a directory; there is none at {given}")
-    if _is_complete(given):
+    if _is_complete(given) or converted.is_converted(given):
         return given
     if _is_half_written(given) or any((given / item).is_dir() for item in _ITEMS):
         raise UserError(f"{given} is a half-written checkpoint: choose a complete one")
@@ -257,21 +258,24 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
     """The model, tokenizer, configuration and step of a checkpoint, on the default device.
 
     Args:
-      directory: a run's workdir (its newest complete checkpoint) or one step's directory.
+      directory: a run's workdir (its newest complete checkpoint), one step's directory, or a converted model.
 
     Raises:
       UserError: no checkpoint there, or it cannot be read, or its tokenizer is not the model's.
     """
     path = find_checkpoint(directory)
-    config, step = _read_run(path)
+    config, step = read_run(path)
     program = build_program(config)
+    tokenizer = load_tokenizer(path / "tokenizer")
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    if converted.is_converted(path):
+        params = converted.read_params(path, config.model)
+        return nnx.merge(program.graphdef, params), tokenizer, config, step
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         program.abstract_state().params,
     )
-    tokenizer = load_tokenizer(path / "tokenizer")
-    check_vocabulary(tokenizer, config.model.vocab_size)
     with reading(path), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
     return nnx.merge(program.graphdef, params), tokenizer, config, step
@@ -283,7 +287,8 @@ def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
     return rest.pop("params"), rest
 
 
-def _read_run(path: Path) -> tuple[TrainConfig, int]:
+def read_run(path: Path) -> tuple[TrainConfig, int]:
+    """The configuration and the step of one checkpoint's directory. Raises UserError if it cannot be read."""
     with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "run")
     try:

@@ -35,7 +35,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8,
 }  # fmt: skip
 YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2.0, "beta_slow": 0.5,
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
+    "beta_fast": 2.0, "beta_slow": 0.5,
 }  # fmt: skip
 
 
@@ -80,9 +81,7 @@ def _minicpm(model: Any) -> None:
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output * 12)
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: output * scale)
-        layer.self_attn.register_forward_hook(
-            lambda module, inputs, output: (output[0] * scale, *output[1:])
-        )
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: (output[0] * scale, *output[1:]))
     model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] / (32 / 16),))
 
 
@@ -90,7 +89,12 @@ CASES = {
     "llama": Case("Llama", {"hidden_act": "relu", "num_key_value_heads": 4}),
     "llama-linear": Case(
         "Llama",
-        {"hidden_act": "relu", "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+        {
+            "hidden_act": "relu",
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": LINEAR,
+        },
     ),
     "llama-llama3": Case(
         "Llama",
@@ -99,27 +103,52 @@ CASES = {
     "qwen2": Case("Qwen2", {"hidden_act": "relu", "num_key_value_heads": 2}),
     "qwen2-dynamic": Case(
         "Qwen2",
-        {"hidden_act": "relu", "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": DYNAMIC},
+        {
+            "hidden_act": "relu",
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": DYNAMIC,
+        },
     ),
     "llama_sparse_relu": Case(
         "Llama",
-        {"hidden_act": "relu", "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 100_000.0},
-        {"model_type": "llama_sparse_relu", "architectures": ["SparseLlamaForCausalLM"], "hidden_act": "silu"},
+        {
+            "hidden_act": "relu",
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_theta": 100_000.0,
+        },
+        {
+            "model_type": "llama_sparse_relu",
+            "architectures": ["SparseLlamaForCausalLM"],
+            "hidden_act": "silu",
+        },
         counters=True,
         shard="16KB",
     ),
     "qwen2_sparse_relu": Case(
         "Qwen2",
-        {"hidden_act": "relu", "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 100_000.0},
-        {"model_type": "qwen2_sparse_relu", "architectures": ["SparseQwen2ForCausalLM"], "hidden_act": "silu"},
+        {
+            "hidden_act": "relu",
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_theta": 100_000.0,
+        },
+        {
+            "model_type": "qwen2_sparse_relu",
+            "architectures": ["SparseQwen2ForCausalLM"],
+            "hidden_act": "silu",
+        },
         counters=True,
     ),
     "sparsellama": Case(
         "Llama",
         {"hidden_act": "relu", "num_key_value_heads": 4},
         {
-            "model_type": "sparsellama", "architectures": ["SparseLlamaForCausalLM"],
-            "hidden_act": "fatrelu", "hidden_act_param": 0.1,
+            "model_type": "sparsellama",
+            "architectures": ["SparseLlamaForCausalLM"],
+            "hidden_act": "fatrelu",
+            "hidden_act_param": 0.1,
         },
         change=_fatrelu,
     ),
@@ -127,8 +156,13 @@ CASES = {
         "Llama",
         {"hidden_act": "relu", "num_key_value_heads": 2, "tie_word_embeddings": True},
         {
-            "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu",
-            "hidden_act_param": 0.1, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16,
+            "model_type": "minicpm",
+            "architectures": ["MiniCPMForCausalLM"],
+            "hidden_act": "fatrelu",
+            "hidden_act_param": 0.1,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 16,
         },
         change=_minicpm,
     ),
@@ -139,7 +173,7 @@ CASES = {
         {"model_type": "bamboo", "architectures": ["BambooForCausalLM"], "sliding_window": 4096},
         change=_both_sides,
     ),
-}  # fmt: skip
+}
 
 
 def build(name: str, directory: Path) -> None:
