@@ -5,8 +5,10 @@ them out; converted models of ours are laid out the same way under names of ours
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,8 +21,8 @@ from sparse_lm.convert.errors import ConversionError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What a parameter may be stored in, by safetensors' name, and NumPy's name of it."""
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+"""What a parameter may be stored in, by safetensors' name, and the bytes of a number."""
 _SHARD_BYTES = 1 << 30
 
 
@@ -85,6 +87,10 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())
 
+    def nbytes(self, name: str) -> int:
+        """Of a tensor in one of the types that a parameter may have."""
+        return math.prod(self.shape(name)) * DTYPES[self.dtype(name)]
+
     def dtype(self, name: str) -> str:
         """In safetensors' words: ``"BF16"``, ``"I64"``."""
         return self._slices[name].get_dtype()
@@ -103,19 +109,30 @@ class TensorFiles:
             ) from error
 
 
-def write_tensors(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = _SHARD_BYTES
-) -> None:
-    """Writes tensors as they come into files of at most ``shard_bytes``, or of one tensor that is larger."""
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A tensor that is read only when there is room for it.
+
+    Attributes:
+      name: under which it is written.
+      nbytes: how much room.
+      read: the tensor.
+    """
+
+    name: str
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+
+def write_tensors(directory: Path, tensors: Iterable[Pending], *, shard_bytes: int = _SHARD_BYTES) -> None:
+    """Writes files of at most ``shard_bytes``, or of one larger tensor; holds the tensors of one file."""
     places: dict[str, int] = {}
     total = count = 0
     for shard in _shards(tensors, shard_bytes):
         places |= dict.fromkeys(shard, count)
         total += sum(values.nbytes for values in shard.values())
-        # The library writes the bytes behind the pointer, whatever the strides are.
-        contiguous = {name: np.ascontiguousarray(values) for name, values in shard.items()}
         path = directory / _temporary(count)
-        save_file(contiguous, path, metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt"})
         # The library closes its files to all other users; they are as open as their directory.
         path.chmod(directory.stat().st_mode & 0o666)
         count += 1
@@ -136,15 +153,17 @@ def _temporary(number: int) -> str:
     return f"shard-{number:05}.partial"
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _shards(tensors: Iterable[Pending], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
     shard: dict[str, np.ndarray] = {}
     size = 0
-    for name, values in tensors:
-        if shard and size + values.nbytes > shard_bytes:
+    for tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
             yield shard
-            shard, size = {}, 0
-        shard[name] = values
-        size += values.nbytes
+            shard.clear()
+            size = 0
+        # The library writes the bytes behind the pointer, whatever the strides are.
+        shard[tensor.name] = np.ascontiguousarray(tensor.read())
+        size += tensor.nbytes
     yield shard
 
 

@@ -28,6 +28,9 @@ class Weights(Protocol):
     def config(self) -> ModelConfig:
         """The model."""
 
+    def nbytes(self, leaf: Leaf, layer: int) -> int:
+        """Bytes of the leaf in one layer, in its stored type."""
+
     def read(self, leaf: Leaf, layer: int, index: Index = ()) -> np.ndarray:
         """The leaf in one layer, our layout, its stored type; or the part of it that ``index`` names."""
 
@@ -60,6 +63,9 @@ class HFWeights:
             found.remove("lm_head.weight")
         _check(files, expected, found)
 
+    def nbytes(self, leaf: Leaf, layer: int) -> int:
+        return self.files.nbytes(leaf.hf(layer))
+
     def read(self, leaf: Leaf, layer: int, index: Index = ()) -> np.ndarray:
         return leaf.flip(self.files.read(leaf.hf(layer), index[::-1] if leaf.transposed else index))
 
@@ -73,6 +79,9 @@ class OwnWeights:
         self.files = files
         expected = {leaf.name(layer): leaf.shape for leaf in leaves(config) for layer in leaf.layers(config)}
         _check(files, expected, files.names)
+
+    def nbytes(self, leaf: Leaf, layer: int) -> int:
+        return self.files.nbytes(leaf.name(layer))
 
     def read(self, leaf: Leaf, layer: int, index: Index = ()) -> np.ndarray:
         return self.files.read(leaf.name(layer), index)
@@ -106,13 +115,6 @@ def open_own(directory: str | Path, config: ModelConfig) -> Iterator[OwnWeights]
     """
     with TensorFiles(Path(directory)) as files:
         yield OwnWeights(config, files)
-
-
-def tensors(weights: Weights, name: Callable[[Leaf, int], str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor in our layout under the name that ``name`` gives it, read when it is asked for."""
-    for leaf in leaves(weights.config):
-        for layer in leaf.layers(weights.config):
-            yield name(leaf, layer), weights.read(leaf, layer)
 
 
 def load_params(weights: Weights, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:

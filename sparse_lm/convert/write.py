@@ -5,17 +5,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sparse_lm.convert.errors import ConversionError
 from sparse_lm.convert.families import config_to_hf
-from sparse_lm.convert.leaves import leaves
-from sparse_lm.convert.tensor_files import write_tensors
-from sparse_lm.convert.weights import HFWeights, Weights, tensors
+from sparse_lm.convert.leaves import Leaf, leaves
+from sparse_lm.convert.tensor_files import Pending, write_tensors
+from sparse_lm.convert.weights import HFWeights, Weights
 
 _LARGEST_SHARD = 1 << 30
 
@@ -57,8 +57,7 @@ def write_own(weights: Weights, directory: Path) -> None:
     limit = _LARGEST_SHARD
     if isinstance(weights, HFWeights):
         limit = min(limit, weights.files.largest_file // 2)
-    named = tensors(weights, lambda leaf, layer: leaf.name(layer))
-    write_tensors(directory, named, shard_bytes=limit)
+    write_tensors(directory, _pending(weights, Leaf.name, weights.read), shard_bytes=limit)
 
 
 def write_hf(
@@ -77,14 +76,17 @@ def write_hf(
     """
     fields = config_to_hf(weights.config) | {"eos_token_id": eos_id}
 
-    def published() -> Iterator[tuple[str, np.ndarray]]:
-        for leaf in leaves(weights.config):
-            for layer in leaf.layers(weights.config):
-                yield leaf.hf(layer), leaf.flip(weights.read(leaf, layer))
+    def published(leaf: Leaf, layer: int) -> np.ndarray:
+        return leaf.flip(weights.read(leaf, layer))
 
-    write_tensors(directory, published(), shard_bytes=shard_bytes)
-    _write_json(directory / "config.json", fields)
+    write_tensors(directory, _pending(weights, Leaf.hf, published), shard_bytes=shard_bytes)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _pending(
+    weights: Weights, name: Callable[[Leaf, int], str], read: Callable[[Leaf, int], np.ndarray]
+) -> Iterator[Pending]:
+    """Every tensor of the model, one leaf after the other, each in all its layers."""
+    for leaf in leaves(weights.config):
+        for layer in leaf.layers(weights.config):
+            yield Pending(name(leaf, layer), weights.nbytes(leaf, layer), partial(read, leaf, layer))

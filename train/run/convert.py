@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,9 @@ class _TrainedWeights:
         self.config = config
         self._path = path
         self._held: tuple[Leaf, np.ndarray] | None = None
+
+    def nbytes(self, leaf: Leaf, layer: int) -> int:
+        return 4 * math.prod(leaf.shape)
 
     def read(self, leaf: Leaf, layer: int, index: tuple[slice, ...] = ()) -> np.ndarray:
         if self._held is None or self._held[0] != leaf:
