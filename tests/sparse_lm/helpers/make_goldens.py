@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  NumPy learns bfloat16, in which safetensors hands out the weights
 import numpy as np
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "convert" / "goldens"
 PROMPT, NEW_TOKENS = 8, 12
 SIZES = {
     "vocab_size": 40,
