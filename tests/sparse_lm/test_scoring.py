@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from sparse_lm import scoring
+from sparse_lm.generate import generate
 from sparse_lm.model import SparseLM
 from sparse_lm.scoring import rolling_windows, score
 
@@ -43,16 +44,13 @@ def expected(model):
 def test_scores_are_those_of_the_whole_text(model, expected, batch_size):
     """The batch's size, which decides what is padded to what, changes nothing."""
     found = score(model, REQUESTS, batch_size=batch_size)
-    np.testing.assert_allclose(
-        [one.log_likelihood for one in found], [total for total, _ in expected], rtol=1e-5
-    )
+    totals = [total for total, _ in expected]
+    np.testing.assert_allclose([one.log_likelihood for one in found], totals, rtol=1e-5)
     assert [one.is_greedy for one in found] == [greedy for _, greedy in expected]
     assert found[4] == scoring.Score(0.0, True)
 
 
 def test_the_most_likely_continuation_is_greedy(model):
-    from sparse_lm.generate import generate
-
     text = generate(model, [[5, 9, 2]], max_new_tokens=4)[0]
     other = [*text[:-1], (text[-1] + 1) % 61]
     first, second = score(model, [((5, 9, 2), text), ((5, 9, 2), other)])
