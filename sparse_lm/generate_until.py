@@ -6,6 +6,8 @@ from typing import Protocol
 from sparse_lm.generate import GREEDY, Sampling, stream
 from sparse_lm.model import SparseLM
 
+_DECODED_BEFORE = 16  # of a prompt's last tokens: more than any character or word mark reaches over
+
 
 class TextTokenizer(Protocol):
     """What is needed of a tokenizer here."""
@@ -13,6 +15,10 @@ class TextTokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The id that ends a text."""
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that stand before every text, such as that of its beginning; often none."""
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +73,8 @@ def generate_until(
         )
     if not all(until):
         raise ValueError("a string to stop at must have a character; got ''")
-    prompts = [(tokenizer.encode(text) or [tokenizer.eos_id])[-(limit - max_new_tokens) :] for text in texts]
+    encoded = [[*tokenizer.prefix_ids, *tokenizer.encode(text)] or [tokenizer.eos_id] for text in texts]
+    prompts = [ids[-(limit - max_new_tokens) :] for ids in encoded]
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
     found = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -80,25 +87,41 @@ def generate_until(
             eos_id=tokenizer.eos_id,
             seed=seed,
         )
-        for at, text in zip(batch, _read(steps, tokenizer, len(batch), until), strict=True):
+        befores = [prompts[at][-_DECODED_BEFORE:] for at in batch]
+        for at, text in zip(batch, _read(steps, tokenizer, befores, until), strict=True):
             found[at] = text
     return found
 
 
 def _read(
-    steps: Iterable[list[int | None]], tokenizer: TextTokenizer, rows: int, until: Sequence[str]
+    steps: Iterable[list[int | None]],
+    tokenizer: TextTokenizer,
+    befores: Sequence[list[int]],
+    until: Sequence[str],
 ) -> list[str]:
-    """The rows' texts; asks for no further step once every row has ended."""
-    ids: list[list[int]] = [[] for _ in range(rows)]
-    texts: list[str | None] = [None] * rows  # of the rows that have met a string to stop at
+    """The rows' texts; asks for no further step once every row has ended.
+
+    Args:
+      steps: the new tokens of each row.
+      tokenizer: of them.
+      befores: the last tokens of each row's prompt: what a token says can depend on those before it.
+      until: as in `generate_until`.
+    """
+    lengths = [len(tokenizer.decode(before).rstrip("\ufffd")) for before in befores]
+    ids = [list(before) for before in befores]
+    texts: list[str | None] = [None] * len(befores)  # of the rows that have met a string to stop at
+
+    def decoded(row: int) -> str:
+        return tokenizer.decode(ids[row])[lengths[row] :]
+
     for step in steps:
         for row, token in enumerate(step):
             if token is not None and texts[row] is None:
                 ids[row].append(token)
-                texts[row] = _cut(tokenizer.decode(ids[row]), until)
+                texts[row] = _cut(decoded(row), until)
         if all(token is None or text is not None for token, text in zip(step, texts, strict=True)):
             break
-    return [tokenizer.decode(ids[row]) if text is None else text for row, text in enumerate(texts)]
+    return [decoded(row) if text is None else text for row, text in enumerate(texts)]
 
 
 def _cut(text: str, until: Sequence[str]) -> str | None:

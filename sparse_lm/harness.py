@@ -47,6 +47,11 @@ class SparseHarness(TemplateLM):
         return self._tokenizer.eos_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is scored behind."""
+        return self._tokenizer.prefix_ids[0] if self._tokenizer.prefix_ids else self.eot_token_id
+
+    @property
     def max_length(self) -> int:
         return self._model.config.context_length
 
@@ -55,8 +60,9 @@ class SparseHarness(TemplateLM):
         return self._tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; the model was trained without any token at a text's beginning, so none is added."""
-        return self._tokenizer.encode(string)
+        """Ids of a text, behind those that its publisher puts before every text unless they are unwanted."""
+        prefix = () if add_special_tokens is False else self._tokenizer.prefix_ids
+        return [*prefix, *self._tokenizer.encode(string)]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -69,7 +75,7 @@ class SparseHarness(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        texts = [self.tok_encode(request.args[0]) for request in requests]
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         windows = [rolling_windows(text, self.prefix_token_id, self.max_length) for text in texts]
         scores = iter(score(self._model, list(itertools.chain(*windows)), batch_size=self.batch_size))
         results = [sum(next(scores).log_likelihood for _ in parts) for parts in windows]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_lm.generate import generate
+from sparse_lm.generate import generate, stream
 from sparse_lm.generate_until import generate_until
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?-"
@@ -14,6 +14,7 @@ class Letters:
     """One letter, one id; the last id ends a text."""
 
     eos_id = EOS
+    prefix_ids = ()
     fingerprint = "letters"
 
     def encode(self, text):
@@ -50,8 +51,6 @@ def test_no_step_is_asked_for_once_all_rows_have_ended(model, whole, monkeypatch
     steps = []
 
     def counted(*args, **kwargs):
-        from sparse_lm.generate import stream
-
         for step in stream(*args, **kwargs):
             steps.append(step)
             yield step
@@ -59,6 +58,18 @@ def test_no_step_is_asked_for_once_all_rows_have_ended(model, whole, monkeypatch
     monkeypatch.setattr("sparse_lm.generate_until.stream", counted)
     generate_until(model, Letters(), TEXTS[:1], until=[whole[0][1]], max_new_tokens=8)
     assert len(steps) <= 2
+
+
+def test_a_continuation_is_read_behind_its_prompt(model, monkeypatch):
+    """As SentencePiece does it, the first space of a text is dropped; a continuation's first space is not."""
+
+    class Dropping(Letters):
+        def decode(self, ids):
+            return super().decode(ids).removeprefix(" ")
+
+    tokens = Letters().encode(" ab c;")
+    monkeypatch.setattr("sparse_lm.generate_until.stream", lambda *_, **__: ([token] for token in tokens))
+    assert generate_until(model, Dropping(), ["xyz"], until=[";"], max_new_tokens=8) == [" ab c"]
 
 
 @pytest.mark.parametrize(

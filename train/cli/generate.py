@@ -56,7 +56,8 @@ def run(argv: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     model, tokenizer, _, _ = load_for_inference(options.checkpoint)
-    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in options.prompt]
+    prompts = [[*tokenizer.prefix_ids, *tokenizer.encode(prompt)] for prompt in options.prompt]
+    prompts = [prompt or [tokenizer.eos_id] for prompt in prompts]
     new_tokens = _new_tokens(prompts, options.max_new_tokens, model.config.context_length)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows a question mark for what it cannot, and the program goes on.

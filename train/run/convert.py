@@ -21,7 +21,7 @@ from train.errors import UserError
 from train.run import converted
 from train.run.checkpoint import find_checkpoint, read_run
 from train.run.checkpoint_errors import reading
-from train.run.hf_tokenizer import published_tokenizer
+from train.run.hf_tokenizer import published_tokenizer, read_published
 
 # What belongs to a tokenizer besides its own file, kept as it is: templates of chats, names of tokens.
 _COMPANIONS = (
@@ -72,7 +72,7 @@ def from_hf(source: str, out: str | Path, *, dtype: Any = None) -> Converted:
                 f"{directory} must hold {FILE_NAME}; found none: save the tokenizer with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = read_published(directory)
         if tokenizer.vocab_size > weights.config.vocab_size:
             raise UserError(
                 f"{directory / FILE_NAME} must have no more ids than the {weights.config.vocab_size} of "

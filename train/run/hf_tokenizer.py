@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as _Rust
 
-from train.data.tokenizer import FILE_NAME, ByteTokenizer, load_tokenizer
+from train.data.tokenizer import FILE_NAME, ByteTokenizer, HFTokenizer, load_tokenizer
+from train.errors import UserError
 
 _BYTE_EOS = "<|endoftext|>"
 
@@ -27,6 +28,7 @@ def published_tokenizer(source: Path, context_length: int, out: Path) -> None:
     else:
         content = json.loads((source / FILE_NAME).read_bytes())
         eos_token = content.pop("eos_token")
+        content.pop("prefix_ids", None)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos_token,
@@ -35,6 +37,28 @@ def published_tokenizer(source: Path, context_length: int, out: Path) -> None:
     }
     (out / FILE_NAME).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_published(directory: Path) -> HFTokenizer:
+    """A published directory's tokenizer, which knows what its publisher puts before every text.
+
+    Most Llamas begin a text with ``<s>``: their tokenizer adds it, and the model is at a loss without it.
+
+    Raises:
+      UserError: there is no ``tokenizer.json``, or it is no tokenizer that can be used.
+    """
+    tokenizer = load_tokenizer(directory)
+    if not isinstance(tokenizer, HFTokenizer):
+        raise UserError(f"{directory / FILE_NAME} must be a Hugging Face tokenizer.json; found one of bytes")
+    content = json.loads((directory / FILE_NAME).read_bytes())
+    rust = _Rust.from_str(json.dumps(content))
+    plain = rust.encode("a", add_special_tokens=False).ids
+    dressed = rust.encode("a", add_special_tokens=True).ids
+    before = next((at for at in range(len(dressed)) if dressed[at : at + len(plain)] == plain), 0)
+    if not before:
+        return tokenizer
+    with_prefix = content | {"eos_token": tokenizer.eos_token, "prefix_ids": dressed[:before]}
+    return HFTokenizer(with_prefix, source=str(directory / FILE_NAME))
 
 
 def _bytes() -> _Rust:

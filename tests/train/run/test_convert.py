@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from sparse_lm.convert import load_model, open_hf
 from train.cli import main
@@ -17,14 +18,19 @@ from train.errors import UserError
 from train.run import convert
 from train.run.checkpoint import load_for_inference
 
-GOLDENS = Path(__file__).parents[1] / "sparse_lm" / "convert" / "goldens"
+GOLDENS = Path(__file__).parents[2] / "sparse_lm" / "convert" / "goldens"
 WORDS = [f"w{number}" for number in range(39)]
+TOKENS = load_file(GOLDENS / "llama" / "expected.safetensors")["tokens"][0, :8].tolist()
+FIRST = TOKENS[0]  # the publisher puts it before every text
 
 
 def write_tokenizer(directory: Path, words=WORDS) -> None:
     rust = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=words[0]))
     rust.pre_tokenizer = pre_tokenizers.Whitespace()
     rust.add_special_tokens([AddedToken("</s>", special=True)])
+    rust.post_processor = TemplateProcessing(
+        single=f"w{FIRST} $A </s>", special_tokens=[(f"w{FIRST}", FIRST), ("</s>", len(words))]
+    )
     rust.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         '{"eos_token": "</s>", "chat_template": "{{ messages }}"}'
@@ -47,8 +53,7 @@ def test_a_published_model_generates_and_goes_back(published, tmp_path, capsys):
     assert f"sparse-lm generate --checkpoint {ours}" in output
 
     expected = load_file(published / "expected.safetensors")
-    prompt = " ".join(WORDS[token] if token < 39 else WORDS[0] for token in expected["tokens"][0, :8])
-    assert all(expected["tokens"][0, :8] < 39)
+    prompt = " ".join(WORDS[token] for token in TOKENS[1:])
     arguments = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "4"]
     assert main(["generate", "--checkpoint", str(ours), *arguments]) == 0
     words = " ".join(WORDS[token] for token in expected["greedy"][0, :4])
@@ -60,7 +65,7 @@ def test_a_published_model_generates_and_goes_back(published, tmp_path, capsys):
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     assert json.loads((back / "config.json").read_text())["eos_token_id"] == 39
     tokenizer = Tokenizer.from_file(str(back / "tokenizer.json"))
-    assert tokenizer.encode("w3 w5 </s>").ids == [3, 5, 39]
+    assert tokenizer.encode("w3 w5 </s>").ids == [FIRST, 3, 5, 39, 39]
     assert "chat_template" in json.loads((back / "tokenizer_config.json").read_text())
 
 
