@@ -71,7 +71,7 @@ def parse_options(
 def _numbers() -> tyro.constructors.ConstructorRegistry:
     """Teaches tyro to say what a number must be, in place of what Python's ``int`` and ``float`` say."""
     registry = tyro.constructors.ConstructorRegistry()
-    kinds: dict[Any, type] = {int: int, float: float, int | None: int}
+    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float}
 
     @registry.primitive_rule
     def number(
