@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -88,6 +89,25 @@ def test_a_trained_run_goes_out_and_comes_back(finished, tmp_path):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.encode("<|endoftext|>").ids == [256]
     assert convert.from_hf(str(out), tmp_path / "in").config == weights.config
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, whose version is the user's
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_reads_an_exported_tokenizer(finished, published, tmp_path):
+    from transformers import AutoTokenizer
+
+    convert.to_hf(str(finished.workdir), tmp_path / "bytes")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bytes")
+    text = "the sum 🙂 of\n\n our ½ hopes"
+    assert tokenizer.encode(text) == ByteTokenizer().encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token_id == 256
+
+    convert.from_hf(str(published), tmp_path / "ours")
+    convert.to_hf(str(tmp_path / "ours"), tmp_path / "words")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "words")
+    assert tokenizer.encode("w3 w5") == [FIRST, 3, 5, 39]
+    assert tokenizer.chat_template == "{{ messages }}"
 
 
 def test_a_model_without_a_class_in_transformers_says_so(published, tmp_path):
