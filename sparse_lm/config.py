@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Literal, get_args
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, activations
 from sparse_lm.rope import RopeScaling
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Activation = Literal["relu", "relu2", "threshold", "drelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +51,8 @@ class ModelConfig:
       d_ff: F, hidden neurons of each feed-forward layer.
       num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
       gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
-      activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold"``, x where it is over
-        ``threshold`` and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated only).
-      threshold: of ``"threshold"``; 0 for the others.
+      activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold(0.01)"``, x where it is over 0.01
+        and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated models only).
       tied_embeddings: the output head is the embedding's transpose.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       context_length: longest sequence in tokens.
@@ -73,7 +71,7 @@ class ModelConfig:
         attention is computed twice; a dense feed-forward stores nothing and is computed twice too),
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
-      ffn: how the feed-forward kernels run.
+      ffn: how the feed-forward kernels run; its activation is not read.
     """
 
     vocab_size: int = 49_152
@@ -83,8 +81,7 @@ class ModelConfig:
     num_heads: int = 32
     num_kv_heads: int = 32
     gated: bool = True
-    activation: Activation = "relu"
-    threshold: float = 0.0
+    activation: str = "relu"
     tied_embeddings: bool = True
     qkv_bias: bool = False
     context_length: int = 2048
@@ -126,16 +123,14 @@ class ModelConfig:
             raise ValueError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
-        if self.activation not in get_args(Activation):
+        try:
+            activations.parse(self.activation)
+        except ValueError as error:
+            raise ValueError(f"model.activation: {error}") from error
+        if self.ffn.activation != FFNOptions().activation:
             raise ValueError(
-                f"model.activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}"
-            )
-        if not 0 <= self.threshold < float("inf"):
-            raise ValueError(f"model.threshold must be a finite number of at least 0; got {self.threshold}")
-        if self.threshold and self.activation != "threshold":
-            raise ValueError(
-                f"model.threshold needs model.activation=threshold; got {self.threshold} with "
-                f"{self.activation}"
+                "model.ffn.activation must be left out, model.activation is the model's; got "
+                f"{self.ffn.activation}"
             )
         if self.activation == "drelu" and not self.gated:
             raise ValueError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")
@@ -167,3 +162,8 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
+
+    @property
+    def ffn_options(self) -> FFNOptions:
+        """``ffn`` with the model's activation: what a feed-forward layer of the model is called with."""
+        return dataclasses.replace(self.ffn, activation=activations.parse(self.activation))

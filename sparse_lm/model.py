@@ -31,7 +31,7 @@ class Block(nnx.Module):
             gated=config.gated,
             dtype=config.dtype,
             init_std=config.init_std,
-            options=config.ffn,
+            options=config.ffn_options,
         )
         self.residual_scale = config.residual_scale
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from pallas_kernels import Threshold
 from sparse_lm.config import ModelConfig
-from sparse_lm.convert.activations import hidden_act_of
+from sparse_lm.convert.activations import activation_to_hf
 from sparse_lm.convert.arcee import ARCEE
 from sparse_lm.convert.bamboo import BAMBOO
 from sparse_lm.convert.errors import ConversionError
@@ -47,7 +48,7 @@ def family_for(config: ModelConfig) -> Family:
         family = BAMBOO
     elif scaled:
         family = MINICPM
-    elif config.activation == "threshold":
+    elif isinstance(config.ffn_options.activation, Threshold):
         family = SPARSELLAMA
     elif not config.gated:
         family = ARCEE
@@ -56,7 +57,7 @@ def family_for(config: ModelConfig) -> Family:
     obstacles = {
         "model.gated": config.gated != family.gated({}),
         "model.qkv-bias": config.qkv_bias != family.qkv_bias,
-        "model.activation": hidden_act_of(family.model_type, config.activation) is None,
+        "model.activation": activation_to_hf(family.model_type, config.activation) is None,
         "the scalings of MiniCPM": scaled and family is not MINICPM,
     }
     found = [name for name, stands in obstacles.items() if stands]
@@ -84,16 +85,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "hidden_act": hidden_act_of(family.model_type, config.activation),
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": config.dtype,
+        **(activation_to_hf(family.model_type, config.activation) or {}),
         **rope_to_hf(config.rope_theta, config.rope_scaling),
     }
-    if config.activation == "threshold":
-        fields["hidden_act_param"] = config.threshold
     if family is MINICPM:
         fields |= scalings_to_hf(config)
     if family is QWEN2:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparse_lm.config import Dtype, ModelConfig
-from sparse_lm.convert.activations import ACTIVATIONS, ANY, activation_of
+from sparse_lm.convert.activations import ACTIVATIONS, ANY, activation_from_hf
 from sparse_lm.convert.errors import ConversionError
 from sparse_lm.convert.rope import rope_from_hf
 
@@ -78,7 +78,6 @@ class Family:
             )
         acts = ACTIVATIONS[self.model_type]
         hidden_act = "" if ANY in acts else required(fields, "hidden_act", str)
-        activation, threshold = activation_of(self.model_type, hidden_act, fields)
         positions = whole_number(fields, "max_position_embeddings")
         theta, scaling = rope_from_hf(fields, positions)
         tied = fields.get("tie_word_embeddings", self.tied_by_default)
@@ -96,8 +95,7 @@ class Family:
                 num_heads=heads,
                 num_kv_heads=heads if kv_heads is None else whole_number(fields, "num_key_value_heads"),
                 gated=self.gated(fields),
-                activation=activation,
-                threshold=threshold,
+                activation=activation_from_hf(self.model_type, hidden_act, fields),
                 tied_embeddings=tied,
                 qkv_bias=self.qkv_bias,
                 # Within the window, attention that slides is the same as attention that does not.

@@ -205,7 +205,7 @@ def test_a_window_bounds_the_context(llama):
     [
         ModelConfig(gated=False, qkv_bias=True),
         ModelConfig(activation="drelu", embedding_scale=2.0),
-        ModelConfig(activation="threshold", gated=False),
+        ModelConfig(activation="threshold(0.1)", gated=False),
     ],
 )
 def test_a_model_that_no_family_is_like(config):
