@@ -8,4 +8,10 @@ def _window(fields: Fields) -> int | None:
     return fields.get("sliding_window") if fields.get("use_sliding_window") else None
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, window=_window)
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    qkv_bias=True,
+    window=_window,
+    unsupported={"attention_bias": (True, False)},  # which its modelling code does not read
+)

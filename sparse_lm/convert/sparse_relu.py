@@ -23,7 +23,11 @@ def _of(base: Family) -> Family:
         gated=_gated,
         # The first gives the layers another width than intermediate_size, the second stores down_proj
         # transposed.
-        unsupported={"sparsity_new_intermediate_size": (None,), "sparsity_use_hybrid_kernel": (False,)},
+        unsupported={
+            **base.unsupported,
+            "sparsity_new_intermediate_size": (None,),
+            "sparsity_use_hybrid_kernel": (False,),
+        },
     )
 
 

@@ -93,6 +93,11 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be made, or what it holds cannot be read.
         """
+        if converted.is_converted(self.directory.parent):
+            raise UserError(
+                f"workdir must be a directory for a run's checkpoints; {self.directory.parent} holds a "
+                "converted model: choose another with --workdir"
+            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:

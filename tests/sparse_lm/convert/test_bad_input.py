@@ -133,6 +133,13 @@ def test_a_copy_of_tied_embeddings_is_dropped(sharded):
         assert weights.config.tied_embeddings
 
 
+def test_buffers_of_old_versions_are_dropped(llama):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(llama, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
+    with open_hf(llama) as weights:
+        assert weights.config.num_layers == 2
+
+
 @pytest.mark.parametrize("missing", ["config.json", "hidden_size", "rms_norm_eps", "hidden_act"])
 def test_a_missing_configuration(llama, missing):
     path = llama / "config.json"

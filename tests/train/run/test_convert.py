@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_runs import tiny_config
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -16,7 +17,8 @@ from sparse_lm.convert import load_model, open_hf
 from train.cli import main
 from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
-from train.run import convert
+from train.evaluate import evaluate_checkpoint
+from train.run import convert, loop
 from train.run.checkpoint import load_for_inference
 
 GOLDENS = Path(__file__).parents[2] / "sparse_lm" / "convert" / "goldens"
@@ -169,6 +171,20 @@ def test_a_converted_model_whose_weights_were_exchanged(published, tmp_path):
     shutil.copyfile(published / "model.safetensors", next((ours / "params").glob("*.safetensors")))
     with pytest.raises(UserError, match="must hold"):
         load_for_inference(ours)
+
+
+def test_no_run_begins_in_a_converted_model(published, tmp_path, corpus):
+    """Or `evaluate` would not know which of the two is meant."""
+    ours = converted(published, tmp_path)
+    with pytest.raises(UserError, match="holds a converted model: choose another with --workdir"):
+        loop.run(tiny_config(corpus, ours))
+    assert not (ours / "checkpoints").exists()
+
+
+def test_a_converted_model_is_measured_on_text(published, tmp_path):
+    report = evaluate_checkpoint(converted(published, tmp_path), batches=1, batch_size=2)
+    assert report.step == 0
+    assert report.tokens == 2 * 32
 
 
 def test_dtype_is_refused_for_an_export(capsys):
