@@ -147,6 +147,8 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name.replace('_', '-')} must be a finite positive number; got {value}"
                 )
+        if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"model.rope-theta must be over 1 for yarn; got {self.rope_theta}")
         original = self.rope_scaling.original_context
         if self.rope_scaling.kind == "dynamic" and original is not None and self.context_length > original:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+_MOST_ROTATIONS = 1_000_000  # far beyond any context
 RopeScalingKind = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -62,10 +63,10 @@ class RopeScaling:
                 "model.rope-scaling.low-freq-factor must be positive and under high-freq-factor="
                 f"{self.high_freq_factor}; got {self.low_freq_factor}"
             )
-        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+        if not 0 < self.beta_slow < self.beta_fast <= _MOST_ROTATIONS:
             raise ValueError(
-                "model.rope-scaling.beta-slow must be positive and under "
-                f"beta-fast={self.beta_fast}; got {self.beta_slow}"
+                "model.rope-scaling.beta-slow must be positive and under beta-fast, which is at most "
+                f"{_MOST_ROTATIONS}; got {self.beta_slow} and {self.beta_fast}"
             )
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
             raise ValueError(

@@ -29,7 +29,7 @@ NATIVE = ("llama", "qwen2", "arcee")
 def family_from_hf(fields: dict[str, Any]) -> Family:
     """The family that a ``config.json`` names. Raises ConversionError if there is none."""
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConversionError(
             f"config.json must have a model_type that this library knows, one of {', '.join(FAMILIES)}; "
             f"found {model_type!r}"

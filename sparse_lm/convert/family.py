@@ -71,7 +71,7 @@ class Family:
         heads = whole_number(fields, "num_attention_heads")
         width = whole_number(fields, "hidden_size")
         head_dim = fields.get("head_dim")
-        if head_dim is not None and head_dim * heads != width:
+        if head_dim is not None and whole_number(fields, "head_dim") * heads != width:
             raise ConversionError(
                 "config.json must have a head_dim of hidden_size / num_attention_heads; found head_dim="
                 f"{head_dim!r}, {heads} heads and hidden_size={width}: other heads cannot be converted"
@@ -137,6 +137,11 @@ def required(fields: Fields, name: str, kind: type) -> Any:
 def whole_number(fields: Fields, name: str) -> int:
     """A required field with a whole number. Raises ConversionError if it is anything else."""
     return required(fields, name, int)
+
+
+def sliding_window(fields: Fields) -> int | None:
+    """How many tokens attention reaches back, or None where it reaches all."""
+    return None if fields.get("sliding_window") is None else whole_number(fields, "sliding_window")
 
 
 def _dtype(fields: Fields) -> Dtype:

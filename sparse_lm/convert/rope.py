@@ -39,7 +39,7 @@ def rope_from_hf(fields: Mapping[str, Any], context_length: int) -> tuple[float,
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         kind, known = "none", set()
-    elif kind in _FIELDS:
+    elif isinstance(kind, str) and kind in _FIELDS:
         known = _FIELDS[kind]
     else:
         raise ConversionError(

@@ -43,7 +43,7 @@ def test_only_yarn_scales_what_is_rotated():
         ({"kind": "linear", "factor": 0.5}, "at least 1; got 0.5"),
         ({"kind": "yarn", "factor": 2.0}, "original-context must be at least 1 for yarn; got None"),
         ({"low_freq_factor": 4.0}, "under high-freq-factor=4.0; got 4.0"),
-        ({"beta_slow": 40.0}, "under beta-fast=32.0; got 40.0"),
+        ({"beta_slow": 40.0}, "got 40.0 and 32.0"),
         ({"attention_factor": 0.0}, "finite positive number or None; got 0.0"),
     ],
 )

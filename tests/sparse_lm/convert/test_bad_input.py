@@ -157,6 +157,11 @@ def test_a_missing_configuration(llama, missing):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"model_type": ["llama"]}, "must have a model_type"),
+        ({"head_dim": {}}, "must have a whole number as head_dim"),
+        ({"model_type": "bamboo", "sliding_window": "wide"}, "must have a whole number as sliding_window"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "found ['yarn']"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}}, "over 1 for yarn"),
         ({"model_type": "gpt2"}, "must have a model_type that this library knows"),
         ({"hidden_act": "silu"}, "for llama one of relu, relu2; found 'silu'"),
         ({"hidden_act": "shiftrelu"}, "found 'shiftrelu'"),
