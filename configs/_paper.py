@@ -30,5 +30,5 @@ def paper(name: str, *, num_layers: int, steps: int) -> TrainConfig:
             learning_rate=1e-3, warmup_steps=600, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0
         ),
         checkpoint=CheckpointConfig(every=1000, keep=3),
-        report=ReportConfig(every=10, evaluate_every=1000, evaluate_batches=16),
+        report=ReportConfig(every=10, evaluate_every=1000, evaluate_tokens=1 << 24),
     )

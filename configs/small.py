@@ -31,5 +31,5 @@ config = TrainConfig(
     data=DataConfig(tokenizer="bpe"),
     optimizer=OptimizerConfig(learning_rate=3e-4, final_fraction=0.05, warmup_steps=50),
     checkpoint=CheckpointConfig(every=100, keep=2),
-    report=ReportConfig(every=10, evaluate_every=100, evaluate_batches=8),
+    report=ReportConfig(every=10, evaluate_every=100, evaluate_tokens=65_536),
 )

@@ -26,5 +26,5 @@ config = TrainConfig(
     data=DataConfig(tokenizer="bpe"),
     optimizer=OptimizerConfig(learning_rate=2.5e-3, final_fraction=0.05, warmup_steps=100),
     checkpoint=CheckpointConfig(every=350, keep=2),
-    report=ReportConfig(every=20, evaluate_every=350, evaluate_batches=40),
+    report=ReportConfig(every=20, evaluate_every=350, evaluate_tokens=40_960),
 )

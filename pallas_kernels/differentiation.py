@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import auto, dense, hybrid, panel, twell
+from pallas_kernels.common import varying_axes
 from pallas_kernels.common.groups import Groups, token_scale
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
@@ -64,7 +65,8 @@ def layer(
     """One feed-forward layer: as `reference.ffn`, for x (M, D) and weights (F, D) of x's type or f32."""
     with jax.enable_x64(False):
         arguments = dense.rounded(x, w_gate, w_up, w_down)
-        return _FORMATS[call.format].infer(*arguments, call.options, call.backend, call.groups)
+        outputs = _FORMATS[call.format].infer(*arguments, call.options, call.backend, call.groups)
+        return varying_axes.vary_with(x, outputs)
 
 
 def _forward(x, w_gate, w_up, w_down, call):
@@ -75,6 +77,8 @@ def _forward(x, w_gate, w_up, w_down, call):
         if call.format != "dense":
             arguments = _differentiated_once(arguments)
         outputs, kept = _FORMATS[call.format].forward(*arguments, call.options, call.backend, call.groups)
+    # Constants too: `layer` gives what varies over the same axes.
+    outputs = varying_axes.vary_with(arguments[0], outputs)
     return outputs, _Saved(saved, None if kept is None else kept.named(), weights)
 
 

@@ -1,6 +1,7 @@
 """A training run as data: every field is an option of ``sparse-lm train``."""
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -8,6 +9,10 @@ from typing import Any, Literal, TypeVar
 from sparse_lm import ModelConfig
 
 Config = TypeVar("Config")
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _require(ok: bool, message: str) -> None:
@@ -20,18 +25,23 @@ class DataConfig:
     """Where the text comes from and how it is cut.
 
     Attributes:
-      paths: files or globs of documents (JSONL or plain text, plain or .gz/.xz/.zst). Empty: the corpus that
-        ships with the package.
-      text_field: field of a JSONL document that holds its text.
-      tokenizer: ``"byte"``, ``"bpe"`` (fitted on the corpus with the model's vocabulary size), or the path of
-        a Hugging Face ``tokenizer.json``.
-      holdout: share of documents kept out of training for evaluation.
+      paths: files or globs of documents (JSONL, plain text or Parquet; the first two plain or .gz/.xz/.zst),
+        or directories of token shards that ``sparse-lm tokenize`` has made. Empty: the corpus that ships with
+        the package.
+      weights: share of each of ``paths`` in a mixture of them, in any unit. Empty: all are one corpus.
+      text_field: field of a JSONL document, or column of Parquet, that holds its text.
+      tokenizer: ``"byte"``, ``"bpe"`` (fitted on the corpus with the model's vocabulary size; token shards
+        bring their own), or the path of a Hugging Face ``tokenizer.json``.
+      holdout: share of documents kept out of training for evaluation; each document's own hash decides.
+      accept_change: resume although the corpus is not the one that was trained on so far.
     """
 
     paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     text_field: str = "text"
     tokenizer: str = "byte"
     holdout: float = 0.05
+    accept_change: bool = False
 
     def __post_init__(self) -> None:
         _require(all(self.paths), "data.paths must name files; got ''")
@@ -40,6 +50,23 @@ class DataConfig:
             bool(self.tokenizer), "data.tokenizer must be byte, bpe or the path of a tokenizer.json; got ''"
         )
         _require(bool(self.text_field), "data.text-field must name a field; got ''")
+        _require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights must be one for each of data.paths, {len(self.paths)}; got {len(self.weights)}",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"data.weights must be finite positive numbers; got {', '.join(map(str, self.weights))}",
+        )
+
+    def absolute(self) -> "DataConfig":
+        """The same files, named so that they are found from any directory."""
+        named = self.tokenizer in ("byte", "bpe")
+        return dataclasses.replace(
+            self,
+            paths=tuple(map(_absolute, self.paths)),
+            tokenizer=self.tokenizer if named else _absolute(self.tokenizer),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +141,14 @@ class ReportConfig:
     Attributes:
       every: steps between progress lines.
       evaluate_every: steps between held-out evaluations; 0 evaluates only at the end.
-      evaluate_batches: held-out batches of one evaluation.
+      evaluate_tokens: held-out tokens of one evaluation, in whole windows of the context: at most so many,
+        and the same ones for every batch size and number of devices.
       tensorboard: also write TensorBoard event files into the work directory.
     """
 
     every: int = 10
     evaluate_every: int = 1000
-    evaluate_batches: int = 16
+    evaluate_tokens: int = 1 << 24
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -129,8 +157,8 @@ class ReportConfig:
             self.evaluate_every >= 0, f"report.evaluate-every must be at least 0; got {self.evaluate_every}"
         )
         _require(
-            self.evaluate_batches >= 1,
-            f"report.evaluate-batches must be at least 1; got {self.evaluate_batches}",
+            self.evaluate_tokens >= 1,
+            f"report.evaluate-tokens must be at least 1; got {self.evaluate_tokens}",
         )
 
 

@@ -12,12 +12,16 @@ import numpy as np
 from flax import nnx
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
 from train.data.batches import heldout_batches
+from train.data.corpus import CorpusIdentity, describe
+from train.data.evaluation_text import EvaluationText, read_evaluation_text
+from train.data.holdout import usual_threshold
 from train.errors import UserError
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
 from train.state import Params
 
 Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]
@@ -38,6 +42,7 @@ class EvaluationReport:
       l0_per_layer: mean active neurons per token.
       max_nnz_per_layer: the most active neurons of any token.
       dead_fraction_per_layer: share of neurons that no evaluated token activated.
+      notes: sentences on what was evaluated, where that is not the held-out text of the training.
     """
 
     step: int
@@ -49,6 +54,7 @@ class EvaluationReport:
     l0_per_layer: tuple[float, ...]
     max_nnz_per_layer: tuple[int, ...]
     dead_fraction_per_layer: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -82,7 +88,7 @@ class EvaluationReport:
             "all", f"{self.l0:.1f}", f"{self.l0 / self.d_ff:.1%}",
             str(max(self.max_nnz_per_layer)), f"{self.dead_fraction:.1%}",
         )  # fmt: skip
-        return Group(headline, table)
+        return Group(*map(Text, self.notes), headline, table)
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute and derived figure, ready for JSON."""
@@ -115,7 +121,7 @@ def evaluate(
     d_ff: int,
     place: Callable[[np.ndarray], jax.Array] = jax.numpy.asarray,
 ) -> EvaluationReport:
-    """Evaluates over batches of equal size.
+    """Evaluates over batches, whose sizes may differ.
 
     Args:
       evaluator: from ``make_evaluator``.
@@ -125,27 +131,36 @@ def evaluate(
       d_ff: for the report.
       place: puts this process's rows where the evaluator wants them.
     """
-    results = []
-    for batch in batches:
-        tokens = place(batch["tokens"])
-        results.append((tokens.shape[0] * (tokens.shape[1] - 1), evaluator(params, tokens)))
-    counts, outputs = zip(*results, strict=True)
+    outputs = [evaluator(params, place(batch["tokens"])) for batch in batches]
     losses, stats = zip(*jax.device_get(outputs), strict=True)
-    whole = FFNStats.merged(jax.tree.map(lambda *parts: np.stack(parts), *stats))
-    layers = jax.tree.map(np.asarray, sparsity.layer_summary(whole))
-    ce = float(np.mean(np.asarray(losses, np.float64)))
-    tokens, size = sum(counts), sum(int(batch["bytes"]) for batch in batches)
+    rows = [int(batch["rows"]) for batch in batches]
+    layers = jax.tree.map(np.asarray, sparsity.layer_summary(_merged(stats, rows)))
+    ce = float(np.average(np.asarray(losses, np.float64), weights=rows))
+    tokens = sum(rows) * (batches[0]["tokens"].shape[1] - 1)
+    size = sum(int(batch["bytes"]) for batch in batches)
     return EvaluationReport(
         step=step,
         tokens=tokens,
         ce=ce,
-        unigram_entropy=_entropy(np.concatenate([batch["tokens"][:, 1:].ravel() for batch in batches])),
+        unigram_entropy=_entropy(np.concatenate([_targets(batch) for batch in batches])),
         bits_per_byte=ce * tokens / size / math.log(2),
         d_ff=d_ff,
         l0_per_layer=tuple(map(float, layers["l0"])),
         max_nnz_per_layer=tuple(map(int, layers["max_nnz"])),
         dead_fraction_per_layer=tuple(map(float, layers["dead_fraction"])),
     )
+
+
+def _targets(batch: dict[str, Any]) -> np.ndarray:
+    """Target tokens of a batch's different rows, as far as this process has them."""
+    return batch["tokens"][: batch["rows"], 1:].ravel()
+
+
+def _merged(stats: Sequence[FFNStats], rows: Sequence[int]) -> FFNStats:
+    """Statistics of all batches: means weighted by the rows that a batch stands for."""
+    stacked: Any = jax.tree.map(lambda *parts: np.stack(parts), *stats)
+    means: Any = {name: np.average(getattr(stacked, name), axis=0, weights=rows) for name in ("l1", "l0")}
+    return dataclasses.replace(FFNStats.merged(stacked), **means)
 
 
 def _entropy(tokens: np.ndarray) -> float:
@@ -155,30 +170,68 @@ def _entropy(tokens: np.ndarray) -> float:
 
 
 def evaluate_checkpoint(
-    directory: str | Path, *, batches: int | None = None, batch_size: int | None = None
+    directory: str | Path,
+    *,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    paths: Sequence[str] = (),
+    text_field: str | None = None,
+    every_document: bool = False,
 ) -> EvaluationReport:
-    """Evaluates a checkpoint on the held-out documents of the corpus that it was trained on.
+    """Evaluates a checkpoint on the held-out documents of the corpus that it was trained on, or of another.
+
+    What is held out is decided by each document's own hash, as in training, so that no document that training
+    may have seen counts, whatever was added to the corpus or taken away.
 
     Args:
-      directory: a run's workdir or one step's directory.
-      batches: at most so many batches; by default as in training.
-      batch_size: sequences of a batch; by default a micro-batch of training.
+      directory: a run's workdir, one step's directory, or a converted model.
+      tokens: at most so many; by default as in training.
+      batch_size: sequences of a batch; by default a micro-batch of training. It changes no figure.
+      paths: where the corpus is now, or another one; by default where it was in training; for a
+        converted model the corpus that ships with the package.
+      text_field: field of a document of ``paths`` that holds its text; by default as in training.
+      every_document: also the documents of ``paths`` that training would not hold out.
 
     Raises:
       UserError: no such checkpoint, the corpus is gone, or a number under 1.
     """
-    for name, value in (("batches", batches), ("batch-size", batch_size)):
+    for name, value in (("tokens", tokens), ("batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1; got {value}")
     model, tokenizer, config, step = load_for_inference(directory)
+    trained_on = read_corpus(find_checkpoint(directory))
+    data = config.data
+    if paths:
+        field = text_field or data.text_field
+        data = dataclasses.replace(data, paths=tuple(paths), weights=(), text_field=field).absolute()
+    wanted = tokens or config.report.evaluate_tokens
+    threshold = trained_on.threshold if trained_on else usual_threshold(data.holdout)
+    text = read_evaluation_text(data, tokenizer, threshold, tokens=wanted, every_document=every_document)
     graphdef, variables = nnx.split(model)
-    heldout = heldout_batches(
-        config.data,
-        tokenizer,
+    batches = heldout_batches(
+        text.heldout,
+        text.weights,
         context_length=config.model.context_length,
+        tokens=wanted,
         batch_size=batch_size or config.batch_size // config.optimizer.accumulation,
-        limit=batches or config.report.evaluate_batches,
     )
-    return evaluate(
-        make_evaluator(graphdef), nnx.to_pure_dict(variables), heldout, step=step, d_ff=config.model.d_ff
+    report = evaluate(
+        make_evaluator(graphdef), nnx.to_pure_dict(variables), batches, step=step, d_ff=config.model.d_ff
+    )
+    return dataclasses.replace(report, notes=_notes(trained_on, text, every_document))
+
+
+def _notes(trained_on: CorpusIdentity | None, text: EvaluationText, every_document: bool) -> tuple[str, ...]:
+    if every_document:
+        return ("evaluated on every document, those that training may have seen too",)
+    if trained_on is None:
+        return (
+            "what a converted model was trained on is not known: evaluated on the documents that training on "
+            f"{describe(text.documents, text.fingerprint)} would hold out",
+        )
+    if text.fingerprint == trained_on.fingerprint:
+        return ()
+    return (
+        f"the corpus is not the one trained on: {describe(text.documents, text.fingerprint)} here, "
+        f"{trained_on} there; evaluated on the documents that training would hold out",
     )

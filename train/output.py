@@ -1,10 +1,23 @@
 """Tables for people and JSON files for machines, as the commands write them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from pallas_kernels.bench import json_file
+from train.data.tokenize import Progress
 from train.errors import UserError
 
 _UNLIMITED = 1000
@@ -16,6 +29,22 @@ def print_table(console: Console, table: Table) -> None:
     width, console.width = console.width, max(console.width, needed)
     console.print(table)
     console.width = width
+
+
+@contextmanager
+def tokenize_bar(console: Console) -> Iterator[Progress]:
+    """A progress bar, on a terminal; what it yields goes to ``tokenize`` as ``on_progress``."""
+    columns = (
+        TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
+        TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokenizing", total=None, tokens=0, visible=False)
+
+        def show(read: int, total: int, tokens: int) -> None:
+            bar.update(task, completed=read, total=total, tokens=tokens, visible=True)
+
+        yield show
 
 
 class JsonFile(json_file.JsonFile):

@@ -145,7 +145,7 @@ def test_tiles_that_the_kernels_cannot_pack():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"format": "ellpack"}, "FFNOptions.format must be one of auto, twell, .*; got 'ellpack'"),
+        ({"format": "ellpack"}, "FFNOptions.format must be one of auto, panel, .*; got 'ellpack'"),
         ({"backend": "cuda"}, "FFNOptions.backend must be one of auto, triton, .*; got 'cuda'"),
         (
             {"weight_gradients": "float16"},

@@ -108,9 +108,9 @@ def test_the_search_wants_the_fastest_that_compiles_and_is_right(monkeypatch):
 
 def test_an_entry_is_for_what_the_same_slices_divide():
     """A rest of D takes a slice's shared memory again: 960 is 15 slices of 64, 1000 is not."""
-    weight, options = jax.ShapeDtypeStruct((2816, 1), "bfloat16"), FFNOptions(format="panel")
+    weight = jax.ShapeDtypeStruct((2816, 1), "bfloat16")
     keys = [
-        panel_configs.bucket(jax.ShapeDtypeStruct((4096, d_model), "bfloat16"), weight, options.panel)
+        panel_configs.bucket(jax.ShapeDtypeStruct((4096, d_model), "bfloat16"), weight, Panel.tokens)
         for d_model in (1024, 960, 1000, 1152)
     ]
     assert len(set(keys)) == 3

@@ -171,7 +171,14 @@ def test_remat_policies_give_the_same_gradients(policy, ffn, model, tokens):
     graphdef, state = nnx.split(model)
     want = gradients(graphdef, state, tokens, 0.1)
     other = abstract(dataclasses.replace(model.config, remat=policy, ffn=ffn))[0]
-    assert_close(gradients(other, state, tokens, 0.1), want)
+    got = gradients(other, state, tokens, 0.1)
+    assert_close(without_the_path(got), without_the_path(want))
+
+
+def without_the_path(tree):
+    """The same but for the statistics that tell which path computed a layer."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf for path, leaf in found if not str(path[-1]).endswith(("pairs", "dense_tokens"))]
 
 
 @pytest.mark.parametrize("ffn", INTERPRETED.values(), ids=INTERPRETED)

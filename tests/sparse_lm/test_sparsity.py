@@ -15,6 +15,8 @@ STATS = FFNStats(
     neuron_hits=jnp.array([[3, 0, 0, 0], [1, 2, 3, 0]], jnp.int32),
     max_nnz=jnp.array([1, 3], jnp.int32),
     overflow_rows=jnp.array([0, 5], jnp.int32),
+    pairs=jnp.array([4, 6], jnp.int32),
+    dense_tokens=jnp.array([0, 5], jnp.int32),
 )
 
 

@@ -9,19 +9,25 @@ import pytest
 from rich.console import Console
 
 from train.data.batches import heldout_batches
+from train.data.evaluation_text import read_evaluation_text
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint import load_for_inference, read_saved_data
 
 
 @pytest.fixture(scope="module")
 def report(finished):
-    return evaluate_checkpoint(finished.workdir, batches=2)
+    return evaluate_checkpoint(finished.workdir, tokens=128)
+
+
+def trained_on(finished):
+    return read_saved_data(finished.result.checkpoint).corpus
 
 
 def test_figures_are_what_they_are_called(finished, report):
     model, tokenizer, config, _ = load_for_inference(finished.workdir)
-    batches = heldout_batches(config.data, tokenizer, context_length=16, batch_size=4, limit=2)
+    text = read_evaluation_text(config.data, tokenizer, trained_on(finished).threshold, tokens=128)
+    batches = heldout_batches(text.heldout, text.weights, context_length=16, tokens=128, batch_size=8)
     tokens = np.concatenate([batch["tokens"] for batch in batches])
     logits, stats = model(tokens[:, :-1])
     log_p = np.asarray(jax.nn.log_softmax(logits))
@@ -63,7 +69,7 @@ def test_table_has_a_row_a_layer(report):
     assert str(max(report.max_nnz_per_layer)) in text
 
 
-@pytest.mark.parametrize("option", [{"batches": 0}, {"batch_size": -1}])
+@pytest.mark.parametrize("option", [{"tokens": 0}, {"batch_size": -1}])
 def test_numbers_under_one_are_refused(finished, option):
     with pytest.raises(UserError, match=r"must be at least 1; got (0|-1)"):
         evaluate_checkpoint(finished.workdir, **option)

@@ -164,7 +164,8 @@ def test_the_harness_own_program_finds_the_model(finished, tasks, tmp_path):
     ("arguments", "said"),
     [
         (["--limit", "2"], "--limit is for --tasks"),
-        (["--tasks", "a", "--batches", "2"], "--batches is for the held-out text"),
+        (["--tasks", "a", "--tokens", "2"], "--tokens is for the held-out text"),
+        (["--tasks", "a", "--data.every-document"], "--data is for the held-out text"),
         (["--tasks", "a", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["--tasks", "a,,b"], "--tasks must be names with commas between them"),
     ],

@@ -1,6 +1,7 @@
 """Every way of spreading a step over devices gives the step of one device."""
 
 import dataclasses
+import shutil
 import socket
 from collections.abc import Callable
 
@@ -114,15 +115,15 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch):
         initialize_processes()
 
 
-@pytest.mark.timeout(180)
-def test_two_processes_train_the_same_model(finished, corpus, tmp_path):
+def run_two_processes(corpus, workdir) -> list[str]:
+    """What each of two processes with two devices printed; both end well."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [
         tiny_runs.start_process(
             corpus,
-            tmp_path,
+            workdir,
             mode="plain",
             environment={
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -135,6 +136,12 @@ def test_two_processes_train_the_same_model(finished, corpus, tmp_path):
     ]
     outputs = [process.communicate(timeout=150)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_train_the_same_model(finished, corpus, tmp_path):
+    outputs = run_two_processes(corpus, tmp_path)
     assert "step 8/8" in outputs[0]
     assert "step" not in outputs[1]
     found, expected = (tiny_runs.read_records(path) for path in (tmp_path, finished.workdir))
@@ -146,3 +153,19 @@ def test_two_processes_train_the_same_model(finished, corpus, tmp_path):
         [r["evaluation"]["ce"] for r in records if "evaluation" in r] for records in (found, expected)
     ]
     np.testing.assert_allclose(*evaluations, rtol=2e-5)
+
+
+@pytest.mark.timeout(180)
+def test_a_checkpoint_of_one_process_resumes_on_two_and_one_of_two_on_one(finished, corpus, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    outputs = run_two_processes(corpus, workdir)
+    assert "resuming after step 6 of 8" in outputs[0]
+    found, expected = (tiny_runs.read_records(path)[-3:] for path in (workdir, finished.workdir))
+    assert [record["step"] for record in found] == [7, 8, 8]
+    for name in ("ce", "grad_norm"):
+        values = [[record[name] for record in records[:2]] for records in (found, expected)]
+        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=name)
+    longer = dataclasses.replace(finished.config, workdir=str(workdir), steps=9)
+    result, states = tiny_runs.run_recording(longer)
+    assert (result.step, sorted(states)) == (9, [9])

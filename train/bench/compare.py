@@ -18,8 +18,10 @@ over is.
 
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -33,8 +35,8 @@ from sparse_lm import ModelConfig
 from train import parallel
 from train.bench import synthetic
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from train.data.batches import train_batches
-from train.data.tokenizer import build_tokenizer
+from train.data.batches import TrainBatches
+from train.data.corpus import choose_tokenizer, open_corpus
 from train.output import JsonFile, print_table
 from train.state import Program, TrainState, build_program
 
@@ -195,15 +197,16 @@ def _program(options: CompareOptions, format: Format) -> Program:
 
 def _batches(options: CompareOptions) -> list[np.ndarray]:
     """(B, S + 1) int32 of every step, the same for all runs."""
-    tokenizer = build_tokenizer(options.data, options.model.vocab_size)
-    batches = train_batches(
-        options.data,
-        tokenizer,
-        context_length=options.model.context_length,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    return [batch["tokens"] for batch in itertools.islice(batches, options.steps)]
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Path(directory)
+        tokenizer = choose_tokenizer(options.data, options.model.vocab_size, cache)
+        batches = TrainBatches(
+            open_corpus(options.data, tokenizer, cache),
+            context_length=options.model.context_length,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        return [batch["tokens"] for batch in itertools.islice(batches, options.steps)]
 
 
 def reordered(state: TrainState, key: jax.Array) -> TrainState:

@@ -16,8 +16,10 @@ from pallas_kernels.bench import recorded
 from pallas_kernels.bench.inputs import measure
 from sparse_lm import SparseLM
 from train.data.batches import heldout_batches
+from train.data.evaluation_text import read_evaluation_text
+from train.data.holdout import usual_threshold
 from train.errors import UserError
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
 
 _TOKENS_AT_ONCE = 16384
 
@@ -58,12 +60,12 @@ def save_layer_inputs(
         raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out must name a file in a directory that is there; {out.parent} is none")
+    wanted_tokens = tokens or 65536
+    trained_on = read_corpus(find_checkpoint(checkpoint))
+    threshold = trained_on.threshold if trained_on else usual_threshold(config.data.holdout)
+    text = read_evaluation_text(config.data, tokenizer, threshold, tokens=wanted_tokens)
     batches = heldout_batches(
-        config.data,
-        tokenizer,
-        context_length=length,
-        batch_size=1,
-        limit=(tokens or 65536) // length,
+        text.heldout, text.weights, context_length=length, tokens=wanted_tokens, batch_size=1
     )
     sequences = np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
     states = _entering(model, sequences, wanted)

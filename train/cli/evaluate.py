@@ -11,13 +11,30 @@ from train.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateData:
+    """The text to evaluate on.
+
+    Attributes:
+      paths: where the corpus of the training is now, or another corpus (default: where it was in training).
+      text_field: field of a JSONL document, or column of Parquet, that holds its text (default: as in
+        training).
+      every_document: evaluate on all documents of paths, not only on those that training would hold out: for
+        text that it never had.
+    """
+
+    paths: tuple[str, ...] = ()
+    text_field: str | None = None
+    every_document: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
     """Measures a checkpoint on the documents that its training held out, or with --tasks on benchmarks.
 
     Attributes:
       checkpoint: a run's work directory, one checkpoint in it, or a converted model.
-      batches: most batches to evaluate (default: as in training).
-      batch_size: sequences of a batch (default: as in training).
+      tokens: most tokens to evaluate (default: as in training).
+      batch_size: sequences of a batch (default: as in training); changes no figure.
       tasks: tasks of the lm-evaluation-harness, with commas between them, or paper for the seven of
         arXiv 2603.23198; needs the extra eval.
       include_path: a directory with task files of your own, for --tasks.
@@ -28,7 +45,8 @@ class EvaluateOptions:
     """
 
     checkpoint: str
-    batches: int | None = None
+    data: EvaluateData = dataclasses.field(default_factory=EvaluateData)
+    tokens: int | None = None
     batch_size: int | None = None
     tasks: str | None = None
     include_path: str | None = None
@@ -40,7 +58,6 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> None:
     options = parse_options(EvaluateOptions, argv, "evaluate")
-
     table, figures = _heldout(options) if options.tasks is None else _tasks(options)
 
     from rich.console import Console
@@ -59,21 +76,33 @@ def run(argv: list[str]) -> None:
 
 def _heldout(options: EvaluateOptions) -> tuple[Any, str]:
     """What to print and the JSON of the held-out figures."""
+    if not options.data.paths and options.data != EvaluateData():
+        option = "every-document" if options.data.every_document else "text-field"
+        raise UsageError(f"--data.{option} needs --data.paths; got none")
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for --tasks; found no --tasks")
 
     from train.evaluate import evaluate_checkpoint
 
-    report = evaluate_checkpoint(options.checkpoint, batches=options.batches, batch_size=options.batch_size)
+    report = evaluate_checkpoint(
+        options.checkpoint,
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        paths=options.data.paths,
+        text_field=options.data.text_field,
+        every_document=options.data.every_document,
+    )
     return report.table(), report.to_json()
 
 
 def _tasks(options: EvaluateOptions) -> tuple[Any, str]:
     """What to print and the JSON of the harness's figures."""
     assert options.tasks is not None
-    if options.batches is not None:
-        raise UsageError("--batches is for the held-out text; --tasks has --limit")
+    if options.tokens is not None:
+        raise UsageError("--tokens is for the held-out text; --tasks has --limit")
+    if options.data != EvaluateData():
+        raise UsageError("--data is for the held-out text; --tasks bring their own")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         value = getattr(options, name)
         if value is not None and value < least:

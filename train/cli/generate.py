@@ -49,6 +49,7 @@ def run(argv: list[str]) -> None:
     _check_prompts_are_text(options.prompt)
 
     from sparse_lm.generate import Sampling, generate
+    from train.data.tokenizer import decode_continuation
     from train.run.checkpoint import load_for_inference
 
     try:
@@ -56,8 +57,7 @@ def run(argv: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     model, tokenizer, _, _ = load_for_inference(options.checkpoint)
-    prompts = [[*tokenizer.prefix_ids, *tokenizer.encode(prompt)] for prompt in options.prompt]
-    prompts = [prompt or [tokenizer.eos_id] for prompt in prompts]
+    prompts = _encoded(tokenizer, options.prompt)
     new_tokens = _new_tokens(prompts, options.max_new_tokens, model.config.context_length)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows a question mark for what it cannot, and the program goes on.
@@ -73,8 +73,8 @@ def run(argv: list[str]) -> None:
         eos_id=tokenizer.eos_id,
         seed=options.seed,
     )
-    for number, (prompt, row) in enumerate(zip(options.prompt, rows, strict=True), start=1):
-        print(f"[{number}/{len(rows)}] {prompt}{tokenizer.decode(row)}")
+    for number, (prompt, ids, row) in enumerate(zip(options.prompt, prompts, rows, strict=True), start=1):
+        print(f"[{number}/{len(rows)}] {prompt}{decode_continuation(tokenizer, ids, row)}")
 
 
 def _print_stream(
@@ -97,13 +97,27 @@ def _print_stream(
         seed=options.seed,
     )
     print(options.prompt[0], end="", flush=True)
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, prompt)
     try:
         for (token,) in steps:
             if token is not None:
                 print(text.feed(token), end="", flush=True)
     finally:
         print()
+
+
+def _encoded(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt, behind those that the model's publisher puts before every text; EOS alone, which
+    ends the document before, for a prompt without any."""
+    from train.data.tokenizer import EncodingError
+
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            encoded.append([*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.eos_id])
+        except EncodingError as error:
+            raise UserError(f"--prompt {number}: {error}") from error
+    return encoded
 
 
 def _new_tokens(prompts: list[list[int]], asked: int | None, context_length: int) -> int:

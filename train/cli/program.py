@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from train.cli import bench_step, compare, convert, evaluate, generate, layer_inputs, plot, train
+from train.cli import bench_step, compare, convert, evaluate, generate, layer_inputs, plot, tokenize, train
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
@@ -20,6 +20,7 @@ Language models whose feed-forward layers are sparse.
 
 commands:
   train      train a model, or take up a run where it stopped
+  tokenize   turn documents into token shards, which train reads in place
   generate   continue prompts with a trained model
   evaluate   measure a trained model on its held-out text
   convert    take a Hugging Face model with silent neurons, or give one back
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train.run,
+        "tokenize": tokenize.run,
         "generate": generate.run,
         "evaluate": evaluate.run,
         "convert": convert.run,

@@ -16,9 +16,6 @@ import numpy as np
 from tokenizers import Tokenizer as _Rust
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.config import DataConfig
-from train.data.documents import read_documents
-from train.data.holdout import split
 from train.errors import UserError
 
 FILE_NAME = "tokenizer.json"
@@ -40,8 +37,18 @@ _OUR_KEYS = ("eos_token", "prefix_ids")  # which a published tokenizer.json does
 _CHUNK_CHARACTERS = 1 << 23
 
 
+class EncodingError(UserError):
+    """A text that a tokenizer has no tokens for."""
+
+
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """What the rest of the package asks of a tokenizer.
+
+    Attributes:
+      notes: a sentence for each setting of its file that was not taken over.
+    """
+
+    notes: tuple[str, ...]
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +67,12 @@ class Tokenizer(Protocol):
         """SHA-256 (hex) of the tokenizer's content."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` as plain text: neither EOS nor any other control token is ever added or read."""
+        """Ids of ``text`` as plain text: neither EOS nor any other control token is ever added or read.
+
+        Raises:
+          EncodingError: the vocabulary lacks a part of the text, and has no token for what is unknown. So do
+            the other ways to encode.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text, as 1-d integer arrays."""
@@ -86,6 +98,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     prefix_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -123,6 +136,7 @@ class HFTokenizer:
 
     def __init__(self, content: dict[str, Any], *, source: str, eos_token: str | None = None) -> None:
         rust_content = {key: value for key, value in content.items() if key not in _OUR_KEYS}
+        rust_content, self.notes = _deterministic(rust_content, source)
         try:
             self._rust = _Rust.from_str(json.dumps(rust_content))
         except Exception as error:  # the library raises bare Exception
@@ -133,6 +147,7 @@ class HFTokenizer:
         self._rust.no_padding()
         # A document that spells "<|endoftext|>" is text, not the end of a document.
         self._rust.encode_special_tokens = True
+        self._source = source
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         wanted = content.get("eos_token") or eos_token
         name = next((name for name in (wanted, *_USUAL_EOS) if name in vocabulary), None)
@@ -149,23 +164,39 @@ class HFTokenizer:
         if self.prefix_ids:
             self._content["prefix_ids"] = list(self.prefix_ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickle forgets settings that are not in the file, such as encode_special_tokens.
+        return functools.partial(HFTokenizer, source=self._source), (self._content,)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self._content)
 
     def encode(self, text: str) -> list[int]:
-        return self._rust.encode(text, add_special_tokens=False).ids
+        return self._encode(text).ids
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._rust.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise EncodingError(
+                f"the tokenizer {self._source} has no tokens for some of the text and none for the unknown "
+                f"(the tokenizers library says: {error}): choose one with an unknown token or with bytes"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         dtype = token_dtype(self.vocab_size)
-        return [
-            np.array(encoding.ids, dtype)
-            for chunk in _chunks(texts)
-            for encoding in self._rust.encode_batch_fast(chunk, add_special_tokens=False)
-        ]
+        ids = []
+        for chunk in _chunks(texts):
+            try:
+                encodings = self._rust.encode_batch_fast(chunk, add_special_tokens=False)
+            except Exception:  # the library does not say which text it was, and `encode` has a sentence
+                encodings = [self._encode(text) for text in chunk]
+            ids += [np.array(encoding.ids, dtype) for encoding in encodings]
+        return ids
 
     def encode_measured(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._rust.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         # Offsets count characters, and the tokens of one split character all span the whole of it.
         character_ends = np.array([end for _, end in encoding.offsets], np.int64)
         code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -182,12 +213,20 @@ class HFTokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one for display; a character is shown once all its bytes have come."""
+    """Decodes what follows a prompt id by id for display; a character is shown once all its bytes have come.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Prompt and continuation are decoded as one text, because the text of an id depends on what stands before
+    it: a tokenizer that marks the beginnings of words drops the space before a text's first word.
+
+    Args:
+      tokenizer: of the ids.
+      prompt: ids that stand before those that are fed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
+        self._ids = list(prompt)
+        self._shown = tokenizer.decode(self._ids).rstrip("\ufffd")
 
     def feed(self, token: int) -> str:
         """The text that ``token`` completes, often one word, sometimes nothing."""
@@ -198,6 +237,21 @@ class TextStream:
         return new
 
 
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ``ids`` add to that of ``prompt``."""
+    before = tokenizer.decode(prompt).rstrip("\ufffd")
+    return tokenizer.decode([*prompt, *ids])[len(before) :]
+
+
+def check_fitted_size(vocab_size: int) -> None:
+    """Raises UserError unless a byte-level BPE can have so few ids."""
+    if vocab_size < 257:
+        raise UserError(
+            "a byte-level BPE needs a vocabulary of at least 257 (256 bytes and the end of text); got "
+            f"{vocab_size}: raise the vocabulary's size"
+        )
+
+
 def fit_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     """Fits a byte-level BPE of at most ``vocab_size`` ids: EOS, the 256 bytes, then merges.
 
@@ -206,11 +260,7 @@ def fit_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     Raises:
       UserError: fewer than 257 ids were asked for.
     """
-    if vocab_size < 257:
-        raise UserError(
-            "a byte-level BPE needs a vocabulary of at least 257 (256 bytes and the end of text); got "
-            f"{vocab_size}: raise --model.vocab-size"
-        )
+    check_fitted_size(vocab_size)
     rust = _Rust(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -242,22 +292,6 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     return HFTokenizer(content, source=str(path), eos_token=_published_eos(path))
 
 
-def build_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that ``config.tokenizer`` names, for a model of ``vocab_size`` ids.
-
-    ``"bpe"`` fits one of that size on the training documents, the same one each time.
-
-    Raises:
-      UserError: there is no such tokenizer, the corpus is bad, or the model's vocabulary is too small.
-    """
-    if config.tokenizer == "bpe":
-        training, _ = split(list(read_documents(config)), config.holdout)
-        return fit_bpe(training, vocab_size)
-    tokenizer = load_tokenizer(config.tokenizer)
-    check_vocabulary(tokenizer, vocab_size)
-    return tokenizer
-
-
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Raises UserError if the model has no embedding for some of the tokenizer's ids."""
     if tokenizer.vocab_size > model_vocab_size:
@@ -277,6 +311,18 @@ def _chunks(texts: Sequence[str]) -> Iterable[list[str]]:
             yield chunk
             chunk, characters = [], 0
     yield chunk
+
+
+def _deterministic(content: dict[str, Any], source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The content without a setting that makes encoding a matter of chance, and a note of what it was."""
+    model = content.get("model")
+    if not isinstance(model, dict) or not model.get("dropout"):
+        return content, ()
+    note = (
+        f"the tokenizer {source} has a BPE dropout of {model['dropout']}: it is switched off, so that a text "
+        "always has the same tokens"
+    )
+    return content | {"model": {**model, "dropout": None}}, (note,)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
 
 ``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data``
-(the position of each process in the data), ``run`` (configuration and step) and ``tokenizer``. Orbax writes
-it under a temporary name and renames it when it is whole, so that a killed save never looks
+(the position in the corpus, and which corpus it is), ``run`` (configuration and step) and ``tokenizer``.
+Orbax writes it under a temporary name and renames it when it is whole, so that a killed save never looks
 like a checkpoint.
 """
 
@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -21,10 +20,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm import SparseLM
 from train.config import CheckpointConfig, TrainConfig, from_dict
+from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from train.errors import UserError
 from train.run import converted
-from train.run.checkpoint_errors import is_disk_full, reading, short_reason, writing
+from train.run.checkpoint_errors import making, reading, short_reason, writing
 from train.state import TrainState, build_program
 
 SUBDIRECTORY = "checkpoints"
@@ -35,6 +35,8 @@ _CE = "heldout_ce"
 MAY_CHANGE = (
     "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
     "model.sparsity", "model.ffn", "model.remat", "model.dtype",
+    # The corpus is compared by its content (`check_same_corpus`), not by the names of its files.
+    "data.paths", "data.weights", "data.text_field", "data.accept_change",
 )  # fmt: skip
 _TOKENIZER_FIELD = "data.tokenizer"  # its content is compared, not its name
 
@@ -62,6 +64,19 @@ class _TokenizerRestore(ocp.args.CheckpointArgs):
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedData:
+    """Where a run stands in its data.
+
+    Attributes:
+      position: windows taken so far, over all processes (`TrainBatches.position`).
+      corpus: what they were taken from.
+    """
+
+    position: int
+    corpus: CorpusIdentity
+
+
 class Checkpoints:
     """The checkpoints of one run: saves in the background, keeps the newest and the best, restores.
 
@@ -74,10 +89,18 @@ class Checkpoints:
     Attributes:
       directory: where the steps' directories are.
       ignored: names of half-written checkpoints that were found there.
+
+    Raises:
+      UserError: ``workdir`` holds a converted model.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig) -> None:
         self.directory = Path(workdir).expanduser().absolute() / SUBDIRECTORY
+        if converted.is_converted(self.directory.parent):
+            raise UserError(
+                f"workdir must be a directory for a run's checkpoints; {self.directory.parent} holds a "
+                "converted model: choose another with --workdir"
+            )
         self.ignored = [path.name for path in _entries(self.directory) if _is_half_written(path)]
         self._config = config
         self._opened: ocp.CheckpointManager | None = None
@@ -93,22 +116,10 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be made, or what it holds cannot be read.
         """
-        if converted.is_converted(self.directory.parent):
-            raise UserError(
-                f"workdir must be a directory for a run's checkpoints; {self.directory.parent} holds a "
-                "converted model: choose another with --workdir"
-            )
-        try:
+        with making(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 _set_aside(self.directory)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            raise UserError(
-                f"workdir must be a directory that can be made and written to; {self.directory} cannot "
-                f"({error.strerror}): choose another with --workdir"
-            ) from error
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(self._config.keep),
@@ -134,7 +145,7 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        data: grain.DatasetIterator,
+        data: SavedData,
         config: TrainConfig,
         tokenizer: Tokenizer,
         *,
@@ -155,7 +166,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     rest=ocp.args.StandardSave(rest),
-                    data=grain.checkpoint.CheckpointSave(data),
+                    data=ocp.args.JsonSave(dataclasses.asdict(data)),
                     run=ocp.args.JsonSave({"step": step, "config": dataclasses.asdict(config)}),
                     tokenizer=_TokenizerSave(tokenizer),
                 ),
@@ -187,9 +198,12 @@ class Checkpoints:
         """The tokenizer that ``step`` was trained with."""
         return load_tokenizer(self.path(step) / "tokenizer")
 
-    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state saved at ``step``, placed as ``abstract``'s shardings say;
-        puts ``data`` where it stood."""
+    def data(self, step: int) -> SavedData:
+        """Where the run that saved ``step`` stood in its data."""
+        return read_saved_data(self.path(step))
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state saved at ``step``, placed as ``abstract``'s shardings say."""
         params, rest = _split_state(abstract)
         with reading(self.path(step)):
             items = self._manager.restore(
@@ -197,7 +211,6 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(params),
                     rest=ocp.args.StandardRestore(rest),
-                    data=grain.checkpoint.CheckpointRestore(data),
                 ),
             )
         return TrainState(params=items.params, **items.rest)
@@ -225,6 +238,25 @@ def check_same_tokenizer(saved: Tokenizer, given: Tokenizer, where: Path) -> Non
             f"{where} was trained with another tokenizer: data.tokenizer has {saved.vocab_size} ids and "
             f"fingerprint {saved.fingerprint[:12]} there, {given.vocab_size} and {given.fingerprint[:12]} "
             "here: pass the tokenizer it was trained with, or choose another workdir"
+        )
+
+
+def check_same_corpus(saved: CorpusIdentity, given: CorpusIdentity, where: Path) -> None:
+    """Raises UserError unless both corpora have the same content."""
+    if saved.fingerprint != given.fingerprint:
+        raise UserError(
+            f"{where} was trained on another corpus: {saved} there, {given} here. Pass the documents that it "
+            "was trained on, choose another workdir, or go on with these from where the run stands with "
+            "--data.accept-change"
+        )
+
+
+def check_same_split(saved: CorpusIdentity, given: CorpusIdentity, where: Path) -> None:
+    """Raises UserError unless both corpora hold out a document by the same rule."""
+    if saved.threshold != given.threshold:
+        raise UserError(
+            f"{where} was trained with another rule of which documents are held out than these token shards "
+            "have, and text that it was trained on would count as held out: pass the documents themselves"
         )
 
 
@@ -303,6 +335,18 @@ def read_run(path: Path) -> tuple[TrainConfig, int]:
             f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use "
             "the version that saved it"
         ) from error
+
+
+def read_saved_data(path: Path) -> SavedData:
+    """Where a run stood in its data when it saved the checkpoint at ``path``."""
+    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        saved = checkpointer.restore(path / "data")
+    return SavedData(saved["position"], CorpusIdentity(**saved["corpus"]))
+
+
+def read_corpus(path: Path) -> CorpusIdentity | None:
+    """The corpus that the model at ``path`` was trained on; None if that is a converted model."""
+    return None if converted.is_converted(path) else read_saved_data(path).corpus
 
 
 def _heldout_ce(metrics: dict[str, float]) -> float:

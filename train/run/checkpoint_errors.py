@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,30 @@ from typing import Any
 import jax
 
 from train.errors import UserError
+
+
+@contextmanager
+def making(directory: Path) -> Iterator[None]:
+    """Turns what the file system raises of a directory in the workdir into one sentence; a full disk is left
+    to the caller."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"workdir must be a directory that can be made and written to; {directory} cannot "
+            f"({error.strerror}): choose another with --workdir"
+        ) from error
+
+
+def check_writable(directory: Path) -> None:
+    """Raises the OSError that making or writing to ``directory`` would, without making it."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 @contextmanager

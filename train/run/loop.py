@@ -5,22 +5,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import grain
 import jax
 
 from train import parallel
 from train.config import TrainConfig
-from train.data.batches import heldout_batches, train_batches
-from train.data.tokenizer import Tokenizer, build_tokenizer
+from train.data.batches import TrainBatches, heldout_batches
+from train.data.corpus import Corpus, choose_tokenizer, open_corpus
+from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
-from train.run.checkpoint import Checkpoints, check_same_run, check_same_tokenizer
-from train.run.checkpoint_errors import is_disk_full
+from train.run.checkpoint import (
+    Checkpoints,
+    SavedData,
+    check_same_corpus,
+    check_same_run,
+    check_same_split,
+    check_same_tokenizer,
+)
+from train.run.checkpoint_errors import check_writable, is_disk_full, making
 from train.run.hooks import Hook, StopSignal
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
 from train.run.report import Reporter
 from train.state import Program, TrainState, build_program
 from train.step import Metrics
+
+CACHE = "cache"  # directory in the workdir of what is made from text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,7 @@ def run(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> RunResult:
       UserError: the configuration does not fit the machine, the corpus or the checkpoint; the loss is not
         finite; the disk is full. What was saved before stands.
     """
+    config = dataclasses.replace(config, data=config.data.absolute())
     parallel.initialize_processes()
     parallel.check_batch(config)
     reporter = Reporter(config, primary=jax.process_index() == 0)
@@ -75,29 +85,63 @@ def _run(
     if checkpoints.ignored:
         reporter.say(f"ignoring half-written checkpoints: {', '.join(checkpoints.ignored)}")
     start = checkpoints.newest() or 0
-    tokenizer = _tokenizer(config, checkpoints, start)
-    if start >= config.steps:
-        reporter.say(f"this run is finished: {start} of {config.steps} steps are done; --steps asks for more")
-        reporter.next_commands()
-        return RunResult("already-finished", start, checkpoints.path(start))
-    run = _Run(config, hooks, reporter, checkpoints, tokenizer, start)
+    if start:
+        check_same_run(checkpoints.config(start), config, checkpoints.path(start))
+    cache = checkpoints.directory.parent / CACHE
+    with making(cache.parent):
+        check_writable(cache.parent)  # before the corpus is read
+        tokenizer = _tokenizer(config, checkpoints, start, cache, reporter)
+        if start >= config.steps:
+            reporter.say(
+                f"this run is finished: {start} of {config.steps} steps are done; --steps asks for more"
+            )
+            reporter.next_commands()
+            return RunResult("already-finished", start, checkpoints.path(start))
+        corpus = _corpus(config, checkpoints, start, tokenizer, cache, reporter)
+    run = _Run(config, hooks, reporter, checkpoints, corpus, start)
     try:
         return run.train()
     finally:
         run.writer.close()
 
 
-def _tokenizer(config: TrainConfig, checkpoints: Checkpoints, start: int) -> Tokenizer:
-    """The tokenizer of the run; a resumed one must go on with the same one, and the same model and data."""
+def _tokenizer(
+    config: TrainConfig, checkpoints: Checkpoints, start: int, cache: Path, reporter: Reporter
+) -> Tokenizer:
+    """The tokenizer of the run; a resumed one must go on with the same one."""
     if not start:
-        return build_tokenizer(config.data, config.model.vocab_size)
-    where, saved_config = checkpoints.path(start), checkpoints.config(start)
-    check_same_run(saved_config, config, where)
+        return choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
     saved = checkpoints.tokenizer(start)
     # A BPE fitted on the same data for the same vocabulary size is the same one: no need to fit it again.
-    if (config.data.tokenizer, saved_config.data.tokenizer) != ("bpe", "bpe"):
-        check_same_tokenizer(saved, build_tokenizer(config.data, config.model.vocab_size), where)
+    if (config.data.tokenizer, checkpoints.config(start).data.tokenizer) != ("bpe", "bpe"):
+        given = choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
+        check_same_tokenizer(saved, given, checkpoints.path(start))
     return saved
+
+
+def _corpus(
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+    start: int,
+    tokenizer: Tokenizer,
+    cache: Path,
+    reporter: Reporter,
+) -> Corpus:
+    """The corpus of the run; a resumed one must go on with the same one, unless it may change."""
+    with reporter.tokenizing() as on_progress:
+        corpus = open_corpus(config.data, tokenizer, cache, on_progress=on_progress, say=reporter.say)
+        if start:
+            saved = checkpoints.data(start).corpus
+            if not config.data.accept_change:
+                check_same_corpus(saved, corpus.identity, checkpoints.path(start))
+            elif saved.threshold != corpus.identity.threshold:
+                # What was trained on must not become held out.
+                corpus = open_corpus(
+                    config.data, tokenizer, cache, threshold=saved.threshold,
+                    on_progress=on_progress, say=reporter.say,
+                )  # fmt: skip
+                check_same_split(saved, corpus.identity, checkpoints.path(start))
+    return corpus
 
 
 class _Run:
@@ -109,23 +153,26 @@ class _Run:
         hooks: Sequence[Hook],
         reporter: Reporter,
         checkpoints: Checkpoints,
-        tokenizer: Tokenizer,
+        corpus: Corpus,
         start: int,
     ) -> None:
         self.config, self.reporter, self.checkpoints = config, reporter, checkpoints
-        self.tokenizer, self.start = tokenizer, start
+        self.corpus, self.start = corpus, start
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         context_length = config.model.context_length
-        self.batches: grain.DatasetIterator = train_batches(
-            config.data, tokenizer, context_length=context_length,
-            batch_size=config.batch_size, seed=config.seed, **share,
-        )  # fmt: skip
+        self.batches = TrainBatches(
+            corpus, context_length=context_length, batch_size=config.batch_size, seed=config.seed, **share
+        )
         self.heldout = heldout_batches(
-            config.data, tokenizer, context_length=context_length,
+            corpus.heldout,
+            corpus.weights,
+            context_length=context_length,
+            tokens=config.report.evaluate_tokens,
             batch_size=config.batch_size // config.optimizer.accumulation,
-            limit=config.report.evaluate_batches, **share,
-        )  # fmt: skip
-        # Nothing is made on the disk before the configuration, corpus and tokenizer have proved good.
+            devices=jax.device_count(),
+            **share,
+        )
+        # No checkpoint is made before the configuration, corpus and tokenizer have proved good.
         checkpoints.open()
         self.layout = parallel.Layout.over_all_devices(config.parallel)
         self.program: Program = build_program(config)
@@ -185,7 +232,8 @@ class _Run:
             abstract,
             self.layout.state_shardings(abstract),
         )
-        return self.checkpoints.restore(self.start, placed, self.batches)
+        self.batches.seek(self.checkpoints.data(self.start).position)
+        return self.checkpoints.restore(self.start, placed)
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""
@@ -228,7 +276,7 @@ class _Run:
         """Begins a checkpoint of ``state``, with its held-out CE if it has just been evaluated."""
         evaluated = self.evaluation if self.evaluation and self.evaluation.step == step else None
         self.checkpoints.save(
-            state, self.batches, self.config, self.tokenizer,
+            state, SavedData(self.batches.position, self.corpus.identity), self.config, self.corpus.tokenizer,
             step=step, heldout_ce=evaluated.ce if evaluated else None,
         )  # fmt: skip
 

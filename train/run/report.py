@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -13,6 +14,8 @@ from sparse_lm import ModelConfig
 from sparse_lm.model import num_parameters
 from train.cli.options import PROGRAM
 from train.config import TrainConfig
+from train.data.tokenize import Progress
+from train.output import tokenize_bar
 from train.run.metrics import Record, model_flops_utilisation
 
 
@@ -32,6 +35,10 @@ class Reporter:
     def say(self, what: RenderableType) -> None:
         """Prints one sentence, or a table."""
         self._console.print(what, markup=False)
+
+    def tokenizing(self) -> AbstractContextManager[Progress]:
+        """Shows how far tokenizing is, on a terminal."""
+        return tokenize_bar(self._console)
 
     def begin(self, *, start: int, devices: int, device_kind: str) -> None:
         """The lines before the first step: model, batch, devices, where it starts."""

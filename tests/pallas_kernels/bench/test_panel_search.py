@@ -247,7 +247,9 @@ def test_the_benchmark_tunes_each_case_and_panel(monkeypatch, capsys):
         asked.append((inputs["x"].shape, dy.shape, options.panel, direction))
         if options.panel == 32:
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return Found(options.panel, {"dw": WeightsConfig(64, 64, 32, 4, 2)}, 2.0, 1.0, tuning.DIRECTORY)
+        return Found(
+            options.layout.tokens, {"dw": WeightsConfig(64, 64, 32, 4, 2)}, 2.0, 1.0, tuning.DIRECTORY
+        )
 
     monkeypatch.setattr(bench_layers, "tune_panel", tune)
     monkeypatch.setattr(bench_layers, "run", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("not here")))

@@ -9,7 +9,8 @@ from pallas_kernels import sparse_ffn
 from pallas_kernels.bench import recorded
 from train import cli
 from train.data.batches import heldout_batches
-from train.run.checkpoint import load_for_inference
+from train.data.evaluation_text import read_evaluation_text
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def saved(finished, tmp_path_factory):
 
 def test_each_layer_is_the_models_own(finished, saved):
     model, tokenizer, config, _ = load_for_inference(finished.workdir)
-    batches = heldout_batches(config.data, tokenizer, context_length=16, batch_size=1, limit=4)
+    threshold = read_saved_data(find_checkpoint(finished.workdir)).corpus.threshold
+    text = read_evaluation_text(config.data, tokenizer, threshold, tokens=64)
+    batches = heldout_batches(text.heldout, text.weights, context_length=16, tokens=64, batch_size=1)
     tokens = np.concatenate([batch["tokens"][:, :-1] for batch in batches])
     _, stats = model(jnp.asarray(tokens))
     cases = recorded.cases(saved)

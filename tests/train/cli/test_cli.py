@@ -18,7 +18,7 @@ from train.data.tokenizer import ByteTokenizer
 SMALL = {
     "--steps": "2", "--batch-size": "4", "--data.tokenizer": "byte", "--model.vocab-size": "257",
     "--model.d-model": "16", "--model.d-ff": "32", "--model.num-layers": "1", "--model.num-heads": "2",
-    "--model.num-kv-heads": "1", "--model.context-length": "16", "--report.evaluate-batches": "1",
+    "--model.num-kv-heads": "1", "--model.context-length": "16", "--report.evaluate-tokens": "64",
     "--optimizer.warmup-steps": "1",
 }  # fmt: skip
 
@@ -38,10 +38,11 @@ def complaint(capsys, *argv):
     ("command", "sentence"),
     [
         ("",
-         "expected a command, one of train, generate, evaluate, convert, layer-inputs, plot, bench-step, "
-         "compare; got none: see sparse-lm --help"),
+         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "bench-step, compare; got none: see sparse-lm --help"),
         ("trian",
-         "expected a command, one of train, generate, evaluate, convert, layer-inputs, plot, bench-step, "
+         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "bench-step, "
          "compare; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
@@ -78,6 +79,8 @@ def complaint(capsys, *argv):
         ("generate --checkpoint x --prompt y --top-p 2", "top_p must be over 0 and at most 1"),
         ("generate --checkpoint x --prompt \udcff", "--prompt must be UTF-8 text; prompt 1 is not"),
         ("evaluate", "evaluate needs --checkpoint; got none"),
+        ("evaluate --checkpoint x --data.every-document", "--data.every-document needs --data.paths"),
+        ("evaluate --checkpoint x --data.text-field y", "--data.text-field needs --data.paths; got none"),
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
         ("plot x.json", "plot needs --out; got none"),
@@ -107,7 +110,7 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("generate --checkpoint {run} --prompt x --max-new-tokens 0",
          "max_new_tokens must be at least 1; got 0"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
-        ("evaluate --checkpoint {run} --batches 0", "batches must be at least 1; got 0"),
+        ("evaluate --checkpoint {run} --tokens 0", "tokens must be at least 1; got 0"),
         ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
         ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
          "--out must name a file in a directory that is there"),
@@ -197,7 +200,7 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ),
         ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
-        ("evaluate --help", ["--checkpoint", "--json", "--batches"]),
+        ("evaluate --help", ["--checkpoint", "--json", "--tokens", "--data.paths"]),
         ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
         ("plot --help", ["--out", "bench layers"]),
     ],

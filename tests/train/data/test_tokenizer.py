@@ -2,17 +2,21 @@
 and bad files are told in one sentence."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from train.data.tokenizer import (
     ByteTokenizer,
+    EncodingError,
     HFTokenizer,
     TextStream,
     check_vocabulary,
+    decode_continuation,
     fit_bpe,
     load_tokenizer,
     token_dtype,
@@ -64,6 +68,14 @@ def test_a_control_token_spelled_in_a_text_is_text(tokenizer):
     text = "before <|endoftext|> after"
     assert tokenizer.eos_id not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@TOKENIZERS
+def test_a_tokenizer_is_the_same_in_another_process(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "before <|endoftext|> after"
+    assert copy.encode(text) == copy.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+    assert (copy.fingerprint, copy.eos_id) == (tokenizer.fingerprint, tokenizer.eos_id)
 
 
 @TOKENIZERS
@@ -154,6 +166,57 @@ def test_truncation_and_padding_of_a_published_tokenizer_lose_nothing(published)
     assert tokenizer.encode_batch(["the people of the house"])[0].tolist() == BPE.encode(
         "the people of the house"
     )
+
+
+def words(model):
+    """A tokenizer that marks the beginnings of words, as SentencePiece does."""
+    rust = Tokenizer(model)
+    rust.add_special_tokens(["</s>"])
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()
+    rust.decoder = decoders.Metaspace()
+    return HFTokenizer(json.loads(rust.to_str()), source="words.json")
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁ship", -1.0), ("▁lamp", -1.0)]
+    tokenizer = words(models.Unigram(pieces, 0, False))
+    prompt = tokenizer.encode("ship lamp")
+    ship, lamp = prompt
+    assert tokenizer.decode([ship, lamp, ship]) == "ship lamp ship"
+    assert decode_continuation(tokenizer, prompt, [ship, lamp]) == " ship lamp"
+    stream = TextStream(tokenizer, prompt)
+    assert [stream.feed(ship), stream.feed(lamp)] == [" ship", " lamp"]
+    assert decode_continuation(tokenizer, [tokenizer.eos_id], [ship]) == "ship"
+
+
+@TOKENIZERS
+@given(prompt=texts, rest=texts)
+def test_a_continuation_is_what_is_added_to_the_prompt(tokenizer, prompt, rest):
+    added = decode_continuation(tokenizer, tokenizer.encode(prompt), tokenizer.encode(rest))
+    assert prompt.rstrip("\ufffd") + added == prompt + rest
+
+
+@pytest.mark.parametrize("encode", ["encode", "encode_batch", "encode_measured"])
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({"</s>": 0, "▁ship": 1}), models.Unigram([("</s>", 0.0), ("▁ship", -1.0)])]
+)
+def test_text_outside_the_vocabulary_is_one_sentence(model, encode):
+    argument = ["ship", "boat"] if encode == "encode_batch" else "boat"
+    with pytest.raises(EncodingError, match=r"words\.json has no tokens for some of the text") as caught:
+        getattr(words(model), encode)(argument)
+    assert "\n" not in str(caught.value)
+
+
+def test_dropout_is_switched_off_and_told(published, tmp_path):
+    published["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(published))
+    loaded = load_tokenizer(tmp_path)
+    assert {tuple(loaded.encode(TEXTS[1])) for _ in range(20)} == {tuple(BPE.encode(TEXTS[1]))}
+    (note,) = loaded.notes
+    assert f"{tmp_path}/tokenizer.json has a BPE dropout of 0.5: it is switched off" in note
+    saved = load_tokenizer(loaded.save(tmp_path / "copy.json"))
+    assert saved.fingerprint == loaded.fingerprint
+    assert saved.notes == BPE.notes == ()
 
 
 def test_no_eos_is_refused(published):

@@ -72,7 +72,7 @@ def tiny_config(corpus: Path, workdir: Path, **changes: Any) -> TrainConfig:
         data=DataConfig(paths=(str(corpus),)),
         optimizer=OPTIMIZER,
         checkpoint=CheckpointConfig(every=2, keep=2),
-        report=ReportConfig(every=1, evaluate_every=4, evaluate_batches=2),
+        report=ReportConfig(every=1, evaluate_every=4, evaluate_tokens=128),
     )
     return dataclasses.replace(config, **changes)
 

@@ -16,11 +16,11 @@ import tiny_runs
 from flax import nnx
 
 from train.config import CheckpointConfig, TrainConfig, from_dict
-from train.data.batches import train_batches
+from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import ByteTokenizer, fit_bpe
 from train.errors import UserError
 from train.run import checkpoint
-from train.run.checkpoint import Checkpoints, complete_steps, find_checkpoint, load_for_inference
+from train.run.checkpoint import Checkpoints, SavedData, complete_steps, find_checkpoint, load_for_inference
 from train.run.loop import run
 from train.state import build_program
 
@@ -36,19 +36,14 @@ def first_state(finished):
     return jax.jit(build_program(finished.config).init)()
 
 
-def batches(config: TrainConfig):
-    return train_batches(
-        config.data, ByteTokenizer(), context_length=16, batch_size=config.batch_size, seed=config.seed
-    )
+DATA = SavedData(48, CorpusIdentity("a hash", 1 << 63, 40, 1000, 100))
 
 
 def test_newest_are_kept_and_the_best_besides(finished, first_state, tmp_path):
     saver = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2))
     saver.open()
     for step, ce in enumerate((3.0, 1.0, 2.0, None, 2.5, None), start=1):
-        saver.save(
-            first_state, batches(finished.config), finished.config, ByteTokenizer(), step=step, heldout_ce=ce
-        )
+        saver.save(first_state, DATA, finished.config, ByteTokenizer(), step=step, heldout_ce=ce)
     saver.close()
     assert complete_steps(saver.directory) == [2, 5, 6]
 
@@ -64,7 +59,7 @@ def test_saved_state_is_of_its_step_though_training_went_on(finished):
     saver = Checkpoints(finished.workdir, finished.config.checkpoint)
     saver.open()
     for step in (6, 8):
-        restored = saver.restore(step, finished_abstract(finished.config), batches(finished.config))
+        restored = saver.restore(step, finished_abstract(finished.config))
         jax.tree.map(np.testing.assert_array_equal, tiny_runs.snapshot(restored), finished.states[step])
     saver.close()
 
@@ -216,7 +211,7 @@ def test_save_that_the_disk_has_no_room_for_is_not_begun(copy, finished, first_s
     with pytest.raises(
         UserError, match=r"the disk is full: .*MB wanted, 0.0 MB free\), earlier ones are intact"
     ):
-        saver.save(first_state, batches(finished.config), finished.config, ByteTokenizer(), step=9)
+        saver.save(first_state, DATA, finished.config, ByteTokenizer(), step=9)
     saver.close()
     assert complete_steps(copy / "checkpoints")[-1] == 8
     load_for_inference(copy)

@@ -176,15 +176,17 @@ def test_a_converted_model_whose_weights_were_exchanged(published, tmp_path):
 def test_no_run_begins_in_a_converted_model(published, tmp_path, corpus):
     """Or `evaluate` would not know which of the two is meant."""
     ours = converted(published, tmp_path)
+    before = sorted(ours.iterdir())
     with pytest.raises(UserError, match="holds a converted model: choose another with --workdir"):
         loop.run(tiny_config(corpus, ours))
-    assert not (ours / "checkpoints").exists()
+    assert sorted(ours.iterdir()) == before
 
 
 def test_a_converted_model_is_measured_on_text(published, tmp_path):
-    report = evaluate_checkpoint(converted(published, tmp_path), batches=1, batch_size=2)
+    report = evaluate_checkpoint(converted(published, tmp_path), tokens=64, batch_size=2)
     assert report.step == 0
     assert report.tokens == 2 * 32
+    assert "what a converted model was trained on is not known" in report.notes[0]
 
 
 def test_dtype_is_refused_for_an_export(capsys):
