@@ -1,6 +1,5 @@
 """Rotary frequencies by their definitions; what transformers computes with them is in convert/."""
 
-import dataclasses
 import json
 import math
 
@@ -10,7 +9,7 @@ import pytest
 from pallas_kernels import FFNOptions
 from sparse_lm import ModelConfig
 from sparse_lm.rope import RopeScaling, frequencies
-from train.config import TrainConfig, from_dict
+from train.config import TrainConfig, from_dict, to_dict
 
 PLAIN = 100.0 ** (-np.arange(8) / 8)
 
@@ -79,4 +78,4 @@ def test_a_configuration_survives_json():
         activation="threshold(0.02)", rope_scaling=RopeScaling("yarn", 4.0, 512), residual_scale=0.2
     )
     config = TrainConfig(model=model)
-    assert from_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config

@@ -19,7 +19,7 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm import SparseLM
-from train.config import CheckpointConfig, TrainConfig, from_dict
+from train.config import CheckpointConfig, TrainConfig, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from train.errors import UserError
@@ -167,7 +167,7 @@ class Checkpoints:
                     params=ocp.args.StandardSave(params),
                     rest=ocp.args.StandardSave(rest),
                     data=ocp.args.JsonSave(dataclasses.asdict(data)),
-                    run=ocp.args.JsonSave({"step": step, "config": dataclasses.asdict(config)}),
+                    run=ocp.args.JsonSave({"step": step, "config": to_dict(config)}),
                     tokenizer=_TokenizerSave(tokenizer),
                 ),
                 metrics=None if heldout_ce is None else {_CE: heldout_ce},
@@ -218,7 +218,7 @@ class Checkpoints:
 
 def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
     """Raises UserError naming each field in which ``given`` cannot resume what ``saved`` began."""
-    old, new = _flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(given))
+    old, new = _flatten(to_dict(saved)), _flatten(to_dict(given))
     differing = [
         f"{name.replace('_', '-')} is {old.get(name)!r} there and {value!r} here"
         for name, value in new.items()

@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from sparse_lm import ModelConfig
 from sparse_lm.convert import ConversionError, Weights, load_params, open_own, write_own
-from train.config import TrainConfig
+from train.config import TrainConfig, to_dict
 from train.data.tokenizer import FILE_NAME, Tokenizer
 from train.errors import UserError
 
@@ -42,7 +41,7 @@ def write(weights: Weights, tokenizer: Tokenizer, config: TrainConfig, directory
     params.mkdir()
     write_own(weights, params)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        run = {"step": 0, "config": dataclasses.asdict(config)}
+        run = {"step": 0, "config": to_dict(config)}
         checkpointer.save(directory / RUN, args=ocp.args.JsonSave(run))
     (directory / TOKENIZER).mkdir()
     tokenizer.save(directory / TOKENIZER)
