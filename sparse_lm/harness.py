@@ -20,7 +20,7 @@ from sparse_lm.scoring import rolling_windows, score
 TASKS = Path(__file__).parent / "tasks"
 """Task files of ours: CommonsenseQA in cloze form."""
 PAPER_TASKS = (
-    "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "commonsense_qa_cloze",
+    "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "commonsenseqa",
 )  # fmt: skip
 """The seven tasks of arXiv 2603.23198."""
 _DEFAULT_NEW_TOKENS = 256

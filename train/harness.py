@@ -77,7 +77,7 @@ class TaskResult:
 
 def evaluate_tasks(
     checkpoint: str,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (PAPER,),
     *,
     include_path: str | None = None,
     limit: int | None = None,

@@ -121,6 +121,24 @@ def test_the_harness_gives_what_a_direct_computation_gives(finished, tasks, caps
 
 
 @needs_harness
+def test_the_tasks_of_the_paper_are_the_default(finished, monkeypatch):
+    from train import harness
+
+    asked = []
+
+    def simple_evaluate(*, tasks, task_manager, **_):
+        asked.extend(tasks)
+        assert set(tasks) <= set(task_manager.all_tasks)
+        return {"results": {}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", simple_evaluate)
+    assert harness.evaluate_tasks(str(finished.workdir)) == []
+    assert asked == [
+        "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "commonsenseqa",
+    ]  # fmt: skip
+
+
+@needs_harness
 def test_limit_and_table(finished, tasks, capsys):
     options = ["--checkpoint", str(finished.workdir), "--include-path", str(tasks), "--tasks", "local_choice"]
     assert main(["evaluate", *options, "--limit", "2"]) == 0
@@ -133,7 +151,7 @@ def test_limit_and_table(finished, tasks, capsys):
     ("arguments", "said"),
     [
         (["--tasks", "local_chioce"], "got 'local_chioce'; did you mean local_choice?"),
-        (["--tasks", "commonsense_qa_cloze"], "the data of a task must be on this machine"),
+        (["--tasks", "commonsenseqa"], "the data of a task must be on this machine"),
         (["--tasks", "local_odd"], "got num_beams in a task's generation_kwargs"),
         (["--tasks", "local_choice", "--include-path", "/no/where"], "--include-path must be a directory"),
     ],
