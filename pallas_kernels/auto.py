@@ -76,14 +76,19 @@ def infer(
     weights (F, D) of one type."""
 
     def sparse(x, w_gate, w_up, w_down):
-        return panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        outputs = panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        return varying_axes.vary_with(x, outputs)
 
     def instead(x, w_gate, w_up, w_down):
         return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
 
     share = configs.break_even(device.current(), backend, gated=w_gate is not None).forward
-    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
-    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    def probe(x, w_gate, w_up, w_down):
+        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+        return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
 
 
 def forward(
@@ -98,19 +103,31 @@ def forward(
     """`infer`, and what either layer keeps, in the same buffers."""
 
     def sparse(x, w_gate, w_up, w_down):
-        return panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        outputs = panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
+        return varying_axes.vary_with(x, outputs)  # constants too: a conditional's branches vary alike
 
     def instead(x, w_gate, w_up, w_down):
         like = jax.eval_shape(sparse, x, w_gate, w_up, w_down)[1]
         outputs, (gate, up) = dense.forward(x, w_gate, w_up, w_down, options, "xla", groups)
         kept = _into(gate, like.gate), None if up is None else _into(up, like.up)
         residuals = Residuals(jnp.zeros((), bool), empty(like.lists), *kept)
-        # Constants too: what the other branch gives is computed.
         return varying_axes.vary_with(x, (outputs, residuals))
 
     share = configs.break_even(device.current(), backend, gated=w_gate is not None).train
-    decision = pays(x, w_up if w_gate is None else w_gate, options, share)
-    return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    def probe(x, w_gate, w_up, w_down):
+        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+        return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
+
+    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
+
+
+def _where_kernels_run(kernels, instead, backend: str, *arguments):
+    """``kernels`` where the program is lowered for CUDA, ``instead`` for any other platform: the process
+    that traces a call may have a GPU and run it on a CPU all the same."""
+    if backend == "interpret":
+        return kernels(*arguments)
+    return lax.platform_dependent(*arguments, cuda=kernels, default=instead)
 
 
 def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -153,4 +170,7 @@ def backward(
         dx, *gradients = dense.backward(*arguments, projections, dy, scale, options, "xla", dtype=dtype)
         return (dx, *(gradients if weights else (None, None, None)))
 
-    return lax.cond(kept.fits, sparse, instead, kept, dy, scale)
+    def as_decided(kept, dy, scale):
+        return lax.cond(kept.fits, sparse, instead, kept, dy, scale)
+
+    return _where_kernels_run(as_decided, instead, backend, kept, dy, scale)

@@ -16,16 +16,21 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels import dispatch
+from pallas_kernels.common.groups import Groups
 from pallas_kernels.differentiation import LayerCall, layer
-from pallas_kernels.options import FFNStats
+from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
 _layer_p = Primitive("sparse_ffn")
 _layer_p.multiple_results = True
 
 
-def apply(arguments: Weights, call: LayerCall) -> tuple[jax.Array, FFNStats]:
-    """`differentiation.layer` of x (M, D) and weights (F, D), under every transformation."""
+def apply(arguments: Weights, options: FFNOptions, groups: Groups = None) -> tuple[jax.Array, FFNStats]:
+    """`differentiation.layer` of x (M, D) and weights (F, D), on the path that `dispatch` chooses for so many
+    tokens, under every transformation."""
+    choice = dispatch.choose(options, dispatch.Call.of(arguments[0], arguments[2]))
+    call = LayerCall(options, choice.layout.name, choice.backend, groups)
     gated = arguments[1] is not None
     arrays = [array for array in arguments if array is not None]
     traced = jax.make_jaxpr(partial(_flat, call=call, gated=gated))(*arrays)
@@ -72,7 +77,7 @@ def _batch(arrays, axes, *, traced, call, gated):
     size, tokens, d_model = x.shape
     groups = size * (call.groups or 1)
     weights = [None, *weights] if not gated else weights
-    y, stats = apply((x.reshape(-1, d_model), *weights), dataclasses.replace(call, groups=groups))
+    y, stats = apply((x.reshape(-1, d_model), *weights), call.options, groups)
     if call.groups is not None:
         stats = jax.tree.map(lambda leaf: leaf.reshape(size, call.groups, *leaf.shape[1:]), stats)
     outputs = [y.reshape(size, tokens, d_model), *_leaves(stats)]

@@ -63,47 +63,74 @@ def layer(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, call: LayerCall
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer: as `reference.ffn`, for x (M, D) and weights (F, D) of x's type or f32."""
-    with jax.enable_x64(False):
-        arguments = dense.rounded(x, w_gate, w_up, w_down)
-        outputs = _FORMATS[call.format].infer(*arguments, call.options, call.backend, call.groups)
-        return varying_axes.vary_with(x, outputs)
+    return infer((x, w_gate, w_up, w_down), call)
 
 
 def _forward(x, w_gate, w_up, w_down, call):
-    saved = jax.tree.map(lambda argument: argument.value, (x, w_gate, w_up, w_down), is_leaf=_is_primal)
-    weights = any(weight.perturbed for weight in (w_gate, w_up, w_down) if weight is not None)
+    arguments, weights = primals((x, w_gate, w_up, w_down))
+    once = arguments if call.format == "dense" else _differentiated_once(arguments)
+    outputs, kept = forward(once, call)
+    return outputs, _Saved(arguments, kept, weights)
+
+
+def _backward(call, saved: _Saved, cotangents):
+    """Cotangents of x and the weights, each in its own type, from those of y and l1."""
+    dy, dl1 = cotangents[0], cotangents[1].l1
+    dy = as_array(dy, saved.arguments[0])
+    operands = saved.arguments, dy, None if isinstance(dl1, SymbolicZero) else dl1
+    arguments, dy, dl1 = operands if call.format == "dense" else _differentiated_once(operands)
+    dx, *weights = backward(arguments, saved.kept, dy, dl1, call, weights=saved.weights)
+    return (dx, *(weights if saved.weights else (None, None, None)))
+
+
+layer.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def infer(arguments: Weights, call: LayerCall) -> tuple[jax.Array, FFNStats]:
+    """The layer as it is where nothing is differentiated."""
     with jax.enable_x64(False):
-        arguments = dense.rounded(*saved)
-        if call.format != "dense":
-            arguments = _differentiated_once(arguments)
-        outputs, kept = _FORMATS[call.format].forward(*arguments, call.options, call.backend, call.groups)
-    # Constants too: `layer` gives what varies over the same axes.
+        rounded = dense.rounded(*arguments)
+        outputs = _FORMATS[call.format].infer(*rounded, call.options, call.backend, call.groups)
+        return varying_axes.vary_with(arguments[0], outputs)
+
+
+def forward(arguments: Weights, call: LayerCall) -> tuple[tuple[jax.Array, FFNStats], Any]:
+    """The layer, and what its format keeps for `backward`, under the names by which a policy may save it."""
+    with jax.enable_x64(False):
+        rounded = dense.rounded(*arguments)
+        outputs, kept = _FORMATS[call.format].forward(*rounded, call.options, call.backend, call.groups)
+    # Constants too: `infer` gives what varies over the same axes.
     outputs = varying_axes.vary_with(arguments[0], outputs)
-    return outputs, _Saved(saved, None if kept is None else kept.named(), weights)
+    return outputs, None if kept is None else kept.named()
+
+
+def backward(
+    arguments: Weights, kept: Any, dy: jax.Array, dl1: jax.Array | None, call: LayerCall, *, weights: bool
+) -> Weights:
+    """Cotangents of the arguments, each in its own type; the weights' are None unless they are wanted."""
+    x, dtype = arguments[0], arguments[2].dtype
+    with jax.enable_x64(False):
+        scale = None if dl1 is None else token_scale(dl1, x.shape[0], call.groups)
+        rounded = dense.rounded(*arguments)
+        return _FORMATS[call.format].backward(
+            *rounded, kept, dy, scale, call.options, call.backend, dtype=dtype, weights=weights
+        )
+
+
+def primals(arguments: Any) -> tuple[Any, bool]:
+    """The values among what ``symbolic_zeros`` hands to a forward, and whether any but the first is
+    differentiated."""
+    values = jax.tree.map(lambda argument: argument.value, arguments, is_leaf=_is_primal)
+    return values, any(weight.perturbed for weight in arguments[1:] if weight is not None)
 
 
 def _is_primal(value):
     return hasattr(value, "perturbed")
 
 
-def _backward(call, saved: _Saved, cotangents):
-    """Cotangents of x and the weights, each in its own type, from those of y and l1."""
-    dy, dl1 = cotangents[0], cotangents[1].l1
-    x, dtype = saved.arguments[0], saved.arguments[2].dtype
-    with jax.enable_x64(False):
-        scale = None if isinstance(dl1, SymbolicZero) else token_scale(dl1, x.shape[0], call.groups)
-        if isinstance(dy, SymbolicZero):
-            dy = jnp.zeros_like(x)
-        arguments = dense.rounded(*saved.arguments)
-        if call.format != "dense":
-            arguments, dy, scale = _differentiated_once((arguments, dy, scale))
-        dx, *weights = _FORMATS[call.format].backward(
-            *arguments, saved.kept, dy, scale, call.options, call.backend, dtype=dtype, weights=saved.weights
-        )
-    return (dx, *(weights if saved.weights else (None, None, None)))
-
-
-layer.defvjp(_forward, _backward, symbolic_zeros=True)
+def as_array(cotangent: jax.Array | SymbolicZero, like: jax.Array) -> jax.Array:
+    """A cotangent, also one that is known to be zero, as an array like the one it belongs to."""
+    return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 @jax.custom_jvp

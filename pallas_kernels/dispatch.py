@@ -60,16 +60,8 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
     format = layout.name
     if backend not in _BACKENDS[format]:
         return f"format={format!r} runs on backend {_or(_BACKENDS[format])}; got backend={backend!r}"
-    if backend == "triton" and not (device.is_nvidia and device.capability >= _TRITON_CAPABILITY):
-        return (
-            "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
-            f"got {device.kind} ({device.platform}): use format='dense', or backend='interpret' to test"
-        )
-    if backend == "mosaic_gpu" and not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
-        return (
-            "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
-            f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
-        )
+    if (reason := device_reason(backend, device)) is not None:
+        return reason
     if format == "dense":
         return None
     if not isinstance(call.tokens, int):
@@ -99,11 +91,26 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
     return None
 
 
+def device_reason(backend: str, device: Device) -> str | None:
+    """Why ``backend`` runs nothing on ``device``, in one sentence; None if it runs something."""
+    if backend == "triton" and not (device.is_nvidia and device.capability >= _TRITON_CAPABILITY):
+        return (
+            "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
+            f"got {device.kind} ({device.platform}): use format='dense', or backend='interpret' to test"
+        )
+    if backend == "mosaic_gpu" and not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
+        return (
+            "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
+            f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
+        )
+    return None
+
+
 def choose(options: FFNOptions, call: Call) -> Choice:
     """The path of a call under its options.
 
     ``format="auto"`` on an NVIDIA GPU is a program that finds out by itself whether sparsity pays
-    (`adaptive`), and the dense path where that cannot run or would not be worth its probe. A format asked for
+    (`auto`), and the dense path where that cannot run or would not be worth its probe. A format asked for
     by name runs, on the first backend that can, or raises the reason; so does a backend.
 
     Raises:
@@ -162,7 +169,10 @@ def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]
     choices = [Choice(layout, backend) for backend in backends]
     if isinstance(layout, Auto):
         dense = Choice(Dense(), "xla")
-        choices = {"auto": [*choices, dense], "xla": [dense]}.get(options.backend, choices)
+        if options.backend == "xla":
+            choices = [dense]
+        elif options.backend == "auto" or device_reason(options.backend, device) is None:
+            choices.append(dense)
     return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
 
 

@@ -1,11 +1,11 @@
 """The two public calls: they check their arguments, choose a path and shape the tokens for it."""
 
 import jax
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from pallas_kernels import batching, dense, dispatch
+from pallas_kernels import batching, dense, partition
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.common import varying_axes
-from pallas_kernels.differentiation import LayerCall
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
@@ -54,12 +54,30 @@ def _layer(
     x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, options: FFNOptions
 ) -> tuple[jax.Array, FFNStats]:
     check_ffn_arguments(x, w_gate, w_up, w_down, options)
+    weights = (w_up, w_down) if w_gate is None else (w_gate, w_up, w_down)
+    if (shared := partition.ffn(x, *weights, options=options)) is not None:
+        return shared
     tokens = x.reshape(-1, x.shape[-1])
-    choice = dispatch.choose(options, dispatch.Call.of(tokens, w_up))
     arguments: Weights = (tokens, w_gate, w_up, w_down)
     if options.weight_gradients == "input":
         arguments = dense.rounded(*arguments)
     # Out here, so that the transpose of a weight's cast adds its gradient up over the axes.
     arguments = varying_axes.vary_alike(*arguments)
-    y, stats = batching.apply(arguments, LayerCall(options, choice.layout.name, choice.backend))
+    y, stats = batching.apply(arguments, options)
     return y.reshape(x.shape), stats
+
+
+def ffn_on_mesh(
+    mesh: AbstractMesh,
+    x: tuple[jax.Array, PartitionSpec],
+    *weights: tuple[jax.Array, PartitionSpec],
+    options: FFNOptions,
+) -> tuple[jax.Array, FFNStats]:
+    """`sparse_ffn`, or of two weights `sparse_mlp`, split over a mesh as partition specs say.
+
+    Each array stands beside its spec: axes of x's leading dimensions split the tokens, others of the weights'
+    F the neurons, and what remains of a weight's spec is how it is stored.
+    """
+    w_gate, w_up, w_down = (None, *weights) if len(weights) == 2 else weights
+    check_ffn_arguments(x[0], None if w_gate is None else w_gate[0], w_up[0], w_down[0], options)
+    return partition.ffn_on_mesh(mesh, x, *weights, options=options)

@@ -256,6 +256,9 @@ class FFNStats:
         where no panels were made.
       dense_tokens: () int32, tokens that were computed densely, whatever the reason: the format, a lack of
         room, or `Auto`'s choice.
+
+    Where devices split the neurons of one call, ``max_nnz`` is the sum of each part's most, which no token
+    exceeds, and ``overflow_rows`` and ``dense_tokens`` are those of the part that has most of them.
     """
 
     l1: jax.Array
@@ -308,30 +311,50 @@ class FFNStats:
     @classmethod
     def merged(cls, parts: "FFNStats") -> "FFNStats":
         """The statistics of a whole from those of equal parts, stacked on axis 0."""
-        return cls(
-            l1=parts.l1.mean(0),
-            l0=parts.l0.mean(0),
-            neuron_hits=parts.neuron_hits.sum(0),
-            max_nnz=parts.max_nnz.max(0),
-            overflow_rows=parts.overflow_rows.sum(0),
-            pairs=parts.pairs.sum(0),
-            dense_tokens=parts.dense_tokens.sum(0),
-        )
+        return cls(**{name: _OF_PARTS[how[0]](getattr(parts, name)) for name, how in _REDUCTIONS.items()})
 
-    def all_reduce(self, axis_name: str | tuple[str, ...]) -> "FFNStats":
-        """The statistics of the whole batch, inside ``shard_map`` or ``pmap``, from equal local batches."""
-        mean, total = jax.lax.pmean, jax.lax.psum
-        return FFNStats(
-            l1=mean(self.l1, axis_name),
-            l0=mean(self.l0, axis_name),
-            neuron_hits=total(self.neuron_hits, axis_name),
-            max_nnz=jax.lax.pmax(jax.lax.stop_gradient(self.max_nnz), axis_name),
-            overflow_rows=total(self.overflow_rows, axis_name),
-            pairs=total(self.pairs, axis_name),
-            dense_tokens=total(self.dense_tokens, axis_name),
-        )
+    def all_reduce(
+        self, axis_name: str | tuple[str, ...], neuron_axes: str | tuple[str, ...] = ()
+    ) -> "FFNStats":
+        """The statistics of a whole call, inside ``shard_map`` or ``pmap``, from those of equal parts.
+
+        Args:
+          axis_name: the mapped axes that split the tokens.
+          neuron_axes: those that split the neurons; ``neuron_hits`` stays split over them.
+        """
+        reduced = {}
+        for name, (over_tokens, over_neurons) in _REDUCTIONS.items():
+            reduced[name] = getattr(self, name)
+            for reduction, axes in ((over_neurons, neuron_axes), (over_tokens, axis_name)):
+                if axes and reduction is not None:
+                    reduced[name] = _OVER_DEVICES[reduction](reduced[name], axes)
+        return FFNStats(**reduced)
 
     @property
     def dead_fraction(self) -> jax.Array:
         """() f32, share of neurons that no token of the call activated."""
         return jnp.mean(self.neuron_hits == 0, dtype=jnp.float32)
+
+
+_REDUCTIONS: dict[str, tuple[str, str | None]] = {
+    "l1": ("mean", "sum"),
+    "l0": ("mean", "sum"),
+    "neuron_hits": ("sum", None),  # each part counts other neurons
+    "max_nnz": ("max", "sum"),
+    "overflow_rows": ("sum", "max"),
+    "pairs": ("sum", "sum"),
+    "dense_tokens": ("sum", "max"),
+}
+"""How each statistic is put together from those of equal parts: of the tokens, and of the neurons."""
+
+
+def _pmax(value: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    return jax.lax.pmax(jax.lax.stop_gradient(value), axes)  # pmax has no derivative, and a count needs none
+
+
+_OVER_DEVICES = {"mean": jax.lax.pmean, "sum": jax.lax.psum, "max": _pmax}
+_OF_PARTS = {
+    "mean": lambda parts: parts.mean(0),
+    "sum": lambda parts: parts.sum(0),
+    "max": lambda parts: parts.max(0),
+}

@@ -1,14 +1,17 @@
 """The drop-in module: a feed-forward layer whose hidden activations an L1 term makes sparse."""
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from flax.nnx.spmd import get_var_pspec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import FFNOptions, FFNStats, sparse_ffn, sparse_mlp
+from pallas_kernels.ffn import ffn_on_mesh
 
 
 class SparseFFN(nnx.Module):
@@ -20,9 +23,11 @@ class SparseFFN(nnx.Module):
     and rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
     rounded to ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
 
-    The kernels see local arrays. Under an ambient mesh (``jax.set_mesh``) the call runs in a
-    ``jax.shard_map`` over ``batch_axes`` and returns the statistics of the whole batch; inside ``shard_map``
-    or ``pmap`` it is local already, and so are its statistics (``FFNStats.all_reduce`` combines them).
+    Where several devices share the arrays, each computes its own tokens and neurons (`docs/meshes.md`).
+    Under an ambient mesh with axes of type Auto (``jax.set_mesh``), tokens are split over ``batch_axes``,
+    and neurons over the axes that the weights' metadata names for F. Elsewhere the call splits as its arrays
+    are. Inside ``shard_map`` or ``pmap`` it is local already, and so are its statistics
+    (``FFNStats.all_reduce`` combines them).
     """
 
     def __init__(
@@ -35,11 +40,14 @@ class SparseFFN(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         init_std: float = 0.02,
+        kernel_init: nnx.Initializer | None = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
         options: FFNOptions | None = None,
         use_bias: bool = False,
         batch_axes: str | tuple[str, ...] | None = None,
     ) -> None:
-        """Draws the weights from ``rngs.params()``, normal with standard deviation ``init_std``.
+        """Draws the weights from ``rngs.params()``: with ``kernel_init``, or normal with standard deviation
+        ``init_std``.
 
         Args:
           d_model: D, model width.
@@ -49,9 +57,15 @@ class SparseFFN(nnx.Module):
           dtype: compute type: bfloat16, float16 or float32.
           param_dtype: type of the master weights.
           init_std: standard deviation of the initial weights.
+          kernel_init: instead of ``init_std``, what draws each weight (F, D). One wrapped by
+            ``nnx.with_partitioning(init, ("model", None))`` also says how all three are split.
+          kernel_metadata: metadata of the three parameters, as `nnx.Linear` takes it: with
+            ``{"out_sharding": ("model", None)}`` their neurons are split over the mesh axis ``"model"``.
           options: how the kernels run; the default lets them choose.
           use_bias: must be false; see Raises.
-          batch_axes: axes of the ambient mesh that the first axis of ``x`` is split over; ``None`` means all.
+          batch_axes: axes of the ambient mesh that the first axis of ``x`` is split over; ``None`` means, on
+            axes of type Auto, all that do not split the neurons, and on Explicit ones, those that it comes
+            split over.
 
         Raises:
           ValueError: a size under 1, or ``use_bias=True``.
@@ -64,10 +78,10 @@ class SparseFFN(nnx.Module):
                 "it where its gate is silent, and a positive gate bias would keep the neuron active for "
                 "every token, which is what the L1 term works against; use use_bias=False"
             )
-        init = nnx.initializers.normal(init_std)
+        init = nnx.initializers.normal(init_std) if kernel_init is None else kernel_init
 
         def draw() -> nnx.Param:
-            return nnx.Param(init(rngs.params(), (d_ff, d_model), param_dtype))
+            return nnx.Param(init(rngs.params(), (d_ff, d_model), param_dtype), **(kernel_metadata or {}))
 
         self.w_gate = draw() if gated else None
         self.w_up = draw()
@@ -87,7 +101,9 @@ class SparseFFN(nnx.Module):
           ``y`` (..., D) in ``dtype`` and the call's statistics.
 
         Raises:
-          ValueError: ``x`` has another width, or a name in ``batch_axes`` is no axis of the ambient mesh.
+          ValueError: ``x`` has another width, or ``batch_axes`` or the weights' metadata name what is no
+          axis of
+            the ambient mesh.
         """
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"SparseFFN expected x of shape (..., {self.d_model}); got {x.shape}")
@@ -95,48 +111,46 @@ class SparseFFN(nnx.Module):
         # The layer itself rounds f32 weights, and so can give their gradients in f32.
         weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(self.dtype) for p in parameters]
         x = x.astype(self.dtype)
-        axes = _split_axes(self.batch_axes)
-        return self._local(x, *weights) if not axes else self._sharded(axes, x, weights)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.manual_axes:
+            return self._call(x, *weights)
+        _check_names(mesh, self.batch_axes or (), "SparseFFN.batch_axes")
+        if AxisType.Explicit in mesh.axis_types:  # arrays carry how they are split in their types
+            if self.batch_axes is not None and x.ndim > 1:
+                x = jax.sharding.reshard(x, PartitionSpec(self.batch_axes))
+            return self._call(x, *weights)
+        specs = [_partition_spec(mesh, parameter) for parameter in parameters]
+        axes = self.batch_axes
+        if axes is None:
+            neurons = {axis for spec in specs for axis in _axes(spec[0])}
+            axes = tuple(axis for axis in mesh.axis_names if axis not in neurons)
+        split = PartitionSpec(axes) if x.ndim > 1 else PartitionSpec()
+        return ffn_on_mesh(mesh, (x, split), *zip(weights, specs, strict=True), options=self.options)
 
-    def _local(self, x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
+    def _call(self, x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
         kernel = sparse_mlp if self.w_gate is None else sparse_ffn
         return kernel(x, *weights, options=self.options)
 
-    def _sharded(
-        self, axes: tuple[str, ...], x: jax.Array, weights: list[jax.Array]
-    ) -> tuple[jax.Array, FFNStats]:
-        mesh = jax.sharding.get_abstract_mesh()
-        # A batch that the devices cannot share evenly is computed whole by each of them.
-        shared = x.ndim > 1 and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
-        split = PartitionSpec(axes) if shared else PartitionSpec()
 
-        def local(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
-            y, stats = self._local(x, *weights)
-            return y, stats.all_reduce(axes) if shared else stats
-
-        if AxisType.Explicit in mesh.axis_types:
-            # Arrays of an explicit mesh carry their sharding in their type, and shard_map will not move them.
-            x = jax.sharding.reshard(x, split)
-            weights = [jax.sharding.reshard(weight, PartitionSpec()) for weight in weights]
-        # Kernels do not declare over which axes their outputs vary, so that check has nothing to read.
-        return jax.shard_map(
-            local,
-            in_specs=(split, *(PartitionSpec() for _ in weights)),
-            out_specs=(split, PartitionSpec()),
-            check_vma=False,
-        )(x, *weights)
+def _partition_spec(mesh: AbstractMesh, parameter: nnx.Param) -> PartitionSpec:
+    """How metadata says that a weight (F, D) is split; whole if it says nothing."""
+    spec = get_var_pspec(parameter) or PartitionSpec()
+    # A stack of layers may have put axes in front, and its scan taken them from the array alone.
+    spec = PartitionSpec(*((None, None, *spec)[-2:] if len(spec) > 1 else (*spec, None, None)[:2]))
+    names = [axis for entry in spec for axis in _axes(entry)]
+    _check_names(mesh, names, "the sharding metadata of SparseFFN's weights")
+    return spec
 
 
-def _split_axes(batch_axes: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of the ambient mesh to split the batch over; none without a mesh or where arrays are local."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return ()
-    axes = mesh.axis_names if batch_axes is None else batch_axes
-    unknown = [axis for axis in axes if axis not in mesh.axis_names]
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Of one dimension in a partition spec."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def _check_names(mesh: AbstractMesh, names: Any, what: str) -> None:
+    unknown = [name for name in names if name not in mesh.axis_names]
     if unknown:
         raise ValueError(
-            "SparseFFN.batch_axes must name axes of the ambient mesh, which has "
-            f"{', '.join(mesh.axis_names)}; got {', '.join(unknown)}"
+            f"{what} must name axes of the ambient mesh, which has {', '.join(mesh.axis_names)}; "
+            f"got {', '.join(map(str, unknown))}"
         )
-    return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()

@@ -1,5 +1,7 @@
 """The drop-in module under every transformation: each gives the single-device result, gradients included."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,57 @@ def test_ambient_mesh_splits_the_named_axes_only(ffn, x, expected):
         y, stats = jax.jit(lambda x: named(x))(x)
     assert_close((y, stats), expected[0][1])
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), y.ndim)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("names", [("model", None), (("data", "model"), None), (None, "data")], ids=str)
+def test_partition_metadata_splits_the_neurons(names, kind, ffn, x, expected):
+    """As a Flax user writes it: an initializer with names, under a mesh. The seed's weights are the same."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        init = nnx.with_partitioning(nnx.initializers.normal(0.2), names)
+        split = SparseFFN(
+            D,
+            F,
+            rngs=nnx.Rngs(0),
+            gated=ffn.w_gate is not None,
+            dtype=jnp.float32,
+            kernel_init=init,
+            batch_axes="data",
+        )
+        assert split.w_up[...].sharding.spec == P(*names)
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        got = jax.jit(differentiate, static_argnums=0)(*nnx.split(split), x)
+        stats = got[0][1][1]
+        assert ("model" in str(stats.neuron_hits.sharding.spec)) == ("model" in str(names))
+    if "model" in str(names):  # the most in each half of the neurons: a bound
+        (_, (_, want)), _ = expected
+        assert want.max_nnz <= stats.max_nnz <= F
+        stats = dataclasses.replace(stats, max_nnz=want.max_nnz)
+    assert_close(((got[0][0], (got[0][1][0], stats)), got[1]), expected)
+
+
+def test_metadata_of_the_parameters_alone(x):
+    """Without a mesh it changes nothing, and it may stand in front of a layer axis that a scan took away."""
+    ffn = SparseFFN(D, F, rngs=nnx.Rngs(0), dtype=jnp.float32, kernel_metadata={"eager_sharding": False})
+    want = ffn(x)
+    for weight in (ffn.w_gate, ffn.w_up, ffn.w_down):
+        weight.set_metadata(out_sharding=("layers", "model", None))
+    assert_close(ffn(x), want)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)):
+        y, stats = jax.jit(lambda x: ffn(x))(x)
+    assert y.sharding.spec[0] == "data"
+    assert stats.neuron_hits.sharding.spec == P("model")
+    assert_close((y, stats.l1), (want[0], want[1].l1))
+
+
+def test_metadata_that_names_no_axis_is_refused(x):
+    ffn = SparseFFN(
+        D, F, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("mlp", None), "eager_sharding": False}
+    )
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"metadata of .* which has data; got mlp"):
+        ffn(x)
 
 
 def test_unknown_batch_axes_are_refused(x):

@@ -21,10 +21,10 @@ def on_h200(function, *arguments, mesh_shape=(), mesh_axes=()):
         return function(*arguments)
 
 
-def lowered(function, *arguments, **mesh):
-    """The StableHLO of a function, lowered for CUDA on an abstract H200."""
+def lowered(function, *arguments, platform="cuda", **mesh):
+    """The StableHLO of a function that an abstract H200 traced, lowered for CUDA or another platform."""
 
     def lower():
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
     return on_h200(lower, **mesh)
