@@ -17,7 +17,8 @@ from pallas_kernels.ffn import ffn_on_mesh
 class SparseFFN(nnx.Module):
     """A Llama-style feed-forward layer, exact at any sparsity (arXiv 2603.23198, section 2).
 
-    ``y = (relu(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = relu(x Wu^T) Wd`` if not. Parameters, all
+    ``y = (act(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = act(x Wu^T) Wd`` if not, ``act`` being
+    ``FFNOptions.activation``, ReLU unless another is asked for. Parameters, all
     neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype``
     and rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
     rounded to ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.

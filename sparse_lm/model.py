@@ -31,8 +31,9 @@ class Block(nnx.Module):
             gated=config.gated,
             dtype=config.dtype,
             init_std=config.init_std,
-            options=config.ffn,
+            options=config.ffn_options,
         )
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
@@ -40,7 +41,7 @@ class Block(nnx.Module):
         """(B, S, D) to (B, S, D), the feed-forward statistics, and the cache with this layer written."""
         x, entering, cache = self.attend(x, cache=cache, layer=layer)
         y, stats = self.ffn(entering)
-        return x + y, stats, cache
+        return self._add(x, y), stats, cache
 
     def attend(
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
@@ -48,8 +49,11 @@ class Block(nnx.Module):
         """The first half: (B, S, D) with attention added, what then enters the feed-forward part,
         and the cache."""
         attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
-        x = x + attended
+        x = self._add(x, attended)
         return x, self.ffn_norm(x), cache
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + _scaled(y, self.residual_scale)
 
 
 class SparseLM(nnx.Module):
@@ -117,7 +121,7 @@ class SparseLM(nnx.Module):
             x, stats, cache = nnx.merge(graphdef, state)(x, cache=cache, layer=layer)
             return (x, cache), stats
 
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self._embed(tokens)
         inputs = (jnp.arange(self.config.num_layers), layers)
         (x, cache), stats = jax.lax.scan(_remat(run_layer, self.config.remat), (x, cache), inputs)
         if cache is not None:
@@ -132,16 +136,25 @@ class SparseLM(nnx.Module):
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
             x, entering, _ = block.attend(x)
-            return x + block.ffn(entering)[0], entering
+            return block._add(x, block.ffn(entering)[0]), entering
 
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self._embed(tokens)
         return jax.lax.scan(run_layer, x, layers)[1]
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return _scaled(self.embedding[...][tokens].astype(self.config.dtype), self.config.embedding_scale)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
         head = self.embedding if self.head is None else self.head
         weight = head[...].astype(self.config.dtype)
+        hidden = _scaled(hidden, 1.0 / self.config.logit_divisor)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """``factor * x`` in x's type, computed in f32, so that the factor itself is not rounded to 16 bits."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:
