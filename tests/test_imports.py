@@ -15,7 +15,7 @@ THEIRS = {
     "safetensors", "huggingface_hub", "lm_eval", "tensorboardX", "matplotlib", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
-    "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "numpy"},
+    "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "jaxtyping", "numpy"},
     "sparse_lm": {"sparse_lm", "pallas_kernels", "jax", "numpy", "flax", "safetensors", "lm_eval"},
     "train": {"train", "sparse_lm", "pallas_kernels", "configs", "jax", "numpy"} | THEIRS,
     "configs": {"configs", "train", "sparse_lm", "pallas_kernels"},

@@ -57,7 +57,7 @@ def test_every_file_of_kernel_tests_collects(collected):
         "formats_agree", "formats_agree_gpu", "hopper_gemm", "hybrid_lowering", "meshes",
         "meshes_gpu", "panel_lowering",
         "panel_search", "prune", "recorded", "reference", "reorder", "reorder_input", "tuning",
-        "twell_lowering", "weight_gradients",
+        "transforms", "twell_lowering", "weight_gradients",
     }  # fmt: skip
     assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 
