@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.common.gate_stage import Implementation
 from pallas_kernels.device import Device
 from pallas_kernels.panel.config import PanelConfig, StageConfig
-from pallas_kernels.panel.pallas_triton import Hidden, gate_panel, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton import Hidden, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import Gradients, panel_dh
+from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
@@ -26,6 +28,11 @@ Stage = Callable[[Given, PanelConfig, bool], Any]
 def _gate(given: Given, config: PanelConfig, interpret: bool) -> GatePanel:
     x, weight = given["x"], given["gate_weight"]
     return gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=interpret)
+
+
+def _pack(given: Given, config: PanelConfig, interpret: bool) -> GatePanel:
+    gate, d_ff = given["product"], given["gate_weight"].shape[0]
+    return pack_panel(gate, d_ff=d_ff, panel=config.panel, config=config.pack, interpret=interpret)
 
 
 def _up(given: Given, config: PanelConfig, interpret: bool) -> Hidden:
@@ -71,14 +78,24 @@ def _kept(given: Given) -> tuple[Any, jax.Array | None]:
 
 
 STAGES: dict[str, Stage] = {
-    "gate": _gate, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx, "dw": _dw,
-    "rare": _dw,
+    "gate": _gate, "pack": _pack, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx,
+    "dw": _dw, "rare": _dw,
 }  # fmt: skip
 """From a field of `PanelConfig` to the stage that it is for, in the order of a call;
 ``rare`` is a part of ``dw``, timed as a whole."""
 
+GATE_STAGES: dict[Implementation, tuple[str, ...]] = {
+    "mosaic_gpu": (),
+    "triton": ("gate",),
+    "xla": ("pack",),
+}
+"""What has a config to search for of each implementation of the gate stage."""
+
 TIED = ("up", "up_keep", "dh")
-DIRECTIONS = {"forward": ("gate", "up", "down"), "train": ("gate", "up_keep", "down", "dh", "dx", "dw")}
+DIRECTIONS = {
+    "forward": ("gate", "pack", "up", "down"),
+    "train": ("gate", "pack", "up_keep", "down", "dh", "dx", "dw"),
+}
 PADDINGS = (64, 128, 256)
 
 

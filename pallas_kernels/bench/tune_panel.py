@@ -23,6 +23,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.bench import timing
 from pallas_kernels.bench.panel_stages import (
     DIRECTIONS,
+    GATE_STAGES,
     PADDINGS,
     STAGES,
     TIED,
@@ -31,13 +32,20 @@ from pallas_kernels.bench.panel_stages import (
     candidates,
     padded,
 )
+from pallas_kernels.common import gate_stage
 from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import layer as panel_layer
+from pallas_kernels.panel import gate as panel_gate
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists, build_lists, count_active, n_chunks
+from pallas_kernels.panel.pallas_triton_lists import (
+    GatePanel,
+    NeuronLists,
+    build_lists,
+    count_active,
+    n_chunks,
+)
 
 _SAMPLED_PANELS = 4
 _search = partial(timing.measure, rounds=3, chain_ms=6.0)
@@ -143,14 +151,18 @@ class _Search:
         self.plain = configs.heuristic(x, _layout(options).tokens, self._device)
         backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
         self._interpret = backend == "interpret"
-        self.stages = [name for name in STAGES if name != "gate" or backend != "mosaic_gpu"]
+        implementation = gate_stage.implementation(backend, x, weight, self._device)
+        self.stages = [
+            name for name in STAGES if name not in ("gate", "pack") or name in GATE_STAGES[implementation]
+        ]
         gate_weight, up_weight = (inputs["w_gate"], weight) if self._gated else (weight, None)
-        stage = partial(panel_layer.gate_stage, config=self.plain, backend=backend, rule=options.rule)
-        gate = jax.jit(stage)(x, gate_weight)
+        gate = jax.jit(panel_gate.stage(self.plain, backend, options.rule))(x, gate_weight)
         layer: Given = {
             "x": x, "gate_weight": gate_weight, "up_weight": up_weight, "w_down": inputs["w_down"], "dy": dy,
             "scale": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,
         }  # fmt: skip
+        if "pack" in self.stages:
+            layer["product"] = jax.jit(gate_stage.xla_product)(x, gate_weight)
         self.bases = {
             padding: base
             for padding in dict.fromkeys([self.plain.chunk, *PADDINGS])
@@ -268,14 +280,15 @@ class _Search:
 
 
 @partial(jax.jit, static_argnames="d_ff")
-def _digest(output: Any, lists: Lists, d_ff: int) -> Any:
+def _digest(output: Any, lists: NeuronLists, d_ff: int) -> Any:
     """What of a stage's output means something, in an order that no config changes."""
     if isinstance(output, GatePanel):
-        hits = output.hits[: output.values.shape[0], :d_ff]
-        some = slice(0, _SAMPLED_PANELS)
+        values = output.values[:_SAMPLED_PANELS, :d_ff]
+        by_segment = output.hits[:, :d_ff].reshape(-1, output.segments, d_ff)
+        written = jnp.repeat(by_segment > 0, values.shape[2] // output.segments, axis=1)
         return (
-            jnp.where((hits > 0)[some, :, None], output.values[some, :d_ff], 0),
-            hits,
+            jnp.where(written[:_SAMPLED_PANELS].transpose(0, 2, 1), values, 0),
+            by_segment,
             jnp.sum(output.nnz, axis=0),
         )
     if not isinstance(output, Hidden | Gradients):

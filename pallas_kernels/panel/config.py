@@ -11,8 +11,11 @@ import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
+from pallas_kernels.common import powers_of_2
 from pallas_kernels.device import Device
 
+SEGMENT = 16
+"""Tokens of a segment, where a gate stage has segments: in 16 bits, their gates are one memory sector."""
 _SHARED_MEMORY_ROOM = 8 * 1024
 _WIDEST_SLICE = 128
 
@@ -40,12 +43,7 @@ class StageConfig:
     per_core: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("tile", 16, 256), ("tile_k", 16, _WIDEST_SLICE), ("num_warps", 1, 16)):
-            value = getattr(self, name)
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(
-                    f"StageConfig.{name} must be a power of two from {low} to {high}; got {value}"
-                )
+        powers_of_2.check(self, tile=(16, 256), tile_k=(16, _WIDEST_SLICE), num_warps=(1, 16))
         if self.num_stages < 1 or self.per_core < 0:
             raise ValueError(
                 "StageConfig.num_stages must be at least 1 and per_core at least 0; "
@@ -69,7 +67,22 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightsConfig:
+class PackConfig:
+    """How `pack_panel` cuts the gates: a program packs ``tile`` neurons of one panel.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    tile: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        powers_of_2.check(self, tile=(16, 256), num_warps=(1, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class HotConfig:
     """How the weight gradients of hot neurons are cut: ``tile`` neurons by ``tile_d`` columns, ``tile_k``
     tokens a slice.
 
@@ -84,15 +97,9 @@ class WeightsConfig:
     num_stages: int
 
     def __post_init__(self) -> None:
-        limits = (("tile", 256), ("tile_d", 256), ("tile_k", 128), ("num_warps", 16))
-        for name, high in limits:
-            value, low = getattr(self, name), 1 if name == "num_warps" else 16
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(
-                    f"WeightsConfig.{name} must be a power of two from {low} to {high}; got {value}"
-                )
+        powers_of_2.check(self, tile=(16, 256), tile_d=(16, 256), tile_k=(16, 128), num_warps=(1, 16))
         if self.num_stages < 1:
-            raise ValueError(f"WeightsConfig.num_stages must be at least 1; got {self.num_stages}")
+            raise ValueError(f"HotConfig.num_stages must be at least 1; got {self.num_stages}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +126,7 @@ class RareConfig:
     def __post_init__(self) -> None:
         if self.share < 1:
             raise ValueError(f"RareConfig.share must be at least 1; got {self.share}")
-        for name, low, high in (("slice_d", 16, 4096), ("entries", 1, 32), ("num_warps", 1, 32)):
-            value = getattr(self, name)
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(
-                    f"RareConfig.{name} must be a power of two from {low} to {high}; got {value}"
-                )
+        powers_of_2.check(self, slice_d=(16, 4096), entries=(1, 32), num_warps=(1, 32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +143,13 @@ class PanelConfig:
 
     panel: int
     gate: StageConfig
+    pack: PackConfig
     up: StageConfig
     up_keep: StageConfig
     down: StageConfig
     dh: StageConfig
     dx: StageConfig
-    dw: WeightsConfig
+    dw: HotConfig
     rare: RareConfig = RareConfig()
 
     def __post_init__(self) -> None:
@@ -212,7 +215,7 @@ def choose(x: jax.Array, w: jax.Array, tokens: int, device: Device | None = None
 
 def heuristic(x: jax.Array, tokens: int, device: Device) -> PanelConfig:
     """Configs for x (M, D) where nothing was tuned."""
-    panel = min(tokens, max(16, _power_of_2_above(x.shape[0])))
+    panel = min(tokens, max(16, powers_of_2.at_least(x.shape[0])))
     return _for_tensor_cores(panel, x.shape[1], device) if x.dtype.itemsize == 2 else _for_f32(panel)
 
 
@@ -249,31 +252,41 @@ def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
         return PanelConfig(
             panel,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
+            pack=_pack(panel, itemsize=2),
             up=wide if deep else StageConfig(128, 64, 4, 3, 32),
             up_keep=StageConfig(128, 64, warps, 4, per_core),
             down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
             dh=StageConfig(128, 64, warps, 4, per_core),
             dx=StageConfig(128, 32, 4, 5),
-            dw=WeightsConfig(128, 128, min(64, panel), 8, 3),
+            dw=HotConfig(128, 128, min(64, panel), 8, 3),
         )
     narrow = StageConfig(128, 32, 4, 3)
     return PanelConfig(
         panel,
         narrow,
+        _pack(panel, itemsize=2),
         narrow,
         narrow,
         narrow,
         narrow,
         StageConfig(128, 32, 4, 2),
-        WeightsConfig(64, 128, 16, 4, 3),
+        HotConfig(64, 128, 16, 4, 3),
     )
+
+
+def _pack(panel: int, itemsize: int) -> PackConfig:
+    """A thread holds 16 bytes of each of a segment's 16 rows: as many threads as a tile of 64 neurons has.
+
+    More neurons a tile would leave a core with too few programs to load while others store.
+    """
+    tile = max(64, 64 * 32 // panel)
+    threads = tile * itemsize // 16 * (panel // SEGMENT)
+    return PackConfig(tile, num_warps=max(threads // 32, 1))
 
 
 def _for_f32(panel: int) -> PanelConfig:
     """f32 multiplies without tensor cores: a thread also keeps its operands in registers."""
     small = StageConfig(32, 16, 4, 2)
-    return PanelConfig(panel, small, small, small, small, small, small, WeightsConfig(32, 32, 16, 4, 2))
-
-
-def _power_of_2_above(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return PanelConfig(
+        panel, small, _pack(panel, itemsize=4), small, small, small, small, small, HotConfig(32, 32, 16, 4, 2)
+    )

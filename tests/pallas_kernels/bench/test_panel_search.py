@@ -21,7 +21,7 @@ from pallas_kernels.bench.timing import Timing
 from pallas_kernels.bench.tune_panel import Found, tune_panel
 from pallas_kernels.device import Device
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel.config import StageConfig, WeightsConfig
+from pallas_kernels.panel.config import HotConfig, StageConfig
 
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
 AMPERE = Device("gpu", "NVIDIA A10", 86, 72)
@@ -98,6 +98,10 @@ class FakeSearch:
 
     def compiled(self, stage, tried):
         return {key: lambda: None for key in tried}
+
+
+SEARCHED = [stage for stage in STAGES if stage != "gate"]
+"""Where the gate stage is a packing kernel behind XLA's product, as it is in the interpreter."""
 
 
 def contender(stage, padding, config, ms):
@@ -178,16 +182,16 @@ def test_the_table_holds_what_was_fastest_and_the_layer_uses_it(monkeypatch, tmp
     inputs, dy = layer
     said: list[str] = []
     found = tune_panel(inputs, dy, OPTIONS, "train", directory=tmp_path, say=said.append)
-    assert found.changed.keys() == set(STAGES)
+    assert found.changed.keys() == set(SEARCHED)
     assert found.before_ms == 2 * found.after_ms == 12.0
     assert str(found).endswith(f"in {tmp_path / 'cpu' / 'panel.json'}")
     assert [line.split(":")[0].strip() for line in said] == [
-        f"{stage}, lists of 128" if stage in TIED else stage for stage in STAGES
+        f"{stage}, lists of 128" if stage in TIED else stage for stage in SEARCHED
     ]
     plain = configs.choose(inputs["x"], inputs["w_up"], OPTIONS.layout.tokens)
     monkeypatch.setattr(tuning, "DIRECTORY", tmp_path)
     tuned = configs.choose(inputs["x"], inputs["w_up"], OPTIONS.layout.tokens)
-    assert all(getattr(tuned, stage).num_warps == 8 for stage in STAGES)
+    assert all(getattr(tuned, stage).num_warps == 8 for stage in SEARCHED)
     assert tuned != plain
     y, stats = sparse_ffn(**inputs, options=OPTIONS)
     dense, wanted = reference.ffn(inputs["x"], inputs["w_gate"], inputs["w_up"], inputs["w_down"])
@@ -220,7 +224,7 @@ def test_what_fails_or_is_wrong_is_left_out_with_its_reason(
     found = tune_panel(
         inputs, bench_layers.cotangent(inputs), OPTIONS, "forward", directory=tmp_path, say=said.append
     )
-    assert found.changed.keys() == set(STAGES) - {"dx", "down"}
+    assert found.changed.keys() == set(SEARCHED) - {"dx", "down", "dw", "rare"}
     left_out = [line for line in said if "left out" in line]
     assert [line.split(":")[0].strip() for line in left_out] == ["down", "dx"]
     assert "off by nan" in left_out[0]
@@ -234,7 +238,9 @@ def test_without_time_the_heuristic_stays(tmp_path, layer, without_dw, few_candi
     found = tune_panel(inputs, dy, OPTIONS, "forward", deadline=0.0, directory=tmp_path, say=said.append)
     assert not found.changed
     assert "nothing beats the heuristic" in str(found)
-    assert sum("no time is left, the heuristic stays" in line for line in said) == len(STAGES)
+    assert sum("no time is left, the heuristic stays" in line for line in said) == len(
+        set(SEARCHED) - {"dw", "rare"}
+    )
     [entry] = json.loads((tmp_path / "cpu" / "panel.json").read_text()).values()
     assert entry["config"] == {}
 
@@ -247,9 +253,7 @@ def test_the_benchmark_tunes_each_case_and_panel(monkeypatch, capsys):
         asked.append((inputs["x"].shape, dy.shape, options.panel, direction))
         if options.panel == 32:
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return Found(
-            options.layout.tokens, {"dw": WeightsConfig(64, 64, 32, 4, 2)}, 2.0, 1.0, tuning.DIRECTORY
-        )
+        return Found(options.layout.tokens, {"dw": HotConfig(64, 64, 32, 4, 2)}, 2.0, 1.0, tuning.DIRECTORY)
 
     monkeypatch.setattr(bench_layers, "tune_panel", tune)
     monkeypatch.setattr(bench_layers, "run", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("not here")))
@@ -268,7 +272,7 @@ def test_the_benchmark_tunes_each_case_and_panel(monkeypatch, capsys):
     assert bench_layers.main(["train", *arguments]) == 1
     assert asked == [((64, 1024), (64, 1024), panel, "train") for panel in (32, 128)]
     out, err = capsys.readouterr()
-    assert "panels of 128: 2.000 to 1.000 ms with dw=WeightsConfig(" in out
+    assert "panels of 128: 2.000 to 1.000 ms with dw=HotConfig(" in out
     assert "not tuned: RESOURCE_EXHAUSTED" in err
     with pytest.raises(SystemExit):
         bench_layers.main(["forward", "--formats", "twell", "--tune"])
