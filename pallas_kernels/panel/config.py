@@ -16,6 +16,7 @@ from pallas_kernels.device import Device
 
 SEGMENT = 16
 """Tokens of a segment, where a gate stage has segments: in 16 bits, their gates are one memory sector."""
+_WARP = 32
 _SHARED_MEMORY_ROOM = 8 * 1024
 _WIDEST_SLICE = 128
 
@@ -275,13 +276,15 @@ def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
 
 
 def _pack(panel: int, itemsize: int) -> PackConfig:
-    """A thread holds 16 bytes of each of a segment's 16 rows: as many threads as a tile of 64 neurons has.
+    """Tiles of 256 bytes a row, wider where a panel has too few segments for a warp, and as many threads as a
+    tile has neurons and segments: each holds 16 bytes of each of a segment's 16 rows.
 
-    More neurons a tile would leave a core with too few programs to load while others store.
+    On one NVIDIA H200, at M 65,536 and F 5632 in bf16: 0.25 ms; with half the neurons 0.35, with twice as
+    many 0.43, with twice the warps 0.39.
     """
-    tile = max(64, 64 * 32 // panel)
-    threads = tile * itemsize // 16 * (panel // SEGMENT)
-    return PackConfig(tile, num_warps=max(threads // 32, 1))
+    segments = panel // SEGMENT
+    tile = max(256, 16 * _WARP // segments) // itemsize
+    return PackConfig(tile, num_warps=tile * itemsize // 16 * segments // _WARP)
 
 
 def _for_f32(panel: int) -> PanelConfig:
