@@ -1,7 +1,7 @@
 """PanelELL's stages as the tuner runs them: how each is called, and the configs to try for it.
 
 Every stage takes what it is given within a call, by name, and a config of the whole call. Stages are
-independent but for one number, what a panel's list is padded to: all that `TIED` names has tiles of one or
+independent but for one number, the lists' chunk: all that `TIED` names has tiles of one or
 two such chunks.
 """
 
@@ -96,7 +96,7 @@ DIRECTIONS = {
     "forward": ("gate", "pack", "up", "down"),
     "train": ("gate", "pack", "up_keep", "down", "dh", "dx", "dw"),
 }
-PADDINGS = (64, 128, 256)
+CHUNKS = (64, 128, 256)
 
 
 # -- candidates ----------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def _steps(config: Config) -> Iterator[Config]:
         value = getattr(config, field.name)
         steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, 2 * value)
         if field.name == "tile" and isinstance(config, StageConfig):
-            continue  # in a list's tile, the padding, which is searched by itself
+            continue  # for a stage over lists that is their chunk, which is searched by itself
         for step in steps:
             try:
                 yield dataclasses.replace(config, **{field.name: step})
@@ -171,9 +171,9 @@ def _is_lawful(base: PanelConfig, stage: str, config: Config) -> bool:
     return True
 
 
-def padded(config: PanelConfig, padding: int) -> PanelConfig | None:
-    """The config with lists of another padding; None where the other stages do not allow it."""
-    tiles = {name: min(getattr(config, name).tile // config.chunk * padding, 256) for name in TIED}
+def with_chunk(config: PanelConfig, chunk: int) -> PanelConfig | None:
+    """The config with lists of another chunk; None where the other stages do not allow it."""
+    tiles = {name: min(getattr(config, name).tile // config.chunk * chunk, 256) for name in TIED}
     tied = {name: dataclasses.replace(getattr(config, name), tile=tile) for name, tile in tiles.items()}
     try:
         return dataclasses.replace(config, **tied)

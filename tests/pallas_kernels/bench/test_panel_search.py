@@ -16,7 +16,7 @@ from pallas_kernels.bench import layers as bench_layers
 from pallas_kernels.bench import panel_stages
 from pallas_kernels.bench import tune_panel as panel_search
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
-from pallas_kernels.bench.panel_stages import STAGES, TIED, candidates, padded
+from pallas_kernels.bench.panel_stages import STAGES, TIED, candidates, with_chunk
 from pallas_kernels.bench.timing import Timing
 from pallas_kernels.bench.tune_panel import Found, tune_panel
 from pallas_kernels.device import Device
@@ -37,8 +37,8 @@ X = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
 @pytest.mark.parametrize("stage", STAGES)
 def test_candidates_keep_the_laws_and_fit(stage, panel, device):
     plain = configs.heuristic(X, panel, device)
-    for padding in panel_stages.PADDINGS:
-        base = padded(plain, padding)
+    for chunk in panel_stages.CHUNKS:
+        base = with_chunk(plain, chunk)
         if base is None:
             continue
         found = candidates(stage, base, 2, True, device)
@@ -47,7 +47,7 @@ def test_candidates_keep_the_laws_and_fit(stage, panel, device):
         for config in found:
             assert dataclasses.replace(base, **{stage: config}).panel == panel
             if stage in TIED:
-                assert config.tile in ({padding} if stage == "up_keep" else {padding, 2 * padding})
+                assert config.tile in ({chunk} if stage == "up_keep" else {chunk, 2 * chunk})
         for config in found[1:]:
             if isinstance(config, StageConfig):
                 assert config.misfit(panel, 2, device, 2 if stage == "dx" else 1) is None
@@ -55,7 +55,7 @@ def test_candidates_keep_the_laws_and_fit(stage, panel, device):
 
 def test_the_configs_that_have_been_fast_are_among_them():
     plain = configs.heuristic(X, 128, H200)
-    wide = padded(plain, 256)
+    wide = with_chunk(plain, 256)
     assert {StageConfig(128, 32, 4, 6), StageConfig(256, 32, 8, 8)} <= set(
         candidates("down", plain, 2, True, H200)
     )
@@ -104,14 +104,14 @@ SEARCHED = [stage for stage in STAGES if stage != "gate"]
 """Where the gate stage is a packing kernel behind XLA's product, as it is in the interpreter."""
 
 
-def contender(stage, padding, config, ms):
-    return panel_search._Contender(stage, padding, config, ms)
+def contender(stage, chunk, config, ms):
+    return panel_search._Contender(stage, chunk, config, ms)
 
 
 @pytest.mark.parametrize("now", [0.5, 0.999])
-def test_another_padding_is_taken_or_left_as_a_whole(monkeypatch, now):
+def test_another_chunk_is_taken_or_left_as_a_whole(monkeypatch, now):
     plain = configs.heuristic(X, 128, H200)
-    wide = padded(plain, 256)
+    wide = with_chunk(plain, 256)
     best: dict[str, Any] = {
         stage: {128: contender(stage, 128, getattr(plain, stage), 1.0)} for stage in STAGES
     }
@@ -167,7 +167,7 @@ def few_candidates(monkeypatch):
         return [own, dataclasses.replace(own, num_warps=8)]
 
     monkeypatch.setattr(panel_search, "candidates", two)
-    monkeypatch.setattr(panel_search, "PADDINGS", ())
+    monkeypatch.setattr(panel_search, "CHUNKS", ())
     monkeypatch.setattr(
         panel_search, "_search", lambda calls: {key: Timing((milliseconds(key),), 1) for key in calls}
     )
@@ -202,11 +202,11 @@ def test_the_table_holds_what_was_fastest_and_the_layer_uses_it(monkeypatch, tmp
 def test_what_fails_or_is_wrong_is_left_out_with_its_reason(
     monkeypatch, tmp_path, without_dw, few_candidates
 ):
-    """Of a layer without gate projection, at a second padding too."""
+    """Of a layer without gate projection, with a second chunk too."""
     inputs = ffn_inputs(
         jax.random.key(0), Activity(6.0), tokens=40, d_model=32, d_ff=64, gated=False, dtype=jnp.bfloat16
     )
-    monkeypatch.setattr(panel_search, "PADDINGS", (64,))
+    monkeypatch.setattr(panel_search, "CHUNKS", (64,))
     right_dx, right_down = STAGES["dx"], STAGES["down"]
 
     def too_large(given, config, interpret):
