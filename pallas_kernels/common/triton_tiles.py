@@ -21,8 +21,8 @@ def product(
     Row numbers must exist; D needs not be a multiple of ``tile_k``.
     """
     depth = a_ref.shape[1]
-    # At least two slices: Triton removes a loop of one iteration and then pipelines the loop around it, which
-    # needs more shared memory than the device has.
+    # At least two slices. Triton removes a one-iteration loop and then pipelines the enclosing loop instead,
+    # which needs more shared memory than the device has.
     tile_k = min(tile_k, max(16, pl.next_power_of_2(depth // 2 + 1) // 2))
 
     def step(k, acc, masked):

@@ -27,7 +27,7 @@ from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
 from pallas_kernels.panel.config import SEGMENT
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
-assert SEGMENT == 16, "the rows of one warp"
+assert SEGMENT == 16, "wgmma leaves a warp 16 rows"
 
 _TILE = 256
 _STAGES = 4
