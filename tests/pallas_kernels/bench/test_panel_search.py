@@ -250,8 +250,8 @@ def test_the_benchmark_tunes_each_case_and_panel(monkeypatch, capsys):
     asked = []
 
     def tune(inputs, dy, options, direction, *, deadline):
-        asked.append((inputs["x"].shape, dy.shape, options.panel, direction))
-        if options.panel == 32:
+        asked.append((inputs["x"].shape, dy.shape, options.layout.tokens, direction))
+        if options.layout.tokens == 32:
             raise RuntimeError("RESOURCE_EXHAUSTED")
         return Found(options.layout.tokens, {"dw": HotConfig(64, 64, 32, 4, 2)}, 2.0, 1.0, tuning.DIRECTORY)
 
