@@ -87,7 +87,7 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
         if isinstance(layout, Twell):
             from pallas_kernels.twell import pallas_mosaic_gpu as twell_gpu
 
-            return twell_gpu.unsupported_reason(*size, layout.tile)
+            return twell_gpu.unsupported_reason(*size[1:], layout.tile)
     return None
 
 

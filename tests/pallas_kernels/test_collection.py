@@ -54,10 +54,9 @@ def test_every_file_of_kernel_tests_collects(collected):
     others = {
         "bench", "bench_layers", "blocks", "checks", "collection", "config", "devices_gpu",
         "devices_interpret", "dispatch", "formats",
-        "formats_agree", "formats_agree_gpu", "hopper_gemm", "hybrid_lowering", "meshes",
-        "meshes_gpu", "panel_lowering",
-        "panel_search", "prune", "recorded", "reference", "reorder", "reorder_input", "tuning",
-        "transforms", "twell_lowering", "weight_gradients",
+        "formats_agree", "formats_agree_gpu", "gate_stage", "hopper_gemm", "hybrid_lowering", "meshes",
+        "meshes_gpu", "panel_lowering", "panel_search", "prune", "recorded", "reference", "reorder",
+        "reorder_input", "transforms", "tuning", "twell_lowering", "weight_gradients",
     }  # fmt: skip
     assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 

@@ -56,7 +56,7 @@ def test_mosaic_says_what_it_misses(found):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": jnp.dtype("float32")}, {"tokens": 7}, {"d_ff": 5633}, {"d_model": 100}],
+    [{"dtype": jnp.dtype("float32")}, {"d_ff": 5633}, {"d_model": 100}],
     ids=str,
 )
 def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
@@ -64,6 +64,11 @@ def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
     (value,) = changes.values()
     assert sentence.startswith("backend='mosaic_gpu'")
     assert str(value) in sentence
+
+
+@pytest.mark.parametrize(("format", "tokens"), [("twell", 7), ("panel", 1031), ("auto", 65537)])
+def test_mosaic_takes_any_number_of_tokens(format, tokens):
+    assert reason(format, "mosaic_gpu", H200, tokens=tokens) is None
 
 
 @pytest.mark.parametrize("found", [CPU, H200, V100, AMD], ids=lambda d: d.kind)
@@ -150,7 +155,7 @@ def test_auto_backend_is_the_first_that_can():
     auto = FFNOptions(format="twell")
     with on(H200):
         assert dispatch.choose(auto, PLAIN) == (Twell(), "mosaic_gpu")
-        assert dispatch.choose(auto, PLAIN._replace(tokens=7)) == (Twell(), "triton")
+        assert dispatch.choose(auto, PLAIN._replace(d_ff=5633)) == (Twell(), "triton")
         assert dispatch.choose(FFNOptions(format="twell", backend="triton"), PLAIN) == (Twell(), "triton")
         assert dispatch.choose(FFNOptions(format="twell", backend="interpret"), PLAIN) == (
             Twell(),
