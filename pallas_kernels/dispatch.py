@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device as device_lib
 from pallas_kernels.device import Device
+from pallas_kernels.errors import RequestError
 from pallas_kernels.formats import MAX_INDEX
 from pallas_kernels.options import Auto, Dense, FFNOptions, Layout, Panel, Twell
 
@@ -114,13 +115,13 @@ def choose(options: FFNOptions, call: Call) -> Choice:
     by name runs, on the first backend that can, or raises the reason; so does a backend.
 
     Raises:
-      ValueError: the format or the backend asked for cannot run this call here.
+      RequestError: the format or the backend asked for cannot run this call here.
     """
     considered = _consider(options, call)
     for choice, reason in considered:
         if reason is None:
             return choice
-    raise ValueError(considered[-1][1])
+    raise RequestError(considered[-1][1])
 
 
 def explain(

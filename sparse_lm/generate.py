@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.attention import KVCache
 from sparse_lm.config import ModelConfig
 from sparse_lm.model import SparseLM
@@ -31,7 +32,7 @@ class Sampling:
       top_p: of those, only the fewest most likely tokens whose probabilities reach p stay; 1 keeps all.
 
     Raises:
-      ValueError: a field outside its range.
+      RequestError: a field outside its range.
     """
 
     temperature: float = 1.0
@@ -40,11 +41,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0; got {self.temperature}")
+            raise RequestError(f"temperature must be a finite number of at least 0; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {self.top_k}")
+            raise RequestError(f"top_k must be at least 1; got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be over 0 and at most 1; got {self.top_p}")
+            raise RequestError(f"top_p must be over 0 and at most 1; got {self.top_p}")
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -115,9 +116,9 @@ def stream(
       next step runs on the device while the caller handles this one.
 
     Raises:
-      ValueError: at once, not at the first step: no prompt, an empty prompt, a token outside the vocabulary,
-        ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit the context
-        with its new tokens.
+      RequestError: at once, not at the first step: no prompt, an empty prompt, a token outside the
+        vocabulary, ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit
+        the context with its new tokens.
     """
     _check(model.config, prompts, max_new_tokens, seed)
     return _steps(model, [list(prompt) for prompt in prompts], max_new_tokens, sampling, eos_id, seed)
@@ -191,24 +192,24 @@ def _shape_for(positions: int, limit: int) -> int:
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        raise RequestError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be at least 0 and under 2^32; got {seed}")
+        raise RequestError(f"seed must be at least 0 and under 2^32; got {seed}")
     if not prompts:
-        raise ValueError("generation needs at least one prompt; got none")
+        raise RequestError("generation needs at least one prompt; got none")
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} is empty: give it at least one token, such as the end-of-text token"
             )
         strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if strange is not None:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} holds token {strange}, outside the model's vocabulary of "
                 f"{config.vocab_size}: encode it with the tokenizer that the model was trained with"
             )
         if len(prompt) + max_new_tokens > config.context_length:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, "
                 f"beyond the model's context of {config.context_length}: "
                 "shorten the prompt or ask for fewer new tokens"

@@ -3,3 +3,9 @@
 
 class UserError(Exception):
     """A mistake the user can mend: says what was expected, what was found, and what to do."""
+
+
+def short_reason(error: Exception) -> str:
+    """One short line of a message that may have many."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:120]

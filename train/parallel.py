@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import ParallelConfig, TrainConfig
-from train.errors import UserError
+from train.errors import UserError, short_reason
 from train.state import Program, TrainState
 from train.step import TrainStep, make_train_step
 
@@ -43,6 +43,20 @@ def initialize_processes() -> None:
         jax.distributed.initialize(address, int(count), int(index))
     elif tasks != {"1"}:
         jax.distributed.initialize()
+
+
+def check_devices() -> None:
+    """Raises UserError where JAX finds no device of the kind that it is told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter if the platform is known but has no device
+        asked = os.environ.get("JAX_PLATFORMS")
+        chosen = f"JAX_PLATFORMS={asked}" if asked else "this installation of JAX"
+        reason = f" ({short_reason(error)})" if str(error) else ""
+        raise UserError(
+            f"{chosen} must name a device that is there; JAX found none{reason}: set JAX_PLATFORMS=cpu to "
+            "run without one"
+        ) from error
 
 
 def check_batch(config: TrainConfig) -> None:

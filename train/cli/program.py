@@ -4,6 +4,7 @@ Whatever a user can mend is one sentence on stderr and a status of 2 (the comman
 only surprises, and ``--debug``, show a traceback. Nothing heavy is imported before a command needs it.
 """
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -13,6 +14,7 @@ from train.cli import bench_step, compare, convert, evaluate, generate, layer_in
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
+from train.run import background_errors
 
 _HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -36,7 +38,14 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with background_errors.kept_quiet():
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        if status:
+            gc.collect()  # Python complains of tasks that an error cut off once it collects them
+        return status
+
+
+def _main(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except SystemExit as exit:  # how tyro ends after --help

@@ -51,9 +51,13 @@ def complaint(capsys, *argv):
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
         ("train --model.stepz=4 --steps 3", "unknown option --model.stepz"),
-        ("train --learning_rate 1",
-         "unknown option --learning-rate; did you mean --optimizer.learning-rate?"),
-        ("train --l1 1", "unknown option --l1; did you mean --model.sparsity.l1?"),
+        ("train --weight_decay 1", "unknown option --weight-decay; did you mean --optimizer.weight-decay?"),
+        ("train --beta1 1", "unknown option --beta1; did you mean --optimizer.beta1?"),
+        ("train --lr x", "--optimizer.learning-rate must be a number; got 'x'"),
+        ("train --l1=-1", "model.sparsity.l1 must be a finite number of at least 0; got -1.0"),
+        ("train --resume", "there is no --resume: a run goes on by itself from the newest checkpoint in its"),
+        ("train --profile 9:3", "report.profile must be two steps FIRST:LAST, the first no later; got '9:3'"),
+        ("plot . x.json --out y.png", "plot draws either runs or a benchmark's files; got both"),
         ("train --zzz", "unknown option --zzz: see sparse-lm train --help"),
         ("train extra", "unexpected argument 'extra': sparse-lm train takes options only, see its --help"),
         ("train --steps", "--steps needs a value; got none"),
@@ -98,7 +102,7 @@ def complaint(capsys, *argv):
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
         ("plot x.json", "plot needs --out; got none"),
-        ("plot --out x.png", "plot needs at least one file of results; got none"),
+        ("plot --out x.png", "plot needs at least one work directory or file of results; got none"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, command, sentence):
@@ -147,7 +151,7 @@ def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command,
 
 
 def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
-    def run(config):
+    def run(config, *, dry_run):
         x, weight = jnp.ones((2, 4)), jnp.ones((8, 4))
         jax.jit(lambda x: sparse_ffn(x, weight, weight, weight, options=config.model.ffn))(x)
 
@@ -162,11 +166,11 @@ def test_debug_shows_the_traceback(tmp_path):
         cli.main(["evaluate", "--checkpoint", str(tmp_path / "none"), "--debug"])
 
 
-def surprise_of_the_interpreter(config):
+def surprise_of_the_interpreter(config, *, dry_run):
     int("x")
 
 
-def surprise_of_a_library(config):
+def surprise_of_a_library(config, *, dry_run):
     json.loads("{")
 
 
@@ -180,7 +184,7 @@ def test_a_surprise_keeps_its_traceback(monkeypatch, surprise):
 
 def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", seen.append)
+    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
     assert cli.main(["train"]) == 0
     assert (
         cli.main(
@@ -214,7 +218,7 @@ def test_a_format_of_a_preset_is_a_default_as_text(capsys):
 
 
 def test_interrupts_end_quietly(capsys, monkeypatch):
-    def interrupted(config):
+    def interrupted(config, *, dry_run):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.run.loop.run", interrupted)
@@ -228,13 +232,13 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("--help", ["train", "generate", "evaluate", "layer-inputs", "plot"]),
         (
             "train --help",
-            ["--config", "--steps", "--optimizer.learning-rate", "--model.sparsity.l1", "--workdir"],
+            ["--config", "--steps", "--lr (--optimizer.learning-rate)", "--model.sparsity.l1", "--workdir"],
         ),
         ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("evaluate --help", ["--checkpoint", "--json", "--tokens", "--data.paths"]),
         ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
-        ("plot --help", ["--out", "bench layers"]),
+        ("plot --help", ["--out", "bench layers", "work directories of runs"]),
     ],
 )
 def test_help_names_the_options(capsys, command, names):
@@ -343,7 +347,7 @@ def test_an_error_of_the_system_is_a_sentence(capsys, evaluated, tmp_path):
 
 
 def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
-    def run(config):
+    def run(config, *, dry_run):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
     monkeypatch.setattr("train.run.loop.run", run)
