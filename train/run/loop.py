@@ -184,9 +184,8 @@ class _Run:
         self.jumps = schedule_jumps(before, config, start)
 
     def _check_samples(self) -> None:
-        longest = max(
-            (len(self.corpus.tokenizer.encode(text)) for text in self.config.report.samples), default=0
-        )
+        encode, texts = self.corpus.tokenizer.encode, self.config.report.samples
+        longest = max((len(encode(text)) for text in texts), default=0)
         if longest >= self.config.model.context_length:
             raise UserError(
                 "report.samples must leave room in the model's context of "

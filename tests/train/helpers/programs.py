@@ -10,7 +10,7 @@ from pathlib import Path
 TINY = (
     "--batch-size", "4", "--data.tokenizer", "byte", "--model.vocab-size", "257", "--model.d-model", "16",
     "--model.d-ff", "32", "--model.num-layers", "1", "--model.num-heads", "2", "--model.num-kv-heads", "1",
-    "--model.context-length", "16", "--report.evaluate-batches", "1", "--optimizer.warmup-steps", "1",
+    "--model.context-length", "16", "--report.evaluate-tokens", "64", "--optimizer.warmup-steps", "1",
 )  # fmt: skip
 
 
