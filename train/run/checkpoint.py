@@ -314,6 +314,10 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
     path = find_checkpoint(directory)
     check_devices()
     config, step = read_run(path)
+    if config.model.dtype == "float16" and jax.default_backend() == "cpu":
+        raise UserError(
+            f"{path} computes in float16, whose matrix products a CPU does not have: run it on a GPU"
+        )
     program = build_program(config)
     tokenizer = load_tokenizer(path / "tokenizer")
     check_vocabulary(tokenizer, config.model.vocab_size)

@@ -189,6 +189,14 @@ def test_parameters_of_another_shape_are_one_sentence(copy, capsys):
     assert re.search(r"damaged or of another shape \(Requested shape: .*96", capsys.readouterr().err)
 
 
+def test_float16_on_a_cpu_is_one_sentence(copy, capsys):
+    edit_config(copy / "checkpoints" / "8", "dtype", "float16")
+    assert cli.main(["generate", "--checkpoint", str(copy), "--prompt", "x"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "/checkpoints/8 computes in float16, whose matrix products a CPU does not have: run it on a GPU\n"
+    )
+
+
 def test_configuration_of_another_version_is_one_sentence(copy):
     edit_config(copy / "checkpoints" / "8", "unheard_of", 1)
     with pytest.raises(UserError, match=r"unheard_of.*: use the version that saved it"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -122,6 +123,21 @@ def test_a_device_that_is_not_there_is_one_sentence(corpus, finished, tmp_path, 
     )
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(corpus, tmp_path, capsys):
+    """The absurd rate of step 2 leaves a finite state from which no step can go on."""
+    options = ("--steps", "9", "--lr", "1e30", "--optimizer.skip-nonfinite", "2", "--checkpoint.every", "4")
+    assert cli.main(programs.train(corpus, tmp_path, *options)) == 1
+    out, err = capsys.readouterr()
+    left_out = re.findall(r"^step (\d) is left out: .* \(in a row: (\d) of at most 2\)$", out, re.MULTILINE)
+    assert left_out == [("3", "1"), ("4", "2")]
+    assert "training stopped at step 5: the loss is " in err
+    # What was saved after a step that was left out is the state before it.
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / '4'}: lower" in err
+    records = tiny_runs.read_records(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_checkpoints_by_time(corpus, tmp_path):
