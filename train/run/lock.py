@@ -93,8 +93,10 @@ class RunLock:
         if self._path in _held_here:  # opening and closing its file here would let the lock go
             raise self._refusal(Holder.this_process())
         try:
-            self._make_directory()
-            self._file = self._take()
+            try:
+                self._file = self._make_and_take()
+            except FileNotFoundError:  # another run that was refused has just removed what it had made
+                self._file = self._make_and_take()
         except OSError as error:
             self._remove_made()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -119,12 +121,14 @@ class RunLock:
         _held_here.discard(self._path)
         self._remove_made()
 
-    def _make_directory(self) -> None:
+    def _make_and_take(self) -> IO[str]:
+        self._made = []
         missing = self._workdir
         while not missing.exists() and missing != missing.parent:
             self._made.append(missing)
             missing = missing.parent
         self._workdir.mkdir(parents=True, exist_ok=True)
+        return self._take()
 
     def _remove_made(self) -> None:
         with contextlib.suppress(OSError):  # what holds files by now stays

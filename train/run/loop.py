@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sparse_lm.generate import Sampling, generate
@@ -26,7 +27,7 @@ from train.run.checkpoint import (
 )
 from train.run.checkpoint_errors import check_writable, is_disk_full, making
 from train.run.hooks import Clock, Hook, StopSignal
-from train.run.manifest import Manifest, schedule_jumps
+from train.run.manifest import Manifest, schedule_jumps, steers_anew
 from train.run.manifest import write as write_manifest
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
 from train.run.profile import DIRECTORY as PROFILE
@@ -259,7 +260,13 @@ class _Run:
             self.layout.state_shardings(abstract),
         )
         self.batches.seek(self.checkpoints.data(self.start).position)
-        return self.checkpoints.restore(self.start, placed)
+        state = self.checkpoints.restore(self.start, placed)
+        if steers_anew(self.changes, self.config):
+            coefficient = np.float32(self.config.model.sparsity.l1)
+            state = dataclasses.replace(
+                state, l1_coefficient=jax.device_put(coefficient, placed.l1_coefficient.sharding)
+            )
+        return state
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
-from train.config import TrainConfig, to_dict
+from train.config import TrainConfig, changed_fields, to_dict
 from train.config_file import write_config
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
@@ -165,13 +165,23 @@ def schedule_jumps(before: TrainConfig, now: TrainConfig, start: int) -> list[st
     """A sentence for each of learning rate and λ that the resumed run does not take up where it was."""
     rates = [float(learning_rate_schedule(c.optimizer, c.steps)(start)) for c in (before, now)]
     coefficients = [float(l1_coefficient(start, c.model.sparsity)) for c in (before, now)]
-    steered = now.model.sparsity.schedule == "target"  # λ then follows from the saved state
-    found = [("learning rate", rates), ("L1 coefficient λ", [] if steered else coefficients)]
-    return [
+    found = {"learning rate": rates}
+    if now.model.sparsity.schedule != "target":
+        found["L1 coefficient λ"] = coefficients
+    jumps = [
         f"the {name} jumps at step {start + 1}: {values[1]:.3g}, where it was to be {values[0]:.3g}"
-        for name, values in found
-        if values and not math.isclose(*values, rel_tol=0.01)
+        for name, values in found.items()
+        if not math.isclose(*values, rel_tol=0.01)
     ]
+    if steers_anew(changed_fields(before, now), now):
+        jumps.append(f"the L1 coefficient λ is steered anew, from {now.model.sparsity.l1:.3g}")
+    return jumps
+
+
+def steers_anew(changes: Mapping[str, tuple[Any, Any]], now: TrainConfig) -> bool:
+    """Whether a resumed run leaves the λ that it was steered to for the one that is asked for now."""
+    asked = {"model.sparsity.l1", "model.sparsity.schedule"} & changes.keys()
+    return now.model.sparsity.schedule == "target" and bool(asked)
 
 
 def _this_start(start: int, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

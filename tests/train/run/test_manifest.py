@@ -5,6 +5,7 @@ import os
 
 import programs
 import pytest
+import tiny_runs
 
 from train import cli
 from train.run.metrics import FILE_NAME as METRICS
@@ -51,9 +52,19 @@ def test_a_run_from_its_first_start_to_a_changed_second(corpus, workdir, capsys)
     assert second["history"][1]["changes"]["optimizer.beta1"] == {"before": 0.9, "now": 0.5}
     assert second["config"]["steps"] == 5
 
+    # λ is steered on from where it was, unless another one is asked for.
+    target = [*again, "--model.sparsity.schedule", "target", "--model.sparsity.target-l0", "1", "--l1", "0.5"]
+    assert cli.main([*target, "--steps", "6"]) == 0
+    assert "the L1 coefficient λ is steered anew, from 0.5\n" in capsys.readouterr().out
+    assert cli.main([*target, "--steps", "7"]) == 0
+    assert "λ" not in capsys.readouterr().out
+    steered = [record["l1_coefficient"] for record in tiny_runs.read_records(workdir) if "ce" in record][-2:]
+    assert steered[0] == 0.5
+    assert 0.5 < steered[1] <= 0.5 * 1.01**2
+
     # What would make another run of it is refused, and changes nothing.
     before = {path: path.read_bytes() for path in workdir.glob("*.json*")}
-    assert cli.main([*again, "--steps", "6", "--seed", "1"]) == 1
+    assert cli.main([*again, "--steps", "8", "--seed", "1"]) == 1
     assert "seed is 0 there and 1 here" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
 
