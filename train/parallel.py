@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import ParallelConfig, TrainConfig
-from train.errors import UserError, short_reason
+from train.errors import LostProcessError, UserError, short_reason
 from train.state import Program, TrainState
 from train.step import TrainStep, make_train_step
 
+_HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
 
 
@@ -40,9 +41,26 @@ def initialize_processes() -> None:
                 f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: "
                 "set all three or none"
             )
-        jax.distributed.initialize(address, int(count), int(index))
+        jax.distributed.initialize(
+            address, int(count), int(index), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
     elif tasks != {"1"}:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+
+
+@contextlib.contextmanager
+def losing_no_process() -> Iterator[None]:
+    """Turns what the runtime raises when another process of the run has died into LostProcessError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise LostProcessError(
+            f"process {jax.process_index()} of {jax.process_count()} has lost another process of the run "
+            f"({short_reason(error)}); checkpoints are intact: start all processes again, or another number "
+            "of them, to go on from the newest"
+        ) from error
 
 
 def check_devices() -> None:

@@ -14,6 +14,7 @@ from train.cli import bench_step, compare, convert, evaluate, generate, layer_in
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
+from train.errors import LostProcessError
 from train.run import background_errors
 
 _HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
@@ -60,7 +61,11 @@ def _main(argv: list[str]) -> int:
         sentence = sentence_of(error)
         if sentence is None or "--debug" in argv:
             raise
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError):
+            # At an orderly exit JAX would wait for the lost process, and then abort with a stack dump.
+            sys.stdout.flush()
+            os._exit(1)
         return 2 if isinstance(error, UsageError) else 1
 
 

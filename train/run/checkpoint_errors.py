@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 from train.errors import UserError, short_reason
 
 
@@ -39,6 +41,8 @@ def writing(where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise  # processes wait for each other around a save, and one of them does not answer
         if is_disk_full(error):
             reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
             raise UserError(

@@ -80,7 +80,7 @@ def run(config: TrainConfig, *, hooks: Sequence[Hook] = (), dry_run: bool = Fals
     reporter = Reporter(config, primary=jax.process_index() == 0)
     try:
         holding = contextlib.nullcontext() if dry_run else held(config, reporter)
-        with background_errors.kept_quiet(), holding:
+        with background_errors.kept_quiet(), parallel.losing_no_process(), holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
                 return _run(config, hooks, reporter, checkpoints, dry_run)

@@ -153,3 +153,31 @@ def test_checkpoints_by_time(corpus, tmp_path):
     )
     assert cli.main(programs.train(corpus, tmp_path, *options)) == 0
     assert complete_steps(tmp_path / "checkpoints") == [1, 2, 3, 4]
+
+
+@pytest.mark.timeout(240)
+def test_a_process_that_is_lost_ends_the_others_with_one_sentence(corpus, tmp_path, capsys):
+    """And the run goes on with another number of processes, from what the two have saved."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    words = programs.train(corpus, tmp_path, *FOR_EVER, "--checkpoint.every", "5")
+    with (
+        programs.start(words, **cluster, JAX_PROCESS_ID="0") as first,
+        programs.start(words, **cluster, JAX_PROCESS_ID="1") as second,
+    ):
+        programs.wait_until(lambda: bool(complete_steps(tmp_path / "checkpoints")), seconds=120)
+        second.kill()
+        began = time.monotonic()
+        _, errors = first.communicate(timeout=120)
+        assert time.monotonic() - began < 60
+        second.communicate()
+    assert first.returncode == 1, errors
+    assert errors.splitlines()[-1].startswith(
+        "sparse-lm: process 0 of 2 has lost another process of the run ("
+    )
+    assert "stack trace" not in errors
+    newest = complete_steps(tmp_path / "checkpoints")[-1]
+    assert cli.main(programs.train(corpus, tmp_path, "--steps", str(newest + 1))) == 0
+    assert f"resuming after step {newest} of {newest + 1}\n" in capsys.readouterr().out
