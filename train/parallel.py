@@ -56,11 +56,16 @@ def losing_no_process() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise LostProcessError(
-            f"process {jax.process_index()} of {jax.process_count()} has lost another process of the run "
-            f"({short_reason(error)}); checkpoints are intact: start all processes again, or another number "
-            "of them, to go on from the newest"
-        ) from error
+        raise lost_process(error) from error
+
+
+def lost_process(error: Exception) -> LostProcessError:
+    """What to say of an error that another process's death has caused."""
+    return LostProcessError(
+        f"process {jax.process_index()} of {jax.process_count()} has lost another process of the run "
+        f"({short_reason(error)}); checkpoints are intact: start all processes again, or another number of "
+        "them, to go on from the newest"
+    )
 
 
 def check_devices() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from train.errors import UserError, short_reason
+from train.parallel import lost_process
 
 
 @contextmanager
@@ -41,14 +42,15 @@ def writing(where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            raise  # processes wait for each other around a save, and one of them does not answer
         if is_disk_full(error):
             reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
             raise UserError(
                 f"the disk is full: {where} had no room for a checkpoint{reason}, earlier ones are intact: "
                 "free some space and run the same command again"
             ) from error
+        if jax.process_count() > 1 and not isinstance(error, OSError):
+            # Processes wait for each other around a save.
+            raise lost_process(error) from error
         raise UserError(
             f"{where} must be a directory that can be written to; a checkpoint could not be saved "
             f"({short_reason(error)}), earlier ones are intact: mend that and run the same command again"
