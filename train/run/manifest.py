@@ -210,8 +210,10 @@ def _history(path: Path) -> list[Any]:
 
 
 def _kernels(config: TrainConfig) -> str:
-    """What `pallas_kernels` says of one micro-batch on one device."""
+    """What `pallas_kernels` says of one micro-batch on one device; raises RequestError if that cannot run."""
     model = config.model
     sequences = max(1, config.batch_size // (config.optimizer.accumulation * jax.device_count()))
-    x = jax.ShapeDtypeStruct((sequences, model.context_length, model.d_model), jnp.dtype(model.dtype))
-    return dispatch.explain(x, jax.ShapeDtypeStruct((model.d_ff, model.d_model), jnp.float32), model.ffn)
+    x = jax.ShapeDtypeStruct((sequences * model.context_length, model.d_model), jnp.dtype(model.dtype))
+    w_up = jax.ShapeDtypeStruct((model.d_ff, model.d_model), jnp.float32)
+    dispatch.choose(model.ffn, dispatch.Call.of(x, w_up))
+    return dispatch.explain(x, w_up, model.ffn)

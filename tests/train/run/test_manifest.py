@@ -77,6 +77,12 @@ def test_a_dry_run_shows_the_run_and_begins_none(corpus, workdir, capsys):
     assert os.listdir(workdir) == ["cache"]
 
 
+def test_kernels_that_cannot_run_are_refused_before_the_first_step(corpus, workdir, capsys):
+    assert cli.main(programs.train(corpus, workdir, "--model.ffn.format", "twell")) == 1
+    assert capsys.readouterr().err.startswith("sparse-lm: backend='triton' needs an NVIDIA GPU of compute")
+    assert os.listdir(workdir) == ["cache"]
+
+
 def test_a_manifest_of_something_else_is_left_alone(corpus, workdir, capsys):
     workdir.mkdir()
     (workdir / "manifest.json").write_text('{"name": "an extension"}')
