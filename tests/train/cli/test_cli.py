@@ -202,7 +202,7 @@ def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
 @pytest.mark.parametrize("text", ["panel", "panel(tokens=64)", "panel(tokens=64, capacity=0.5)"])
 def test_a_format_is_one_text(monkeypatch, text):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", seen.append)
+    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
     assert cli.main(["train", "--model.ffn.format", text]) == 0
     assert seen[0].model.ffn == FFNOptions(format=text)
 
