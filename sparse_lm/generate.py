@@ -165,21 +165,21 @@ def _blocks(
         row[: len(prompt)] = prompt
 
     capacity = _capacity(longest, max_new_tokens, limit)
-    drawn, cache = _read_prompts(sampling, capacity, model, key, jnp.asarray(padded), jnp.asarray(lengths))
+    drawn, cache = read_prompts(sampling, capacity, model, key, jnp.asarray(padded), jnp.asarray(lengths))
     # Few sizes of blocks, so few compilations, and no block of 16 for two tokens.
     size = min(_BLOCK, 1 << max(max_new_tokens - 2, 0).bit_length())
     block = drawn[None]
     for done in range(1, max_new_tokens, size):
         if longest + done + size > cache.capacity < limit:
             cache = _grow(_capacity(longest + done + size, max_new_tokens - done - size, limit), cache)
-        following, cache = _decode(sampling, size, model, key, cache, block[-1])
+        following, cache = decode_block(sampling, size, model, key, cache, block[-1])
         yield block
         block = following
     yield block
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _read_prompts(
+def read_prompts(
     sampling: Sampling,
     capacity: int,
     model: InferenceModel,
@@ -193,7 +193,7 @@ def _read_prompts(
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
-def _decode(
+def decode_block(
     sampling: Sampling,
     steps: int,
     model: InferenceModel,

@@ -10,13 +10,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from pallas_kernels import reference, sparse_ffn, sparse_mlp
+from pallas_kernels import decode, device, reference, sparse_ffn, sparse_mlp
 from sparse_lm.attention import attend
 from sparse_lm.config import ModelConfig
-from sparse_lm.layers import rms_norm, rotary
+from sparse_lm.layers import rms_norm, rotary, scaled
 from sparse_lm.model import SparseLM
+from sparse_lm.rope import frequencies
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +143,10 @@ class InferenceModel:
           Hidden states (B, S, D), and the cache that holds ``tokens`` too.
         """
         batch, steps = tokens.shape
+        backend = self._backend(batch)
+        if steps == 1 and backend is not None:
+            hidden, cache = self._extend_by_one(tokens[:, 0], cache, interpret=backend == "interpret")
+            return hidden[:, None], cache
         rows = jnp.arange(batch)[:, None]
         positions = cache.lengths[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
         visible = jnp.arange(cache.capacity)[None, None] <= positions[..., None]
@@ -154,13 +160,52 @@ class InferenceModel:
             x = self._finish_layer(layer, x, attend(query, keys[nth], values[nth], visible))
         return self._final(x), LayerCaches(tuple(keys), tuple(values), cache.lengths + steps)
 
+    def _extend_by_one(
+        self, tokens: jax.Array, cache: LayerCaches, *, interpret: bool
+    ) -> tuple[jax.Array, LayerCaches]:
+        """`extend` by one token (B,) a row, of which every part is one kernel: hidden states (B, D)."""
+        project = partial(decode.project, interpret=interpret)
+        add_norm = partial(decode.add_norm, eps=self.config.norm_eps, interpret=interpret)
+        cos, sin = self._angles(cache.lengths)
+        x = self._embed(tokens)
+        normed = self._norm(x, self.layers[0].attention_norm)
+        following = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
+        keys, values = list(cache.keys), list(cache.values)
+        for nth, (layer, scale) in enumerate(zip(self.layers, following, strict=True)):
+            qkv = project(normed, layer.qkv)
+            if layer.qkv_bias is not None:
+                qkv += layer.qkv_bias[None]
+            attended, keys[nth], values[nth] = decode.attention(
+                qkv, keys[nth], values[nth], cache.lengths, cos, sin, interpret=interpret
+            )
+            added = scaled(project(attended, layer.output), self.config.residual_scale)
+            x, normed = add_norm(x, added, layer.ffn_norm)
+            added = scaled(self._feed_forward(layer, normed), self.config.residual_scale)
+            x, normed = add_norm(x, added, scale)
+        return normed, LayerCaches(tuple(keys), tuple(values), cache.lengths + 1)
+
+    def _backend(self, batch: int) -> str | None:
+        """What runs the kernels of a step, ``"triton"`` or ``"interpret"``; None where XLA runs the step."""
+        asked = self.config.ffn.backend
+        if self.config.head_dim not in decode.HEAD_DIMS or batch > decode.MOST_TOKENS:
+            return None
+        if asked == "interpret":
+            return "interpret"
+        chip = device.current()
+        runs = chip.is_nvidia and chip.capability >= 80 and asked != "xla"
+        return "triton" if runs else None
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
         weight = self.embedding if self.head is None else self.head
+        hidden = scaled(hidden, 1.0 / self.config.logit_divisor)
+        backend = self._backend(len(hidden)) if hidden.ndim == 2 else None
+        if backend is not None:
+            return decode.project(hidden, weight, dtype=jnp.float32, interpret=backend == "interpret")
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[tokens]
+        return scaled(self.embedding[tokens], self.config.embedding_scale)
 
     def _final(self, x: jax.Array) -> jax.Array:
         return self._norm(x, self.final_norm)
@@ -180,21 +225,31 @@ class InferenceModel:
         query, key, value = jnp.split(
             heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=2
         )
-        return (
-            rotary(query, positions, config.rope_theta),
-            rotary(key, positions, config.rope_theta),
-            value,
-        )
+        turns, amplitude = self._turns()
+        return rotary(query, positions, turns, amplitude), rotary(key, positions, turns, amplitude), value
+
+    def _turns(self) -> tuple[np.ndarray, float]:
+        """Radians a position of each pair of a head's dimensions (H / 2,), and the rotation's amplitude."""
+        config = self.config
+        turns = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        return turns, config.rope_scaling.amplitude
 
     def _finish_layer(self, layer: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
         """x (B, S, D) with what attention (B, S, N, H) and then the feed-forward part add to it."""
-        x = x + _linear(attended.reshape(*x.shape[:2], -1), layer.output)
-        entering = self._norm(x, layer.ffn_norm)
+        scale = self.config.residual_scale
+        x = x + scaled(_linear(attended.reshape(*x.shape[:2], -1), layer.output), scale)
+        return x + scaled(self._feed_forward(layer, self._norm(x, layer.ffn_norm)), scale)
+
+    def _feed_forward(self, layer: LayerWeights, x: jax.Array) -> jax.Array:
         if layer.w_gate is None:
-            y, _ = sparse_mlp(entering, layer.w_up, layer.w_down, options=self.config.ffn)
-        else:
-            y, _ = sparse_ffn(entering, layer.w_gate, layer.w_up, layer.w_down, options=self.config.ffn)
-        return x + y
+            return sparse_mlp(x, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]
+        return sparse_ffn(x, layer.w_gate, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]
+
+    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine (B, H / 2) of the rotation at positions (B,)."""
+        turns, amplitude = self._turns()
+        angles = positions.astype(jnp.float32)[:, None] * turns[None]
+        return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def _write(cache: jax.Array, new: jax.Array, *, rows: jax.Array, positions: jax.Array) -> jax.Array:

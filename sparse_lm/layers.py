@@ -49,3 +49,8 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitud
     cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """``factor * x`` in x's type, computed in f32, so that the factor itself is not rounded to 16 bits."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
