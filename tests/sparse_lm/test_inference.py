@@ -12,7 +12,6 @@ from sparse_lm import SparseLM
 from sparse_lm.inference import InferenceModel
 from sparse_lm.rope import RopeScaling
 
-
 SCALED = {
     "activation": "relu2",
     "embedding_scale": 3.0,
