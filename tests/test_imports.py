@@ -68,8 +68,8 @@ def test_the_specification_is_short():
 
 def test_the_public_surface_of_the_kernels():
     expected = [
-        "Auto", "Dense", "FFNOptions", "FFNStats", "Hybrid", "HybridELL", "Panel", "PanelELL", "Threshold",
-        "TwELL", "Twell", "sparse_ffn", "sparse_mlp",
+        "Auto", "Decode", "Dense", "FFNOptions", "FFNStats", "Hybrid", "HybridELL", "Panel", "PanelELL",
+        "Threshold", "TwELL", "Twell", "sparse_ffn", "sparse_mlp",
     ]  # fmt: skip
     assert sorted(pallas_kernels.__all__) == expected
     for name in expected:

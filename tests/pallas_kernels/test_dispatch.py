@@ -127,15 +127,17 @@ def test_auto_is_dense_where_its_probe_would_not_pay(changes):
 def test_explain_tells_what_would_run_and_why():
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 2048, 2048), (5632, 2048)))
     with on(H200):
-        auto, small = (
+        auto, small, few = (
             dispatch.explain(x, weight),
+            dispatch.explain(jax.ShapeDtypeStruct((700, 2048), x.dtype), weight),
             dispatch.explain(jax.ShapeDtypeStruct((7, 2048), x.dtype), weight),
         )
         named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
     assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
     assert "runs auto on mosaic_gpu: a probe inside the program" in auto
-    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 7" in small
+    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 700" in small
     assert "runs dense on xla" in small
+    assert "runs decode on triton: the gate's rows" in few
     assert "runs twell on triton" in named
     with on(CPU):
         refused = dispatch.explain(x, weight, FFNOptions(format="panel"))

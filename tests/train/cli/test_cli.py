@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -41,11 +42,10 @@ def complaint(capsys, *argv):
     [
         ("",
          "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench-step, compare; got none: see sparse-lm --help"),
+         "bench, bench-step, compare; got none: see sparse-lm --help"),
         ("trian",
          "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench-step, "
-         "compare; got 'trian'; did you mean train?"),
+         "bench, bench-step, compare; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
@@ -66,7 +66,7 @@ def complaint(capsys, *argv):
         ("train --optimizer.eps x", "--optimizer.eps must be a number; got 'x'"),
         ("generate --checkpoint x --top-k y", "--top-k must be a whole number or None; got 'y'"),
         ("train --model.ffn.format panl",
-         "FFNOptions.format must be one of auto, panel, hybrid, twell, dense; got 'panl'"),
+         "FFNOptions.format must be one of auto, panel, hybrid, twell, decode, dense; got 'panl'"),
         ("train --model.ffn.format=panel(tokens=65)",
          "Panel.tokens must be a power of two from 16 to 128; got 65"),
         ("train --model.ffn.format=panel(width=64)",
@@ -307,6 +307,31 @@ def test_generate_takes_several_prompts(capsys, finished):
     assert "[2/2] we" in out
     # A stream never shows what may yet become a character; at the end nothing more can come.
     assert out.removeprefix("[1/2] ").replace("\ufffd", "").startswith(alone.rstrip())
+
+
+@pytest.mark.parametrize(
+    ("stops", "shown"),
+    [
+        (["lamp"], "the "),
+        (["mps", "wi"], "the lamp "),
+        (["harbour"], "the lamp wind"),
+        (["d", "nd"], "the lamp wi"),
+    ],
+)
+def test_a_string_to_stop_at_ends_the_text_and_is_never_shown(capsys, monkeypatch, finished, stops, shown):
+    """Nor a beginning of it; what only began like it is shown in the end."""
+    letters = ByteTokenizer().encode("the lamp wind")
+    monkeypatch.setattr("sparse_lm.generate.stream", lambda *a, **k: ([letter] for letter in letters))
+    options = [word for stop in stops for word in ("--stop", stop)]
+    assert cli.main(["generate", "--checkpoint", str(finished.workdir), "--prompt", "> ", *options]) == 0
+    assert capsys.readouterr().out == f"> {shown}\n"
+
+
+def test_generate_says_how_fast_it_was(capsys, finished):
+    options = ["--checkpoint", str(finished.workdir), "--max-new-tokens", "4", "--prompt", "x", "--seed", "3"]
+    assert cli.main(["generate", *options]) == 0
+    pattern = r"\d tokens?, the first after \d+\.\d\d s(, then [\d,.]+ tokens/s)? \(compilation included\)"
+    assert re.search(pattern, capsys.readouterr().err)
 
 
 def test_a_character_of_several_tokens_is_never_broken_on_its_way(capsys, monkeypatch, finished):
