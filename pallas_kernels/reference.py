@@ -34,20 +34,17 @@ from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, multiply, project
 from pallas_kernels.options import FFNStats
 
+Tokens, Weight, Neurons = Float[Array, "M D"], Float[Array, "F D"], Float[Array, "M F"]
 Weights = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 """x (M, D), w_gate (F, D) or None, w_up and w_down (F, D); or their cotangents."""
 
 
-def projections(
-    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None, w_up: Float[Array, "F D"]
-) -> tuple[Float[Array, "M F"], Float[Array, "M F"] | None]:
+def projections(x: Tokens, w_gate: Weight | None, w_up: Weight) -> tuple[Neurons, Neurons | None]:
     """g and u (M, F); u is None without a gate."""
     return (project(x, w_up), None) if w_gate is None else (project(x, w_gate), project(x, w_up))
 
 
-def hidden(
-    gate: Float[Array, "M F"], up: Float[Array, "M F"] | None, rule: Rule = RELU
-) -> tuple[Float[Array, "M F"], Bool[Array, "M F"]]:
+def hidden(gate: Neurons, up: Neurons | None, rule: Rule = RELU) -> tuple[Neurons, Bool[Array, "M F"]]:
     """h (M, F) in the input type, and the (M, F) bool mask of active neurons, from the projections."""
     mask, value = rule.active(gate), rule.value(gate)
     product = value if up is None else value * rule.up(up)
@@ -55,20 +52,16 @@ def hidden(
 
 
 def ffn(
-    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None,
-    w_up: Float[Array, "F D"], w_down: Float[Array, "F D"], rule: Rule = RELU,
-) -> tuple[Float[Array, "M D"], FFNStats]:  # fmt: skip
+    x: Tokens, w_gate: Weight | None, w_up: Weight, w_down: Weight, rule: Rule = RELU
+) -> tuple[Tokens, FFNStats]:
     """The whole layer: x (M, D) to y (M, D) and its statistics; ``w_gate=None`` is the non-gated layer."""
     h, mask = hidden(*projections(x, w_gate, w_up), rule)
     return multiply(h, w_down), FFNStats.of_dense(h, mask)
 
 
 def backward(
-    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None,
-    w_up: Float[Array, "F D"], w_down: Float[Array, "F D"],
-    gate: Float[Array, "M F"], up: Float[Array, "M F"] | None,
-    dy: Float[Array, "M D"], scale: Float[Array, " _"] | None,
-    *, rule: Rule = RELU, dtype: DTypeLike,
+    x: Tokens, w_gate: Weight | None, w_up: Weight, w_down: Weight, gate: Neurons, up: Neurons | None,
+    dy: Tokens, scale: Float[Array, " _"] | None, *, rule: Rule = RELU, dtype: DTypeLike,
 ) -> Weights:  # fmt: skip
     """Cotangents of x and, in ``dtype``, the weights, from the projections (M, F) and the cotangents dy
     (M, D) and ``scale``, that of every |h|: (1,) or (M,) f32, dl1 / M; None where nothing depends on l1."""
@@ -82,9 +75,7 @@ def backward(
     return jnp.asarray(dx), dw_gate[0] if dw_gate else None, dw_up, dw_down
 
 
-def hidden_gradient(
-    dy: Float[Array, "M D"], w_down: Float[Array, "F D"], h: Float[Array, "M F"], scale: jax.Array | None
-) -> Float[Array, "M F"]:
+def hidden_gradient(dy: Tokens, w_down: Weight, h: Neurons, scale: jax.Array | None) -> Neurons:
     """dh (M, F) in the input type, where neurons are active."""
     if scale is None:
         return project(dy, w_down)

@@ -178,15 +178,15 @@ def _kernel(words_ref, *refs, tile, slots, n_tiles, dtype, gated, width, rule, c
         used = nth < total
         mask = used[:, None] & in_row[None, :]
         following = fetch(step + 1)
-        h = gate.astype(jnp.float32)
+        h, kept = gate, [neuron, gate]
         if rule.squared:
-            h = rule.value(h).astype(dtype).astype(jnp.float32)
-        kept = [neuron, gate]
+            h = rule.value(h.astype(jnp.float32)).astype(dtype)
         if gated:
             up = jnp.sum(gather_rows(up_ref, neuron, column, mask) * x[None, :], axis=1).astype(dtype)
-            h = (h * rule.up(up.astype(jnp.float32))).astype(dtype).astype(jnp.float32)
+            # The gate is widened here, not before the sum over x: Triton then gives it the sum's layout.
+            h = (h.astype(jnp.float32) * rule.up(up.astype(jnp.float32))).astype(dtype)
             kept.append(up)
-        h = jnp.where(used, h, 0)  # past the end, 0 times an infinite x is not 0
+        h = jnp.where(used, h.astype(jnp.float32), 0)  # past the end, 0 times an infinite x is not 0
         y = y + jnp.sum(h[:, None] * gather_rows(down_ref, neuron, column, mask), axis=0)
         for ref, value in zip(ell_refs, kept, strict=False):
             store_in_row(ref, row, nth, value.astype(ref.dtype), used)
