@@ -34,7 +34,9 @@ from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, multiply, project
 from pallas_kernels.options import FFNStats
 
-Tokens, Weight, Neurons = Float[Array, "M D"], Float[Array, "F D"], Float[Array, "M F"]
+Tokens = Float[Array, "M D"]
+Weight = Float[Array, "F D"]
+Neurons = Float[Array, "M F"]
 Weights = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 """x (M, D), w_gate (F, D) or None, w_up and w_down (F, D); or their cotangents."""
 
