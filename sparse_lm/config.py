@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from pallas_kernels import FFNOptions
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
+TokenOrderName = Literal["text", "auto", "id", "vocabulary", "centroids", "hash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,13 @@ class ModelConfig:
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
       ffn: how the feed-forward kernels run.
+      token_order: in which order the feed-forward layers take the tokens of a forward, which decides which
+        tokens share a panel, and no result: ``"text"``, as they come; ``"id"``, by token id;
+        ``"vocabulary"``, by clusters of the embedding, then id; ``"centroids"``, by clusters of what enters
+        the first feed-forward layer, then id; ``"hash"``, by signs of random projections of that, then id;
+        ``"auto"``, ``"centroids"`` where the layers may run in panels, else ``"text"``. Steps of decoding
+        and forwards of few tokens leave it out. Clusters follow a training (`SparseLM.refresh_token_order`).
+      token_clusters: K, how many clusters ``"vocabulary"`` and ``"centroids"`` tell apart.
     """
 
     vocab_size: int = 49_152
@@ -81,6 +89,8 @@ class ModelConfig:
     remat: RematPolicy = "none"
     sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     ffn: FFNOptions = dataclasses.field(default_factory=FFNOptions)
+    token_order: TokenOrderName = "text"
+    token_clusters: int = 64
 
     def __post_init__(self) -> None:
         for name in (
@@ -91,6 +101,7 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "context_length",
+            "token_clusters",
         ):
             value = getattr(self, name)
             if value < 1:
@@ -118,6 +129,16 @@ class ModelConfig:
             raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in get_args(RematPolicy):
             raise ValueError(f"model.remat must be none, full, dots or sparse; got {self.remat!r}")
+        if self.token_order not in get_args(TokenOrderName):
+            raise ValueError(
+                f"model.token-order must be one of {', '.join(get_args(TokenOrderName))}; "
+                f"got {self.token_order!r}"
+            )
+        if self.token_clusters * self.vocab_size >= 2**31:
+            raise ValueError(
+                f"model.token-clusters × model.vocab-size must be below 2^31, so that a cluster and an id "
+                f"share an int32 key; got {self.token_clusters} × {self.vocab_size}"
+            )
 
     @property
     def head_dim(self) -> int:
