@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from train.config import ParallelConfig, TrainConfig
 from train.errors import UserError
 from train.state import Program, TrainState
-from train.step import TrainStep, make_train_step
+from train.step import TrainStep, make_order_refresh, make_train_step
 
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
 
@@ -126,6 +126,20 @@ class Layout:
             make_train_step(program),
             in_shardings=(shardings, self.batch),
             out_shardings=(shardings, self.replicated),
+            donate_argnums=0,
+        )
+
+    def compile_order_refresh(self, program: Program) -> Callable[[TrainState, Any], TrainState]:
+        """The refresh of the model's token order over all devices; it takes what the step takes (donated)."""
+        if self.config.mode == "pmap":
+            return jax.pmap(
+                make_order_refresh(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
+            )
+        shardings = self.state_shardings(program.abstract_state())
+        return jax.jit(
+            make_order_refresh(program),
+            in_shardings=(shardings, self.batch),
+            out_shardings=shardings,
             donate_argnums=0,
         )
 

@@ -23,6 +23,8 @@ class TrainState:
 
     Attributes:
       params: nested dict of f32 arrays, the master weights.
+      buffers: nested dict of what else the model holds (`sparse_lm.model_order.OrderState`); no gradient
+        reaches it.
       opt_state: optax's state for ``params``.
       rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use). No
         step draws from it now; it is saved so that one that does resumes bit for bit too.
@@ -31,10 +33,16 @@ class TrainState:
     """
 
     params: Params
+    buffers: Params
     opt_state: Any
     rng: jax.Array
     step: jax.Array
     activity: NeuronActivity
+
+    @property
+    def variables(self) -> Params:
+        """All that the model is made of: what evaluation and generation need."""
+        return self.params | self.buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +76,11 @@ def build_program(config: TrainConfig) -> Program:
 
     def init() -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(config.seed))
-        _, variables = nnx.split(SparseLM(config.model, rngs=nnx.Rngs(init_key)))
-        params = nnx.to_pure_dict(variables)
+        _, weights, others = nnx.split(SparseLM(config.model, rngs=nnx.Rngs(init_key)), nnx.Param, ...)
+        params = nnx.to_pure_dict(weights)
         return TrainState(
             params=params,
+            buffers=nnx.to_pure_dict(others),
             opt_state=optimizer.init(params),
             rng=jax.random.key_data(step_key),
             step=jnp.zeros((), jnp.int32),

@@ -1,9 +1,9 @@
 """The training run: builds everything, resumes, steps, reports, saves."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -201,10 +201,14 @@ class _Run:
         )
         state = self._first_state()
         train_step = self.layout.compile_step(self.program)
+        refresh_order = self._order_refresh()
         pending: tuple[int, Metrics] | None = None
         with self.layout.step_scope(), StopSignal() as stop:
             for step in range(self.start + 1, config.steps + 1):
-                state, metrics = train_step(state, self.layout.place(next(self.batches)["tokens"]))
+                tokens = self.layout.place(next(self.batches)["tokens"])
+                if refresh_order is not None and (step - 1) % config.refresh_order_every == 0:
+                    state = refresh_order(state, tokens)
+                state, metrics = train_step(state, tokens)
                 if pending is not None:
                     self._read(*pending)
                 pending = step, metrics
@@ -235,6 +239,11 @@ class _Run:
         self.batches.seek(self.checkpoints.data(self.start).position)
         return self.checkpoints.restore(self.start, placed)
 
+    def _order_refresh(self) -> Callable[[TrainState, Any], TrainState] | None:
+        """What renews the model's token order, if it keeps anything to renew."""
+        follows = bool(self.program.abstract_state().buffers)
+        return self.layout.compile_order_refresh(self.program) if follows else None
+
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""
         record = to_record(step, metrics)
@@ -263,7 +272,7 @@ class _Run:
         """Held-out evaluation of ``state``, into the metrics file and one line."""
         with self.layout.scope():
             self.evaluation = report = evaluate(
-                self.evaluator, state.params, self.heldout,
+                self.evaluator, state.variables, self.heldout,
                 step=step, d_ff=self.config.model.d_ff, place=self.layout.place_global,
             )  # fmt: skip
         self.writer.write({"step": step, "evaluation": report.to_dict()})
