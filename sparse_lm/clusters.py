@@ -81,7 +81,7 @@ def _spread_tokens(tokens: jax.Array, count: int, axis_name: str | None) -> jax.
 
 
 def vocabulary_rank(embedding: jax.Array, count: int) -> jax.Array:
-    """The place of each id in an order of the vocabulary by clusters of its embedding, then by id: (V,) int32.
+    """The place of each id in an order of the vocabulary by clusters of its embedding, then id: (V,) int32.
 
     Args:
       embedding: (V, D).

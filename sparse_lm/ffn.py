@@ -119,7 +119,8 @@ class SparseFFN(nnx.Module):
         if order is None:
             return self._apply(x)
         order.check(x)
-        batch_axes = self._token_axes(jax.sharding.get_abstract_mesh())
+        mesh = jax.sharding.get_abstract_mesh()
+        batch_axes = None if mesh.empty else self._token_axes(mesh)
         gathered = over_local_tokens(lambda x, order: order.gather(x), x, order, batch_axes=batch_axes)
         y, stats = self._apply(gathered)
         return over_local_tokens(lambda y, order: order.scatter(y), y, order, batch_axes=batch_axes), stats
@@ -180,12 +181,12 @@ def over_local_tokens(
     return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*arrays)
 
 
-def local_token_count(tokens: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """How many of the tokens (...) `over_local_tokens` gives one device."""
+def local_token_count(shape: tuple[int, ...]) -> int:
+    """How many tokens of that shape (...) `over_local_tokens` gives one device, on axes of type Auto."""
     mesh = jax.sharding.get_abstract_mesh()
-    split = _batch_split(mesh, tokens, None)
+    split = _batch_split(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), None)
     devices = 1 if split is None else math.prod(mesh.shape[axis] for entry in split for axis in _axes(entry))
-    return math.prod(tokens.shape) // devices
+    return math.prod(shape) // devices
 
 
 def _batch_split(
@@ -194,6 +195,7 @@ def _batch_split(
     """How the first axis is split; not at all where the devices cannot share it evenly."""
     if mesh.empty or mesh.manual_axes:
         return None
+    _check_names(mesh, batch_axes or (), "SparseFFN.batch_axes")
     axes = mesh.axis_names if batch_axes is None else batch_axes
     if AxisType.Explicit in mesh.axis_types:
         spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else PartitionSpec()

@@ -151,7 +151,7 @@ class SparseLM(nnx.Module):
 
         In a training, call it at the start and then every fifty steps or so, on the batch at hand: it costs
         the attention of one layer, with no gradient. Like all that changes a module it belongs inside
-        ``nnx.jit``, or between ``nnx.merge`` and ``nnx.split``. Orders that keep nothing are left as they are.
+        ``nnx.jit``, or between ``nnx.merge`` and ``nnx.split``. Orders that keep nothing stay as they are.
 
         Args:
           tokens: (B, S) int32.

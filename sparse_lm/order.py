@@ -23,7 +23,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sparse_lm import clusters
 
@@ -117,21 +116,21 @@ def by_hash(
     It needs nothing that was fitted. ``tokens`` and ``vocab_size`` as in `by_centroids`, K being 2^bits.
     """
     projections = jax.random.normal(jax.random.key(0), (x.shape[-1], bits), jnp.float32)
-    signs = jnp.einsum("...d,db->...b", x, projections.astype(x.dtype), preferred_element_type=jnp.float32) > 0
+    signs = (
+        jnp.einsum("...d,db->...b", x, projections.astype(x.dtype), preferred_element_type=jnp.float32) > 0
+    )
     code = jnp.sum(signs << jnp.arange(bits, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
     return by_key(_with_ids(code, 2**bits, tokens, vocab_size))
 
 
-def _with_ids(
-    group: jax.Array, groups: int, tokens: jax.Array | None, vocab_size: int | None
-) -> jax.Array:
+def _with_ids(group: jax.Array, groups: int, tokens: jax.Array | None, vocab_size: int | None) -> jax.Array:
     """One int32 key: the group, then the id."""
     if tokens is None:
         return group
     if vocab_size is None or not 0 < groups * vocab_size < 2**31:
         raise ValueError(
-            f"an order by {groups} groups and then by id needs the number of ids, below {2**31 // groups}, so "
-            f"that both fit an int32 key; got vocab_size={vocab_size}: pass it, or leave the ids out"
+            f"an order by {groups} groups and then by id needs the number of ids, below {2**31 // groups}, "
+            f"so that both fit an int32 key; got vocab_size={vocab_size}: pass it, or leave the ids out"
         )
     return group * vocab_size + tokens.astype(jnp.int32)
 

@@ -196,8 +196,8 @@ class TrainConfig:
       batch_size: sequences of one optimizer step, over all devices, processes and accumulation steps.
       seed: of the initial weights and of the data order.
       workdir: directory of checkpoints, logs and the tokenizer.
-      refresh_order_every: steps between renewals of what ``model.token-order`` keeps, where it keeps anything;
-        the first comes before the first step.
+      refresh_order_every: steps between renewals of what ``model.token-order`` keeps, where it keeps
+        anything; the first comes before the first step.
     """
 
     steps: int = 30_000
