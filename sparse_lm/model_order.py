@@ -45,7 +45,7 @@ class ModelOrder(nnx.Module):
         """Whether there is a state for ``refresh`` to renew."""
         return self.config.token_order in ("vocabulary", "centroids", "auto")
 
-    def choose(self, shape: tuple[int, int]) -> TokenOrderName:
+    def choose(self, shape: tuple[int, ...]) -> TokenOrderName:
         """The order of a forward over tokens of that shape (B, S): never ``"auto"``."""
         name = self.config.token_order
         local = local_token_count(shape)
@@ -68,7 +68,7 @@ class ModelOrder(nnx.Module):
                 return over_local_tokens(order.by_key, ranks)
         return None
 
-    def needs_input(self, shape: tuple[int, int]) -> bool:
+    def needs_input(self, shape: tuple[int, ...]) -> bool:
         """Whether the order of tokens of that shape is made from what enters the first feed-forward layer."""
         return self.choose(shape) in _FROM_INPUT
 

@@ -76,11 +76,11 @@ def build_program(config: TrainConfig) -> Program:
 
     def init() -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(config.seed))
-        _, weights, others = nnx.split(SparseLM(config.model, rngs=nnx.Rngs(init_key)), nnx.Param, ...)
-        params = nnx.to_pure_dict(weights)
+        model = SparseLM(config.model, rngs=nnx.Rngs(init_key))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return TrainState(
             params=params,
-            buffers=nnx.to_pure_dict(others),
+            buffers=nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))),
             opt_state=optimizer.init(params),
             rng=jax.random.key_data(step_key),
             step=jnp.zeros((), jnp.int32),

@@ -83,7 +83,7 @@ def make_order_refresh(
     def refresh(state: TrainState, tokens: jax.Array) -> TrainState:
         model = nnx.merge(program.graphdef, state.variables)
         model.refresh_token_order(tokens[::accumulation, :-1], axis_name=axis_name)
-        buffers = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        buffers = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
         return dataclasses.replace(state, buffers=buffers)
 
     return refresh

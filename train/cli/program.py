@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from train.cli import bench_step, compare, evaluate, generate, layer_inputs, plot, tokenize, train
+from train.cli import bench, bench_step, compare, evaluate, generate, layer_inputs, plot, tokenize, train
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
@@ -26,6 +26,7 @@ commands:
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
+  bench      measure a trained model: bench order
   bench-step   time training steps with sparse and dense feed-forward layers, and measure their memory
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
@@ -62,6 +63,7 @@ def _dispatch(argv: list[str]) -> int:
         "evaluate": evaluate.run,
         "layer-inputs": layer_inputs.run,
         "plot": plot.run,
+        "bench": bench.run,
         "bench-step": bench_step.run,
         "compare": compare.run,
     }

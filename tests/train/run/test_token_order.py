@@ -1,4 +1,4 @@
-"""A training that its token order follows: the same losses, the same after a restart, saved with the model."""
+"""A training that its token order follows: same losses, same after a restart, saved with the model."""
 
 import dataclasses
 import itertools

@@ -1,0 +1,111 @@
+"""A trained model's feed-forward layers and what enters them on held-out text, in the device's memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from pallas_kernels import reference
+from sparse_lm import SparseLM
+from sparse_lm.model import Block
+from train.data.batches import heldout_batches
+from train.errors import UserError
+from train.run.checkpoint import load_for_inference
+
+_AT_ONCE = 16384
+
+
+class TextLayers:
+    """A checkpoint on its held-out text.
+
+    Args:
+      checkpoint: a run's workdir or one step's directory.
+      tokens: most tokens, in whole sequences.
+      more: so many further tokens of other held-out text, as far as there is any, for what is fitted.
+
+    Attributes:
+      model: the checkpoint's.
+      step: optimizer steps behind it.
+      tokens: (M,) int32.
+      fit_on_other_text: whether there was any; what is fitted then is fitted to the same text.
+
+    Raises:
+      UserError: no such checkpoint, the corpus is gone, or ``tokens`` is less than a sequence.
+    """
+
+    def __init__(self, checkpoint: str, tokens: int, more: int) -> None:
+        self.model, tokenizer, config, self.step = load_for_inference(checkpoint)
+        length = config.model.context_length
+        if tokens < length:
+            raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
+        batches = heldout_batches(
+            config.data, tokenizer, context_length=length, batch_size=1, limit=(tokens + more) // length
+        )
+        sequences = np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
+        measured, others = np.split(sequences, [tokens // length])
+        self.fit_on_other_text = len(others) > 0
+        self.tokens = jnp.asarray(measured.reshape(-1))
+        self._blocks = [self._block(layer) for layer in range(config.model.num_layers)]
+        self._streams = self._run(measured)
+        self._fit_streams = self._run(others) if len(others) else self._streams
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._blocks)
+
+    def block(self, layer: int) -> Block:
+        """One layer, its feed-forward weights rounded to the compute type as its call rounds them."""
+        return self._blocks[layer]
+
+    def stream(self, layer: int) -> jax.Array:
+        """The residual stream that the layer's feed-forward norm reads: (M, D) in the compute type."""
+        return self._streams[layer]
+
+    def entering(self, layer: int, *, fit: bool = False) -> jax.Array:
+        """What the layer's feed-forward part is given: (M, D) in the compute type; or that of the text for
+        what is fitted."""
+        return self._blocks[layer].ffn_norm((self._fit_streams if fit else self._streams)[layer])
+
+    def active(self, layer: int, x: jax.Array) -> jax.Array:
+        """(M, F) bool: the neurons that inputs x (M, D) of a layer activate."""
+        ffn = self._blocks[layer].ffn
+        gate = ffn.w_up if ffn.w_gate is None else ffn.w_gate
+        return _active(x, gate[...])
+
+    def _run(self, sequences: np.ndarray) -> list[jax.Array]:
+        graphdef, state = nnx.split(self.model)
+        run = jax.jit(lambda state, tokens: residual_streams(nnx.merge(graphdef, state), tokens))
+        rows = max(1, _AT_ONCE // sequences.shape[1])
+        parts = [run(state, jnp.asarray(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
+        return [
+            jnp.concatenate([part[layer].reshape(-1, part.shape[-1]) for part in parts])
+            for layer in range(self.num_layers)
+        ]
+
+    def _block(self, layer: int) -> Block:
+        graphdef, state = nnx.split(self.model.blocks)
+        block: Any = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
+        ffn_graphdef, weights = nnx.split(block.ffn)
+        block.ffn = nnx.merge(ffn_graphdef, jax.tree.map(lambda w: w.astype(block.ffn.dtype), weights))
+        return block
+
+
+def residual_streams(model: SparseLM, tokens: jax.Array) -> jax.Array:
+    """What each layer's feed-forward norm reads: tokens (B, S) to (L, B, S, D) in the compute type."""
+    graphdef, layers = nnx.split(model.blocks)
+
+    def run_layer(x, state):
+        block = nnx.merge(graphdef, state)
+        x, entering, _ = block.attend(x)
+        return block.feed_forward(x, entering)[0], x
+
+    x = model.embedding[...][tokens].astype(model.config.dtype)
+    return lax.scan(run_layer, x, layers)[1]
+
+
+@jax.jit
+def _active(x: jax.Array, gate: jax.Array) -> jax.Array:
+    return reference.active(reference.project(x, gate))
