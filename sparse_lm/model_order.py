@@ -55,8 +55,8 @@ class ModelOrder(nnx.Module):
             return name
         x = jax.ShapeDtypeStruct((local, self.config.d_model), self.config.dtype)
         weight = jax.ShapeDtypeStruct((self.config.d_ff, self.config.d_model), self.config.dtype)
-        call = dispatch.Call.of(x, weight, self.config.ffn)
-        return "centroids" if dispatch.choose(self.config.ffn, call).format in _PANEL_FORMATS else "text"
+        layout = dispatch.choose(self.config.ffn, dispatch.Call.of(x, weight)).layout
+        return "centroids" if layout.name in _PANEL_FORMATS else "text"
 
     def before_layers(self, tokens: jax.Array) -> Permutation | None:
         """The order of tokens (B, S) where it needs nothing else; None if it needs more, or is the text's."""

@@ -124,7 +124,7 @@ def _arguments(layers: TextLayers, layer: int, tokens: int, places: Permutation 
 def _program(layers: TextLayers, format: Format, train: bool) -> Any:
     """``(weights, norm, stream, order) -> new stream``, or the gradients of the first three."""
     block = layers.block(0)
-    options = dataclasses.replace(block.ffn.options, format=format, backend="auto")
+    options = block.ffn.options.with_format(format, "auto")
     ffn_graphdef, norm_graphdef = nnx.split(block.ffn)[0], nnx.split(block.ffn_norm)[0]
 
     def forward(weights, norm, x, places):

@@ -1,5 +1,6 @@
 """A trained model's feed-forward layers and what enters them on held-out text, in the device's memory."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels import reference
+from pallas_kernels.activations import Rule
 from sparse_lm import SparseLM
 from sparse_lm.model import Block
 from train.data.batches import heldout_batches
@@ -73,7 +75,7 @@ class TextLayers:
         """(M, F) bool: the neurons that inputs x (M, D) of a layer activate."""
         ffn = self._blocks[layer].ffn
         gate = ffn.w_up if ffn.w_gate is None else ffn.w_gate
-        return _active(x, gate[...])
+        return _active(x, gate[...], ffn.options.rule)
 
     def _run(self, sequences: np.ndarray) -> list[jax.Array]:
         graphdef, state = nnx.split(self.model)
@@ -106,6 +108,6 @@ def residual_streams(model: SparseLM, tokens: jax.Array) -> jax.Array:
     return lax.scan(run_layer, x, layers)[1]
 
 
-@jax.jit
-def _active(x: jax.Array, gate: jax.Array) -> jax.Array:
-    return reference.active(reference.project(x, gate))
+@partial(jax.jit, static_argnames="rule")
+def _active(x: jax.Array, gate: jax.Array, rule: Rule) -> jax.Array:
+    return rule.active(reference.project(x, gate))
