@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.bench import order_counts, order_times
+from train.bench import order_counts, order_plot, order_times
 from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
 from train.bench.text_layers import TextLayers
@@ -33,6 +33,7 @@ class BenchOrderOptions:
         that a forward can make, against dense ones: forward on the most tokens, forward and backward on the
         fewest.
       json: also write all figures to this file.
+      picture: also draw the unions of the largest call against P: a .png, .svg or .pdf; needs matplotlib.
       debug: show the traceback of an error.
     """
 
@@ -42,6 +43,7 @@ class BenchOrderOptions:
     clusters: tuple[int, ...] = (64,)
     times: tuple[Literal["auto", "panel", "hybrid", "twell"], ...] = ()
     json: str | None = None
+    picture: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +90,10 @@ def run(options: BenchOrderOptions) -> None:
         console.print(_moves_sentence(moves), markup=False)
         document["tables"].append(_table_document(rows, costs, moves, tokens, options.panels))
         file.write(document)
+    if options.picture is not None:
+        d_ff = layers.model.config.d_ff
+        order_plot.draw(rows, options.panels, options.picture, tokens=sizes[-1], d_ff=d_ff)
+        console.print(f"picture: {options.picture}", markup=False)
     for format in options.times:
         for train, tokens in ((False, sizes[-1]), (True, sizes[0])):
             try:

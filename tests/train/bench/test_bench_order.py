@@ -8,8 +8,9 @@ import pytest
 
 from pallas_kernels.bench import timing
 from train import cli
-from train.bench import order_counts, order_times
+from train.bench import order_counts, order_plot, order_times
 from train.bench.text_layers import TextLayers
+from train.errors import UserError
 
 PANELS, TOKENS = (8, 16), 48
 
@@ -84,10 +85,11 @@ def test_speedups_pay_for_the_order():
 
 
 def test_the_command_prints_and_writes(finished, tmp_path, capsys):
-    out = tmp_path / "order.json"
+    out, picture = tmp_path / "order.json", tmp_path / "order.png"
     command = [
         "bench", "order", "--checkpoint", str(finished.workdir), "--tokens", "32", "100000",
         "--panels", "8", "16", "--clusters", "4", "--times", "auto", "--json", str(out),
+        "--picture", str(picture),
     ]  # fmt: skip
     assert cli.main(command) == 0
     said, written = capsys.readouterr().out, json.loads(out.read_text())
@@ -99,6 +101,7 @@ def test_the_command_prints_and_writes(finished, tmp_path, capsys):
         assert name in said
         assert [len(unions[panel]) for panel in ("8", "16")] == [2, 2]
         assert ", ".join(f"{union:.0f}" for union in unions["8"]) in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
     forward, train = written["times"]
     assert (forward["direction"], forward["tokens"]) == ("forward", large["tokens"])
     assert (train["direction"], train["tokens"]) == ("train", 32)
@@ -117,6 +120,15 @@ def test_the_command_prints_and_writes(finished, tmp_path, capsys):
 def test_mistakes_are_one_sentence(arguments, sentence, capsys):
     assert cli.main(["bench", *arguments]) in (1, 2)
     assert sentence in capsys.readouterr().err
+
+
+def test_the_picture_has_a_curve_an_order(rows, tmp_path):
+    out = tmp_path / "orders.svg"
+    order_plot.draw(rows, PANELS, out, tokens=TOKENS, d_ff=64)
+    drawn = out.read_text()
+    assert all(f"<!-- {row.name} -->" in drawn for row in rows)
+    with pytest.raises(UserError, match="--picture must name a picture that can be written"):
+        order_plot.draw(rows, PANELS, tmp_path / "none" / "orders.png", tokens=TOKENS, d_ff=64)
 
 
 def test_a_format_that_cannot_run_says_so(finished, capsys):
