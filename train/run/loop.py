@@ -1,9 +1,9 @@
 """The training run: builds everything, resumes, steps, reports, saves."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -201,14 +201,12 @@ class _Run:
         )
         state = self._first_state()
         train_step = self.layout.compile_step(self.program)
-        refresh_order = self._order_refresh()
+        refresh_order = self.layout.order_refresh(self.program)
         pending: tuple[int, Metrics] | None = None
         with self.layout.step_scope(), StopSignal() as stop:
             for step in range(self.start + 1, config.steps + 1):
                 tokens = self.layout.place(next(self.batches)["tokens"])
-                if refresh_order is not None and (step - 1) % config.refresh_order_every == 0:
-                    state = refresh_order(state, tokens)
-                state, metrics = train_step(state, tokens)
+                state, metrics = train_step(refresh_order(step, state, tokens), tokens)
                 if pending is not None:
                     self._read(*pending)
                 pending = step, metrics
@@ -238,11 +236,6 @@ class _Run:
         )
         self.batches.seek(self.checkpoints.data(self.start).position)
         return self.checkpoints.restore(self.start, placed)
-
-    def _order_refresh(self) -> Callable[[TrainState, Any], TrainState] | None:
-        """What renews the model's token order, if it keeps anything to renew."""
-        follows = bool(self.program.abstract_state().buffers)
-        return self.layout.compile_order_refresh(self.program) if follows else None
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""
