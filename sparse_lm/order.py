@@ -23,7 +23,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from pallas_kernels.common import varying_axes
 from sparse_lm import clusters
 
 HASH_BITS = 12
@@ -72,8 +74,9 @@ def by_key(key: jax.Array) -> Permutation:
       key: integers of the tokens' shape (...).
     """
     flat = key.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    places = jnp.arange(flat.size, dtype=jnp.int32)
+    # The sort gives each output its operand's type: places too must vary over the mesh axes of the key.
+    places = varying_axes.vary_with(flat, jnp.arange(flat.size, dtype=jnp.int32))
+    _, order = lax.sort((flat, places), num_keys=1, is_stable=True)
     inverse = jnp.zeros_like(order).at[order].set(places, unique_indices=True, mode="promise_in_bounds")
     return Permutation(order.reshape(key.shape), inverse.reshape(key.shape))
 

@@ -84,6 +84,21 @@ def test_each_device_orders_its_own_tokens(name, config, tokens, expected):
     assert "f32[2,16,32]" in compiled.as_text()
 
 
+@pytest.mark.parametrize("name", ["id", "centroids"])
+def test_inside_the_callers_own_shard_map(name, config, tokens):
+    graphdef, params, others = build(config, name, tokens)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec("data")
+
+    def logits(params, others, tokens):
+        return nnx.merge(graphdef, params, others)(tokens)[0]
+
+    whole = PartitionSpec()
+    mapped = jax.shard_map(logits, mesh=mesh, in_specs=(whole, whole, split), out_specs=split)
+    got, want = jax.jit(mapped)(params, others, tokens), jax.jit(logits)(params, others, tokens)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
 def test_the_order_is_by_what_enters_the_first_layer_then_by_id(config, tokens):
     config = dataclasses.replace(config, token_order="centroids", token_clusters=5, num_layers=3)
     model = SparseLM(config, rngs=nnx.Rngs(0))

@@ -54,6 +54,18 @@ def test_gather_and_scatter_undo_each_other_and_so_do_their_gradients(x):
     np.testing.assert_array_equal(gradient, weight[RANDOM.order])
 
 
+def test_orders_map_over_batches_and_stay_int32(x, tokens):
+    batch = x.reshape(4, 50, D), tokens.reshape(4, 50)
+    mapped = jax.vmap(lambda x, tokens: order.by_id(tokens).gather(x))(*batch)
+    for got, some, ids in zip(mapped, *batch, strict=True):
+        np.testing.assert_array_equal(got, some[np.argsort(ids, kind="stable")])
+    with jax.enable_x64(True):
+        wide = order.by_centroids(x, x[:5], tokens, vocab_size=V)
+    narrow = order.by_centroids(x, x[:5], tokens, vocab_size=V)
+    assert wide.order.dtype == wide.inverse.dtype == jnp.int32
+    np.testing.assert_array_equal(wide.order, narrow.order)
+
+
 def test_ids_and_ranks(tokens):
     rank = jnp.asarray(np.random.default_rng(1).permutation(V), jnp.int32)
     assert (jnp.diff(tokens[order.by_id(tokens).order]) >= 0).all()
