@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_MEMORY = 0.5
+_MEMORY = 0.75
 _DEAD_SHARE = 0.01
 _FIT_ROUNDS = 8
 
@@ -33,18 +33,19 @@ def follow(
     weights: jax.Array,
     x: jax.Array,
     *,
-    rounds: int = 2,
+    rounds: int = 4,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Centroids moved towards a batch: k-means whose memory of earlier batches halves with each round.
+    """Centroids moved towards a batch: mini-batch k-means (Sculley 2010) that forgets.
 
-    A cluster that hardly any token belongs to starts again at a token of the batch.
+    Earlier batches count for three quarters of what they did at the call before, so that centroids follow a
+    training. A cluster that hardly any token belongs to starts again at a token of the batch.
 
     Args:
       centroids: (K, D) f32.
       weights: (K,) f32, how many tokens each centroid is the mean of; all 0 before the first batch.
       x: (..., D), the batch.
-      rounds: assignments and moves.
+      rounds: assignments of the batch, each to the centroids that the one before gave.
       axis_name: a mapped axis over which the batch is split.
 
     Returns:
@@ -52,19 +53,18 @@ def follow(
     """
     tokens = x.reshape(-1, x.shape[-1])
     count = len(centroids)
+    kept, kept_sums = _MEMORY * weights, (_MEMORY * weights)[:, None] * centroids
+    seeds = _spread_tokens(tokens, count, axis_name)
 
     def move(_, state):
-        centroids, weights = state
-        members = jax.nn.one_hot(nearest(tokens, centroids), count, dtype=tokens.dtype)
+        members = jax.nn.one_hot(nearest(tokens, state[0]), count, dtype=tokens.dtype)
         sums = jnp.einsum("mk,md->kd", members, tokens, preferred_element_type=jnp.float32)
         hits = jnp.sum(members, axis=0, dtype=jnp.float32)
         if axis_name is not None:
             sums, hits = lax.psum((sums, hits), axis_name)
-        kept = _MEMORY * weights
         total = kept + hits
-        means = (kept[:, None] * centroids + sums) / jnp.maximum(total, 1.0)[:, None]
+        means = (kept_sums + sums) / jnp.maximum(total, 1e-6)[:, None]
         dead = total < _DEAD_SHARE * jnp.mean(total)
-        seeds = _spread_tokens(tokens, count, axis_name)
         return jnp.where(dead[:, None], seeds, means), jnp.where(dead, 1.0, total)
 
     return lax.fori_loop(0, rounds, move, (centroids, weights))
