@@ -14,8 +14,9 @@ from pallas_kernels.activations import Rule
 from sparse_lm import SparseLM
 from sparse_lm.model import Block
 from train.data.batches import heldout_batches
+from train.data.evaluation_text import read_evaluation_text
 from train.errors import UserError
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
 
 _AT_ONCE = 16384
 
@@ -43,10 +44,14 @@ class TextLayers:
         length = config.model.context_length
         if tokens < length:
             raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
+        threshold = read_saved_data(find_checkpoint(checkpoint)).corpus.threshold
+        text = read_evaluation_text(config.data, tokenizer, threshold, tokens=tokens + more)
         batches = heldout_batches(
-            config.data, tokenizer, context_length=length, batch_size=1, limit=(tokens + more) // length
+            text.heldout, text.weights, context_length=length, tokens=tokens + more, batch_size=1
         )
         sequences = np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
+        # Of a mixture both parts get sequences of every corpus.
+        sequences = np.random.default_rng(0).permutation(sequences)
         measured, others = np.split(sequences, [tokens // length])
         self.fit_on_other_text = len(others) > 0
         self.tokens = jnp.asarray(measured.reshape(-1))
