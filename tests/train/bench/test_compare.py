@@ -93,10 +93,10 @@ def test_another_order_is_the_same_function_of_other_arrays(changes):
     tokens = jax.random.randint(jax.random.key(2), (2, 16), 0, model.vocab_size)
 
     @jax.jit
-    def logits(params):
-        return nnx.merge(program.graphdef, params)(tokens)[0]
+    def logits(variables):
+        return nnx.merge(program.graphdef, variables)(tokens)[0]
 
-    want, got = logits(state.params), logits(other.params)
+    want, got = logits(state.variables), logits(other.variables)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(other.params), strict=True
