@@ -147,7 +147,7 @@ class SparseFFN(nnx.Module):
         return [p for p in (self.w_gate, self.w_up, self.w_down) if p is not None]
 
     def _token_axes(self, mesh: AbstractMesh) -> tuple[str, ...]:
-        """Axes of type Auto of a mesh that split the tokens: those asked for, or all that split no neurons."""
+        """Axes (Auto) of a mesh that split the tokens: those asked for, or all that split no neurons."""
         if self.batch_axes is not None:
             return self.batch_axes
         specs = [_partition_spec(mesh, parameter) for parameter in self._parameters]

@@ -172,6 +172,22 @@ def test_orders_are_of_each_devices_own_tokens(kind, weights, x, tokens):
     assert_same(got, want)
 
 
+def test_where_another_axis_splits_the_neurons(x, tokens):
+    """Tokens are split over the other axis alone, and in an order of their own there."""
+    x, tokens = x.reshape(8, 25, D), tokens.reshape(8, 25)
+    whole = SparseFFN(D, F, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    want, want_stats = whole(x)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    metadata = {"out_sharding": ("model", None)}
+    with jax.set_mesh(mesh):
+        split = SparseFFN(D, F, rngs=nnx.Rngs(0), dtype=jnp.float32, kernel_metadata=metadata)
+        local = over_local_tokens(order.by_id, tokens, batch_axes=("data",))
+        y, stats = jax.jit(lambda x: split(x, order=local))(x)
+    np.testing.assert_array_equal(np.sort(local.order.reshape(2, 100)), np.tile(np.arange(100), (2, 1)))
+    np.testing.assert_allclose(y, want, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(want))))
+    np.testing.assert_array_equal(stats.neuron_hits, want_stats.neuron_hits)
+
+
 @pytest.mark.parametrize("mapped", ["shard_map", "pmap"])
 def test_inside_the_callers_own_map(mapped, weights, x, tokens):
     graphdef = nnx.split(SparseFFN(D, F, rngs=nnx.Rngs(0), dtype=jnp.float32))[0]
