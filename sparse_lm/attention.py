@@ -10,6 +10,7 @@ from flax import nnx
 from pallas_kernels import device
 from sparse_lm.config import ModelConfig
 from sparse_lm.layers import rotary
+from sparse_lm.rope import frequencies
 
 
 @jax.tree_util.register_dataclass
@@ -112,8 +113,10 @@ class Attention(nnx.Module):
         batch, steps, d_model = x.shape
         heads = (batch, steps, -1, self.config.head_dim)
         positions = jnp.arange(steps, dtype=jnp.int32)[None] if cache is None else cache.positions(steps)
-        query = rotary(self.query(x).reshape(heads), positions, self.config.rope_theta)
-        key = rotary(self.key(x).reshape(heads), positions, self.config.rope_theta)
+        scaling = self.config.rope_scaling
+        turns = frequencies(self.config.head_dim, self.config.rope_theta, scaling)
+        query = rotary(self.query(x).reshape(heads), positions, turns, scaling.amplitude)
+        key = rotary(self.key(x).reshape(heads), positions, turns, scaling.amplitude)
         value = self.value(x).reshape(heads)
         if cache is None:
             y = attend(query, key, value)

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal, get_args
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, activations
+from sparse_lm.rope import RopeScaling
 
 RematPolicy = Literal["none", "full", "dots", "sparse"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 TokenOrderName = Literal["text", "auto", "id", "vocabulary", "centroids", "hash"]
 
 
@@ -49,11 +51,19 @@ class ModelConfig:
       d_model: D, model width.
       d_ff: F, hidden neurons of each feed-forward layer.
       num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
-      gated: ``relu(x Wg) * (x Wu)`` if true, ``relu(x Wu)`` if false.
+      gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
+      activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold(0.01)"``, x where it is over 0.01
+        and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated models only).
       tied_embeddings: the output head is the embedding's transpose.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       context_length: longest sequence in tokens.
       rope_theta: base of the rotary embedding.
+      rope_scaling: how its frequencies are stretched to a longer context.
+      embedding_scale: factor of the embeddings (MiniCPM's ``scale_emb``).
+      residual_scale: factor of what attention and feed-forward add to the residual stream (MiniCPM's
+        ``scale_depth / sqrt(num_layers)``).
+      logit_divisor: divides the hidden state before the output head (MiniCPM's
+        ``hidden_size / dim_model_base``).
       norm_eps: RMSNorm epsilon.
       init_std: standard deviation of the initial weights.
       dtype: compute type, ``"bfloat16"``, ``"float16"`` or ``"float32"``; master weights are always f32.
@@ -62,7 +72,7 @@ class ModelConfig:
         attention is computed twice; a dense feed-forward stores nothing and is computed twice too),
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
-      ffn: how the feed-forward kernels run.
+      ffn: how the feed-forward kernels run; its activation is not read.
       token_order: in which order the feed-forward layers take the tokens of a forward, which decides which
         tokens share a panel, and no result: ``"text"``, as they come; ``"id"``, by token id;
         ``"vocabulary"``, by clusters of the embedding, then id; ``"centroids"``, by clusters of what enters
@@ -79,13 +89,18 @@ class ModelConfig:
     num_heads: int = 32
     num_kv_heads: int = 32
     gated: bool = True
+    activation: str = "relu"
     tied_embeddings: bool = True
     qkv_bias: bool = False
     context_length: int = 2048
     rope_theta: float = 100_000.0
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     remat: RematPolicy = "none"
     sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     ffn: FFNOptions = dataclasses.field(default_factory=FFNOptions)
@@ -119,12 +134,39 @@ class ModelConfig:
             raise ValueError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        try:
+            activations.parse(self.activation)
+        except ValueError as error:
+            raise ValueError(f"model.activation: {error}") from error
+        if self.ffn.activation != FFNOptions().activation:
+            raise ValueError(
+                "model.ffn.activation must be left out, model.activation is the model's; got "
+                f"{self.ffn.activation}"
+            )
+        if self.activation == "drelu" and not self.gated:
+            raise ValueError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")
+        for name in (
+            "rope_theta",
+            "norm_eps",
+            "init_std",
+            "embedding_scale",
+            "residual_scale",
+            "logit_divisor",
+        ):
             value = getattr(self, name)
             if not (value > 0 and value < float("inf")):
                 raise ValueError(
                     f"model.{name.replace('_', '-')} must be a finite positive number; got {value}"
                 )
+        if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"model.rope-theta must be over 1 for yarn; got {self.rope_theta}")
+        original = self.rope_scaling.original_context
+        if self.rope_scaling.kind == "dynamic" and original is not None and self.context_length > original:
+            raise ValueError(
+                "model.context-length must not go beyond model.rope-scaling.original-context="
+                f"{original} with dynamic scaling, which changes its frequencies with the length of the text "
+                f"from there on; got {self.context_length}: use linear, llama3 or yarn for longer texts"
+            )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in get_args(RematPolicy):
@@ -143,3 +185,8 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
+
+    @property
+    def ffn_options(self) -> FFNOptions:
+        """``ffn`` with the model's activation: what a feed-forward layer of the model is called with."""
+        return dataclasses.replace(self.ffn, activation=activations.parse(self.activation))

@@ -19,7 +19,8 @@ from sparse_lm.order import Permutation
 class SparseFFN(nnx.Module):
     """A Llama-style feed-forward layer, exact at any sparsity (arXiv 2603.23198, section 2).
 
-    ``y = (relu(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = relu(x Wu^T) Wd`` if not. Parameters, all
+    ``y = (act(x Wg^T) * (x Wu^T)) Wd`` if gated, ``y = act(x Wu^T) Wd`` if not, ``act`` being
+    ``FFNOptions.activation``, ReLU unless another is asked for. Parameters, all
     neuron-major ``(F, D)``: ``w_gate`` (gated only), ``w_up``, ``w_down``. They are kept in ``param_dtype``
     and rounded to ``dtype`` in the call. Their gradients are summed in f32; those of f32 parameters are never
     rounded to ``dtype``, unless ``FFNOptions.weight_gradients`` asks for it.
@@ -45,7 +46,7 @@ class SparseFFN(nnx.Module):
         *,
         rngs: nnx.Rngs,
         gated: bool = True,
-        dtype: DTypeLike = jnp.bfloat16,
+        dtype: DTypeLike | None = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         init_std: float = 0.02,
         kernel_init: nnx.Initializer | None = None,
@@ -62,7 +63,7 @@ class SparseFFN(nnx.Module):
           d_ff: F, hidden neurons.
           rngs: source of the initial weights.
           gated: with a gate projection, or the plain two-matrix form.
-          dtype: compute type: bfloat16, float16 or float32.
+          dtype: compute type: bfloat16, float16 or float32; None is the type of the input.
           param_dtype: type of the master weights.
           init_std: standard deviation of the initial weights.
           kernel_init: instead of ``init_std``, what draws each weight (F, D). One wrapped by
@@ -95,7 +96,7 @@ class SparseFFN(nnx.Module):
         self.w_up = draw()
         self.w_down = draw()
         self.d_model = d_model
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.options = FFNOptions() if options is None else options
         self.batch_axes = (batch_axes,) if isinstance(batch_axes, str) else batch_axes
 
@@ -103,7 +104,7 @@ class SparseFFN(nnx.Module):
         """Applies the layer.
 
         Args:
-          x: (..., D), cast to ``dtype``.
+          x: (..., D), cast to ``dtype`` if one was given.
           order: of the tokens (...), for the kernels. Under an ambient mesh each device's part of it must be
             an order of that device's tokens: `over_local_tokens` makes one from a function of local arrays.
 
@@ -128,8 +129,8 @@ class SparseFFN(nnx.Module):
     def _apply(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
         parameters = self._parameters
         # The layer itself rounds f32 weights, and so can give their gradients in f32.
-        weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(self.dtype) for p in parameters]
-        x = x.astype(self.dtype)
+        x = x.astype(self.dtype or x.dtype)
+        weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(x.dtype) for p in parameters]
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.manual_axes:
             return self._call(x, *weights)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -22,24 +23,24 @@ class RMSNorm(nnx.Module):
         """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis: (..., D) to (..., D) in ``dtype``."""
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(self.dtype)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))  # ranks alike, for who forbids promotion
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864), first half of a head paired with its second
     (as in Llama).
 
     Args:
       x: (B, S, N, H) queries or keys, H even.
       positions: (B or 1, S) int32, positions in the sequence.
-      theta: base of the wavelengths.
+      frequencies: (H / 2,) f32, from ``rope.frequencies``.
+      amplitude: factor of the rotated vectors.
 
     Returns:
       (B, S, N, H) in x's type; angles and rotation are f32.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
+    cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -33,8 +33,9 @@ class Block(nnx.Module):
             gated=config.gated,
             dtype=config.dtype,
             init_std=config.init_std,
-            options=config.ffn,
+            options=config.ffn_options,
         )
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
@@ -50,7 +51,7 @@ class Block(nnx.Module):
         """The first half: (B, S, D) with attention added, what then enters the feed-forward part,
         and the cache."""
         attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
-        x = x + attended
+        x = self._add(x, attended)
         return x, self.ffn_norm(x), cache
 
     def feed_forward(
@@ -59,7 +60,10 @@ class Block(nnx.Module):
         """The second half, from what ``attend`` returned: (B, S, D) with the feed-forward part added, which
         takes its tokens in ``order``, and its statistics."""
         y, stats = self.ffn(entering, order=order)
-        return x + y, stats
+        return self._add(x, y), stats
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + _scaled(y, self.residual_scale)
 
 
 class SparseLM(nnx.Module):
@@ -136,7 +140,7 @@ class SparseLM(nnx.Module):
             x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
             return (x, cache, order), stats
 
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self._embed(tokens)
         inputs = (jnp.arange(self.config.num_layers), layers)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
@@ -166,7 +170,7 @@ class SparseLM(nnx.Module):
         the compute type."""
         graphdef, layers = nnx.split(self.blocks)
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], layers))
-        return block.attend(self.embedding[...][tokens].astype(self.config.dtype))[1]
+        return block.attend(self._embed(tokens))[1]
 
     def ffn_inputs(self, tokens: jax.Array) -> jax.Array:
         """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in
@@ -176,16 +180,37 @@ class SparseLM(nnx.Module):
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
             x, entering, _ = block.attend(x)
-            return x + block.ffn(entering)[0], entering
+            return block._add(x, block.ffn(entering)[0]), entering
 
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self._embed(tokens)
         return jax.lax.scan(run_layer, x, layers)[1]
+
+    def residual_streams(self, tokens: jax.Array) -> jax.Array:
+        """What each layer's feed-forward norm reads: (B, S) int32 tokens to (L, B, S, D) in
+        the compute type."""
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run_layer(x, state):
+            block = nnx.merge(graphdef, state)
+            x, entering, _ = block.attend(x)
+            return block.feed_forward(x, entering)[0], x
+
+        return jax.lax.scan(run_layer, self._embed(tokens), layers)[1]
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return _scaled(self.embedding[...][tokens].astype(self.config.dtype), self.config.embedding_scale)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
         head = self.embedding if self.head is None else self.head
         weight = head[...].astype(self.config.dtype)
+        hidden = _scaled(hidden, 1.0 / self.config.logit_divisor)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """``factor * x`` in x's type, computed in f32, so that the factor itself is not rounded to 16 bits."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 OURS = {"pallas_kernels", "sparse_lm", "train", "configs"}
 THEIRS = {
     "grain", "tokenizers", "optax", "orbax", "flax", "tyro", "rich", "zstandard",
-    "transformers", "safetensors", "tensorboardX", "matplotlib", "pyarrow",
+    "safetensors", "huggingface_hub", "lm_eval", "tensorboardX", "matplotlib", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "numpy"},
-    "sparse_lm": {"sparse_lm", "pallas_kernels", "jax", "numpy", "flax", "transformers", "safetensors"},
+    "sparse_lm": {"sparse_lm", "pallas_kernels", "jax", "numpy", "flax", "safetensors", "lm_eval"},
     "train": {"train", "sparse_lm", "pallas_kernels", "configs", "jax", "numpy"} | THEIRS,
     "configs": {"configs", "train", "sparse_lm", "pallas_kernels"},
 }

@@ -19,8 +19,9 @@ from sparse_lm import sparsity
 from train.data.batches import heldout_batches
 from train.data.corpus import CorpusIdentity, describe
 from train.data.evaluation_text import EvaluationText, read_evaluation_text
+from train.data.holdout import usual_threshold
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
 from train.state import Params
 
 Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]
@@ -183,10 +184,11 @@ def evaluate_checkpoint(
     may have seen counts, whatever was added to the corpus or taken away.
 
     Args:
-      directory: a run's workdir or one step's directory.
+      directory: a run's workdir, one step's directory, or a converted model.
       tokens: at most so many; by default as in training.
       batch_size: sequences of a batch; by default a micro-batch of training. It changes no figure.
-      paths: where the corpus is now, or another one; by default where it was in training.
+      paths: where the corpus is now, or another one; by default where it was in training; for a
+        converted model the corpus that ships with the package.
       text_field: field of a document of ``paths`` that holds its text; by default as in training.
       every_document: also the documents of ``paths`` that training would not hold out.
 
@@ -197,15 +199,14 @@ def evaluate_checkpoint(
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1; got {value}")
     model, tokenizer, config, step = load_for_inference(directory)
-    trained_on = read_saved_data(find_checkpoint(directory)).corpus
+    trained_on = read_corpus(find_checkpoint(directory))
     data = config.data
     if paths:
         field = text_field or data.text_field
         data = dataclasses.replace(data, paths=tuple(paths), weights=(), text_field=field).absolute()
     wanted = tokens or config.report.evaluate_tokens
-    text = read_evaluation_text(
-        data, tokenizer, trained_on.threshold, tokens=wanted, every_document=every_document
-    )
+    threshold = trained_on.threshold if trained_on else usual_threshold(data.holdout)
+    text = read_evaluation_text(data, tokenizer, threshold, tokens=wanted, every_document=every_document)
     graphdef, variables = nnx.split(model)
     batches = heldout_batches(
         text.heldout,
@@ -220,11 +221,15 @@ def evaluate_checkpoint(
     return dataclasses.replace(report, notes=_notes(trained_on, text, every_document))
 
 
-def _notes(trained_on: CorpusIdentity, text: EvaluationText, every_document: bool) -> tuple[str, ...]:
-    same = text.fingerprint == trained_on.fingerprint
+def _notes(trained_on: CorpusIdentity | None, text: EvaluationText, every_document: bool) -> tuple[str, ...]:
     if every_document:
         return ("evaluated on every document, those that training may have seen too",)
-    if same:
+    if trained_on is None:
+        return (
+            "what a converted model was trained on is not known: evaluated on the documents that training on "
+            f"{describe(text.documents, text.fingerprint)} would hold out",
+        )
+    if text.fingerprint == trained_on.fingerprint:
         return ()
     return (
         f"the corpus is not the one trained on: {describe(text.documents, text.fingerprint)} here, "

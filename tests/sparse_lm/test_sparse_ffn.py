@@ -54,6 +54,13 @@ def assert_close(got, want):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_without_a_type_of_its_own_it_follows_its_input(dtype):
+    ffn = SparseFFN(D, F, rngs=nnx.Rngs(0), dtype=None)
+    y, stats = ffn(jnp.ones((2, D), dtype))
+    assert (y.dtype, stats.l1.dtype) == (jnp.dtype(dtype), jnp.float32)
+
+
 def test_values_are_the_formula(ffn, x):
     y, stats = ffn(x)
     up = x @ ffn.w_up[...].T

@@ -1,6 +1,5 @@
 """Presets build, and the paper's are the paper's."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 
 import configs
 from sparse_lm import SparseLM
-from train.config import TrainConfig, from_dict
+from train.config import TrainConfig, from_dict, to_dict
 from train.errors import UserError
 
 PAPER = {
@@ -75,4 +74,4 @@ def test_what_is_no_preset(name):
 def test_presets_go_through_json():
     for name in configs.names():
         config = configs.load(name)
-        assert from_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+        assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config

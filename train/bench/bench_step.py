@@ -32,6 +32,7 @@ from sparse_lm.config import RematPolicy
 from train import parallel
 from train.bench import synthetic
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
+from train.config import to_dict as config_to_dict
 from train.errors import UserError
 from train.output import JsonFile, print_table
 from train.state import Program, build_program
@@ -293,7 +294,7 @@ def _mebibytes(count: int | None) -> str:
 def to_dict(options: BenchStepOptions, rows: Sequence[Row]) -> dict[str, Any]:
     """Everything of a run, samples included, ready for JSON."""
     return {
-        "options": dataclasses.asdict(options),
+        "options": config_to_dict(options),
         "tokens_per_step": options.batch_size * options.model.context_length,
         "jax": jax.__version__,
         "rows": [row.to_dict() for row in rows],

@@ -35,6 +35,7 @@ from sparse_lm import ModelConfig
 from train import parallel
 from train.bench import synthetic
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from train.config import to_dict as config_to_dict
 from train.data.batches import TrainBatches
 from train.data.corpus import choose_tokenizer, open_corpus
 from train.output import JsonFile, print_table
@@ -307,7 +308,7 @@ def to_dict(options: CompareOptions, curves: Mapping[str, Curve], verdict: Verdi
         within = {name: verdict.within(name) for name in options.formats}
         judged = dataclasses.asdict(verdict) | {"within": within}
     return {
-        "options": dataclasses.asdict(options),
+        "options": config_to_dict(options),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},

@@ -17,8 +17,9 @@ from pallas_kernels.bench.inputs import measure
 from sparse_lm import SparseLM
 from train.data.batches import heldout_batches
 from train.data.evaluation_text import read_evaluation_text
+from train.data.holdout import usual_threshold
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
+from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
 
 _TOKENS_AT_ONCE = 16384
 
@@ -60,7 +61,8 @@ def save_layer_inputs(
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out must name a file in a directory that is there; {out.parent} is none")
     wanted_tokens = tokens or 65536
-    threshold = read_saved_data(find_checkpoint(checkpoint)).corpus.threshold
+    trained_on = read_corpus(find_checkpoint(checkpoint))
+    threshold = trained_on.threshold if trained_on else usual_threshold(config.data.holdout)
     text = read_evaluation_text(config.data, tokenizer, threshold, tokens=wanted_tokens)
     batches = heldout_batches(
         text.heldout, text.weights, context_length=length, tokens=wanted_tokens, batch_size=1

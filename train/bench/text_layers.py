@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from pallas_kernels import reference
 from pallas_kernels.activations import Rule
-from sparse_lm import SparseLM
 from sparse_lm.model import Block
 from train.data.batches import heldout_batches
 from train.data.evaluation_text import read_evaluation_text
@@ -84,7 +82,7 @@ class TextLayers:
 
     def _run(self, sequences: np.ndarray) -> list[jax.Array]:
         graphdef, state = nnx.split(self.model)
-        run = jax.jit(lambda state, tokens: residual_streams(nnx.merge(graphdef, state), tokens))
+        run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).residual_streams(tokens))
         rows = max(1, _AT_ONCE // sequences.shape[1])
         parts = [run(state, jnp.asarray(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
         return [
@@ -98,19 +96,6 @@ class TextLayers:
         ffn_graphdef, weights = nnx.split(block.ffn)
         block.ffn = nnx.merge(ffn_graphdef, jax.tree.map(lambda w: w.astype(block.ffn.dtype), weights))
         return block
-
-
-def residual_streams(model: SparseLM, tokens: jax.Array) -> jax.Array:
-    """What each layer's feed-forward norm reads: tokens (B, S) to (L, B, S, D) in the compute type."""
-    graphdef, layers = nnx.split(model.blocks)
-
-    def run_layer(x, state):
-        block = nnx.merge(graphdef, state)
-        x, entering, _ = block.attend(x)
-        return block.feed_forward(x, entering)[0], x
-
-    x = model.embedding[...][tokens].astype(model.config.dtype)
-    return lax.scan(run_layer, x, layers)[1]
 
 
 @partial(jax.jit, static_argnames="rule")

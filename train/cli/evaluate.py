@@ -1,7 +1,10 @@
 """``sparse-lm evaluate``."""
 
 import dataclasses
+import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 from train.cli.options import UsageError, parse_options
 from train.errors import UserError
@@ -26,12 +29,17 @@ class EvaluateData:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Measures a checkpoint on documents that its training held out.
+    """Measures a checkpoint on the documents that its training held out, or with --tasks on benchmarks.
 
     Attributes:
-      checkpoint: a run's work directory, or one checkpoint in it.
+      checkpoint: a run's work directory, one checkpoint in it, or a converted model.
       tokens: most tokens to evaluate (default: as in training).
       batch_size: sequences of a batch (default: as in training); changes no figure.
+      tasks: tasks of the lm-evaluation-harness, with commas between them, or paper for the seven of
+        arXiv 2603.23198; needs the extra eval.
+      include_path: a directory with task files of your own, for --tasks.
+      limit: most documents of each task.
+      num_fewshot: examples before each question (default: as the task says).
       json: also write the figures as JSON to this file; - writes them to stdout and the table to stderr.
       debug: show the traceback of an error.
     """
@@ -40,17 +48,40 @@ class EvaluateOptions:
     data: EvaluateData = dataclasses.field(default_factory=EvaluateData)
     tokens: int | None = None
     batch_size: int | None = None
+    tasks: str | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
     json: str | None = None
     debug: bool = False
 
 
 def run(argv: list[str]) -> None:
     options = parse_options(EvaluateOptions, argv, "evaluate")
+    table, figures = _heldout(options) if options.tasks is None else _tasks(options)
+
+    from rich.console import Console
+
+    Console(stderr=options.json == "-", highlight=False, soft_wrap=True).print(table)
+    if options.json == "-":
+        print(figures)
+    elif options.json is not None:
+        try:
+            Path(options.json).write_text(figures + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--json must name a file that can be written; {options.json}: {error.strerror}"
+            ) from error
+
+
+def _heldout(options: EvaluateOptions) -> tuple[Any, str]:
+    """What to print and the JSON of the held-out figures."""
     if not options.data.paths and options.data != EvaluateData():
         option = "every-document" if options.data.every_document else "text-field"
         raise UsageError(f"--data.{option} needs --data.paths; got none")
-
-    from rich.console import Console
+    for name in ("include_path", "limit", "num_fewshot"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for --tasks; found no --tasks")
 
     from train.evaluate import evaluate_checkpoint
 
@@ -62,13 +93,34 @@ def run(argv: list[str]) -> None:
         text_field=options.data.text_field,
         every_document=options.data.every_document,
     )
-    Console(stderr=options.json == "-", highlight=False, soft_wrap=True).print(report.table())
-    if options.json == "-":
-        print(report.to_json())
-    elif options.json is not None:
-        try:
-            Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json must name a file that can be written; {options.json}: {error.strerror}"
-            ) from error
+    return report.table(), report.to_json()
+
+
+def _tasks(options: EvaluateOptions) -> tuple[Any, str]:
+    """What to print and the JSON of the harness's figures."""
+    assert options.tasks is not None
+    if options.tokens is not None:
+        raise UsageError("--tokens is for the held-out text; --tasks has --limit")
+    if options.data != EvaluateData():
+        raise UsageError("--data is for the held-out text; --tasks bring their own")
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+    names = [name.strip() for name in options.tasks.split(",")]
+    if not all(names):
+        raise UsageError(f"--tasks must be names with commas between them; got {options.tasks!r}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs the lm-evaluation-harness: pip install 'sparse-lm[eval]'")
+
+    from train import harness
+
+    figures = harness.evaluate_tasks(
+        options.checkpoint,
+        names,
+        include_path=options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+    )
+    return harness.table(figures), json.dumps([dataclasses.asdict(figure) for figure in figures])

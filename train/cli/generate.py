@@ -107,13 +107,14 @@ def _print_stream(
 
 
 def _encoded(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt: EOS alone, which ends the document before, for an empty one."""
+    """Ids of each prompt, behind those that the model's publisher puts before every text; EOS alone, which
+    ends the document before, for a prompt without any."""
     from train.data.tokenizer import EncodingError
 
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            encoded.append(tokenizer.encode(prompt) or [tokenizer.eos_id])
+            encoded.append([*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.eos_id])
         except EncodingError as error:
             raise UserError(f"--prompt {number}: {error}") from error
     return encoded

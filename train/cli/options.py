@@ -6,6 +6,8 @@ import difflib
 import io
 import itertools
 import re
+import types
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -55,7 +57,7 @@ def parse_options(
                 args=argv,
                 default=default,
                 return_unknown_args=True,
-                registry=_numbers(),
+                registry=_registry(),
             )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -68,10 +70,17 @@ def parse_options(
     return options
 
 
-def _numbers() -> tyro.constructors.ConstructorRegistry:
-    """Teaches tyro to say what a number must be, in place of what Python's ``int`` and ``float`` say."""
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """What tyro reads in another way than its own: numbers, and values that have a text."""
     registry = tyro.constructors.ConstructorRegistry()
-    kinds: dict[Any, type] = {int: int, float: float, int | None: int}
+    _add_numbers(registry)
+    _add_texts(registry)
+    return registry
+
+
+def _add_numbers(registry: tyro.constructors.ConstructorRegistry) -> None:
+    """Says what a number must be, in place of what Python's ``int`` and ``float`` say."""
+    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float}
 
     @registry.primitive_rule
     def number(
@@ -99,7 +108,42 @@ def _numbers() -> tyro.constructors.ConstructorRegistry:
             str_from_instance=lambda value: [str(value)],
         )
 
-    return registry
+
+def _add_texts(registry: tyro.constructors.ConstructorRegistry) -> None:
+    """Takes a format such as ``panel(tokens=64)`` and an activation as one text; tyro would make a subcommand
+    of each of their dataclasses."""
+
+    @registry.primitive_rule
+    def text(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if not _has_text(info.type):
+            return None
+        # Who has such a field has imported this; other commands are not made to wait for it.
+        from pallas_kernels import activations
+
+        parse = activations.parse if activations.Threshold in typing.get_args(info.type) else str
+
+        def convert(values: list[str]) -> Any:
+            try:
+                return parse(values[0])
+            except ValueError:
+                return values[0]  # refused by the dataclass of the field, which names it
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=convert,
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [str(value)],
+        )
+
+
+def _has_text(kind: Any) -> bool:
+    """Whether ``kind`` is a union with dataclasses, as those of `FFNOptions.format` and ``.activation`` are,
+    whose values each have a text that stands for them, their ``str``."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return is_union and any(dataclasses.is_dataclass(member) for member in typing.get_args(kind))
 
 
 def _plain(box: str) -> str:
@@ -146,7 +190,7 @@ def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(values):
         value = getattr(values, field.name)
         name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not _has_text(field.type):
             yield from _options(value, "--" if name == "--run" else f"{name}.")
         else:
             yield name, value

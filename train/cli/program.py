@@ -9,7 +9,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from train.cli import bench, bench_step, compare, evaluate, generate, layer_inputs, plot, tokenize, train
+from train.cli import (
+    bench,
+    bench_step,
+    compare,
+    convert,
+    evaluate,
+    generate,
+    layer_inputs,
+    plot,
+    tokenize,
+    train,
+)
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
@@ -23,6 +34,7 @@ commands:
   tokenize   turn documents into token shards, which train reads in place
   generate   continue prompts with a trained model
   evaluate   measure a trained model on its held-out text
+  convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
@@ -61,6 +73,7 @@ def _dispatch(argv: list[str]) -> int:
         "tokenize": tokenize.run,
         "generate": generate.run,
         "evaluate": evaluate.run,
+        "convert": convert.run,
         "layer-inputs": layer_inputs.run,
         "plot": plot.run,
         "bench": bench.run,

@@ -23,6 +23,11 @@ def is_held_out(document_digest: bytes, threshold: int) -> bool:
     return _position(document_digest) < threshold
 
 
+def usual_threshold(holdout: float) -> int:
+    """The threshold that holds out the share ``holdout`` of many documents."""
+    return int(holdout * _RANGE)
+
+
 def choose_threshold(texts: Iterable[str], holdout: float) -> int:
     """The threshold, from 1 to 2^64, that holds out about the share ``holdout`` of a corpus's documents.
 
@@ -32,7 +37,7 @@ def choose_threshold(texts: Iterable[str], holdout: float) -> int:
     Raises:
       UserError: the corpus has fewer than two different documents.
     """
-    wanted = int(holdout * _RANGE)
+    wanted = usual_threshold(holdout)
     lowest, highest = _RANGE, -1
     for text in texts:
         position = _position(digest(text))

@@ -32,6 +32,7 @@ _USUAL_EOS = (
     "<|im_end|>",
     "[SEP]",
 )
+_OUR_KEYS = ("eos_token", "prefix_ids")  # which a published tokenizer.json does not have
 # Characters sent to the Rust encoder at once: bounds the memory of its per-token objects.
 _CHUNK_CHARACTERS = 1 << 23
 
@@ -56,6 +57,10 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The id that ends a document."""
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that a published model was trained to see before every text; none for models trained here."""
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +97,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    prefix_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -119,7 +125,8 @@ class HFTokenizer:
     """A Hugging Face ``tokenizer.json``, read by the ``tokenizers`` library.
 
     Args:
-      content: the parsed file; an ``"eos_token"`` of its own (as ``save`` writes) names EOS outright.
+      content: the parsed file; an ``"eos_token"`` of its own (as ``save`` writes) names EOS outright, and
+        ``"prefix_ids"`` are ids that stand before a prompt.
       source: what messages call it.
       eos_token: EOS as its publisher names it, tried before the usual names.
 
@@ -128,7 +135,7 @@ class HFTokenizer:
     """
 
     def __init__(self, content: dict[str, Any], *, source: str, eos_token: str | None = None) -> None:
-        rust_content = {key: value for key, value in content.items() if key != "eos_token"}
+        rust_content = {key: value for key, value in content.items() if key not in _OUR_KEYS}
         rust_content, self.notes = _deterministic(rust_content, source)
         try:
             self._rust = _Rust.from_str(json.dumps(rust_content))
@@ -150,8 +157,12 @@ class HFTokenizer:
                 'one, or name it as "eos_token" in a tokenizer_config.json beside it'
             )
         self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_token = name
         self.eos_id = vocabulary[name]
+        self.prefix_ids = tuple(content.get("prefix_ids", ()))
         self._content = {**rust_content, "eos_token": name}
+        if self.prefix_ids:
+            self._content["prefix_ids"] = list(self.prefix_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickle forgets settings that are not in the file, such as encode_special_tokens.

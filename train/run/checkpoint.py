@@ -19,10 +19,11 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm import SparseLM
-from train.config import CheckpointConfig, TrainConfig, from_dict
+from train.config import CheckpointConfig, TrainConfig, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from train.errors import UserError
+from train.run import converted
 from train.run.checkpoint_errors import making, reading, short_reason, writing
 from train.state import TrainState, build_program
 
@@ -88,10 +89,18 @@ class Checkpoints:
     Attributes:
       directory: where the steps' directories are.
       ignored: names of half-written checkpoints that were found there.
+
+    Raises:
+      UserError: ``workdir`` holds a converted model.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig) -> None:
         self.directory = Path(workdir).expanduser().absolute() / SUBDIRECTORY
+        if converted.is_converted(self.directory.parent):
+            raise UserError(
+                f"workdir must be a directory for a run's checkpoints; {self.directory.parent} holds a "
+                "converted model: choose another with --workdir"
+            )
         self.ignored = [path.name for path in _entries(self.directory) if _is_half_written(path)]
         self._config = config
         self._opened: ocp.CheckpointManager | None = None
@@ -158,7 +167,7 @@ class Checkpoints:
                     params=ocp.args.StandardSave(variables),
                     rest=ocp.args.StandardSave(rest),
                     data=ocp.args.JsonSave(dataclasses.asdict(data)),
-                    run=ocp.args.JsonSave({"step": step, "config": dataclasses.asdict(config)}),
+                    run=ocp.args.JsonSave({"step": step, "config": to_dict(config)}),
                     tokenizer=_TokenizerSave(tokenizer),
                 ),
                 metrics=None if heldout_ce is None else {_CE: heldout_ce},
@@ -183,7 +192,7 @@ class Checkpoints:
 
     def config(self, step: int) -> TrainConfig:
         """The configuration that saved ``step``."""
-        return _read_run(self.path(step))[0]
+        return read_run(self.path(step))[0]
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The tokenizer that ``step`` was trained with."""
@@ -210,7 +219,7 @@ class Checkpoints:
 
 def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
     """Raises UserError naming each field in which ``given`` cannot resume what ``saved`` began."""
-    old, new = _flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(given))
+    old, new = _flatten(to_dict(saved)), _flatten(to_dict(given))
     differing = [
         f"{name.replace('_', '-')} is {old.get(name)!r} there and {value!r} here"
         for name, value in new.items()
@@ -266,7 +275,7 @@ def find_checkpoint(directory: str | Path) -> Path:
     given = Path(directory).expanduser().absolute()
     if not given.is_dir():
         raise UserError(f"a checkpoint must be a directory; there is none at {given}")
-    if _is_complete(given):
+    if _is_complete(given) or converted.is_converted(given):
         return given
     if _is_half_written(given) or any((given / item).is_dir() for item in _ITEMS):
         raise UserError(f"{given} is a half-written checkpoint: choose a complete one")
@@ -287,21 +296,24 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
     """The model, tokenizer, configuration and step of a checkpoint, on the default device.
 
     Args:
-      directory: a run's workdir (its newest complete checkpoint) or one step's directory.
+      directory: a run's workdir (its newest complete checkpoint), one step's directory, or a converted model.
 
     Raises:
       UserError: no checkpoint there, or it cannot be read, or its tokenizer is not the model's.
     """
     path = find_checkpoint(directory)
-    config, step = _read_run(path)
+    config, step = read_run(path)
     program = build_program(config)
+    tokenizer = load_tokenizer(path / "tokenizer")
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    if converted.is_converted(path):
+        params = converted.read_params(path, config.model)
+        return nnx.merge(program.graphdef, params), tokenizer, config, step
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         program.abstract_state().variables,
     )
-    tokenizer = load_tokenizer(path / "tokenizer")
-    check_vocabulary(tokenizer, config.model.vocab_size)
     with reading(path), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
     return nnx.merge(program.graphdef, params), tokenizer, config, step
@@ -314,7 +326,8 @@ def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
     return state.variables, {name: value for name, value in rest.items() if name not in model}
 
 
-def _read_run(path: Path) -> tuple[TrainConfig, int]:
+def read_run(path: Path) -> tuple[TrainConfig, int]:
+    """The configuration and the step of one checkpoint's directory. Raises UserError if it cannot be read."""
     with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "run")
     try:
@@ -331,6 +344,11 @@ def read_saved_data(path: Path) -> SavedData:
     with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "data")
     return SavedData(saved["position"], CorpusIdentity(**saved["corpus"]))
+
+
+def read_corpus(path: Path) -> CorpusIdentity | None:
+    """The corpus that the model at ``path`` was trained on; None if that is a converted model."""
+    return None if converted.is_converted(path) else read_saved_data(path).corpus
 
 
 def _heldout_ce(metrics: dict[str, float]) -> float:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import configs
-from pallas_kernels import sparse_ffn
+from pallas_kernels import FFNOptions, Panel, sparse_ffn
+from sparse_lm import ModelConfig
 from train import cli
+from train.cli.options import UsageError, parse_options
 from train.data.tokenizer import ByteTokenizer
 
 SMALL = {
@@ -38,11 +40,11 @@ def complaint(capsys, *argv):
     ("command", "sentence"),
     [
         ("",
-         "expected a command, one of train, tokenize, generate, evaluate, layer-inputs, plot, bench, "
-         "bench-step, compare; got none: see sparse-lm --help"),
+         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "bench, bench-step, compare; got none: see sparse-lm --help"),
         ("trian",
-         "expected a command, one of train, tokenize, generate, evaluate, layer-inputs, plot, bench, "
-         "bench-step, compare; got 'trian'; did you mean train?"),
+         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "bench, bench-step, compare; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
@@ -57,8 +59,20 @@ def complaint(capsys, *argv):
         ("train --steps abc", "--steps must be a whole number; got 'abc'"),
         ("train --steps 1e3", "--steps must be a whole number; got '1e3'"),
         ("train --optimizer.eps x", "--optimizer.eps must be a number; got 'x'"),
-        ("train --model.ffn.backup-rows x",
-         "--model.ffn.backup-rows must be a whole number or None; got 'x'"),
+        ("generate --checkpoint x --top-k y", "--top-k must be a whole number or None; got 'y'"),
+        ("train --model.ffn.format panl",
+         "FFNOptions.format must be one of auto, panel, hybrid, twell, dense; got 'panl'"),
+        ("train --model.ffn.format=panel(tokens=65)",
+         "Panel.tokens must be a power of two from 16 to 128; got 65"),
+        ("train --model.ffn.format=panel(width=64)",
+         "format 'panel' has the options tokens, capacity; got 'width=64' in 'panel(width=64)'"),
+        ("train --model.ffn.format=hybrid(width=x)",
+         "Hybrid.width must be a number; got 'x' in 'hybrid(width=x)'"),
+        ("train --model.ffn.format.tokens 64", "unknown option --model.ffn.format.tokens"),
+        ("train --model.ffn.activation=threshold(0.1)",
+         "model.ffn.activation must be left out, model.activation is the model's; got threshold(0.1)"),
+        ("train --model.ffn.activation gelu", "activation must be one of relu, relu2, drelu"),
+        ("train --model.activation gelu", "model.activation: activation must be one of relu, relu2, drelu"),
         ("train --model.dtype f32",
          "--model.dtype must be one of 'bfloat16', 'float16', 'float32'; got 'f32'"),
         ("train --steps 0", "steps must be at least 1 and under 2^31; got 0"),
@@ -178,6 +192,24 @@ def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
     assert seen[1].model.sparsity.l1 == 0
     assert seen[1].data.paths == ("a", "b")
     assert seen[1].model.num_layers == configs.load("1b").model.num_layers
+
+
+@pytest.mark.parametrize("text", ["panel", "panel(tokens=64)", "panel(tokens=64, capacity=0.5)"])
+def test_a_format_is_one_text(monkeypatch, text):
+    seen = []
+    monkeypatch.setattr("train.run.loop.run", seen.append)
+    assert cli.main(["train", "--model.ffn.format", text]) == 0
+    assert seen[0].model.ffn == FFNOptions(format=text)
+
+
+def test_a_format_of_a_preset_is_a_default_as_text(capsys):
+    default = ModelConfig(ffn=FFNOptions(format=Panel(tokens=64)))
+    assert parse_options(ModelConfig, [], "train", default) == default
+    with pytest.raises(UsageError, match=r"unknown option --ffn\.formt; did you mean --ffn\.format\?"):
+        parse_options(ModelConfig, ["--ffn.formt", "x"], "train", default)
+    with pytest.raises(SystemExit):
+        parse_options(ModelConfig, ["--help"], "train", default)
+    assert "(default: 'panel(tokens=64)')" in capsys.readouterr().out
 
 
 def test_interrupts_end_quietly(capsys, monkeypatch):

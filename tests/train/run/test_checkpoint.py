@@ -15,7 +15,8 @@ import pytest
 import tiny_runs
 from flax import nnx
 
-from train.config import CheckpointConfig, TrainConfig, from_dict
+from pallas_kernels import FFNOptions, Hybrid, Panel
+from train.config import CheckpointConfig, TrainConfig
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import ByteTokenizer, fit_bpe
 from train.errors import UserError
@@ -75,7 +76,28 @@ def finished_abstract(config: TrainConfig):
 def test_configuration_survives_json(finished):
     saver = Checkpoints(finished.workdir, finished.config.checkpoint)
     assert saver.config(8) == finished.config
-    assert from_dict(TrainConfig, dataclasses.asdict(finished.config)) == finished.config
+
+
+def test_a_format_is_saved_as_text(finished, first_state, tmp_path):
+    ffn = FFNOptions(format=Panel(tokens=32, capacity=0.5))
+    config = dataclasses.replace(finished.config, model=dataclasses.replace(finished.config.model, ffn=ffn))
+    saver = Checkpoints(tmp_path, CheckpointConfig())
+    saver.open()
+    saver.save(first_state, DATA, config, ByteTokenizer(), step=1)
+    saver.close()
+    assert saver.config(1).model.ffn.format == "panel(tokens=32, capacity=0.5)"
+
+
+def test_a_configuration_of_the_version_before_is_read(finished, copy):
+    path = copy / "checkpoints" / "8" / "run" / "metadata"
+    run = json.loads(path.read_text())
+    run["config"]["model"]["ffn"] = {
+        "format": "hybrid", "backend": "auto", "weight_gradients": "auto", "tile": 256, "compression": 8,
+        "width": 64, "backup_rows": None, "panel": 128, "capacity": 0.25,
+    }  # fmt: skip
+    path.write_text(json.dumps(run))
+    config = load_for_inference(copy)[2]
+    assert config.model.ffn.layout == Hybrid(width=64)
 
 
 def test_inference_loads_the_newest_of_a_run(finished):

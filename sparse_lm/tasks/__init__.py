@@ -1,0 +1,1 @@
+"""Task files for the lm-evaluation-harness."""

@@ -1,0 +1,49 @@
+"""``sparse-lm convert``."""
+
+import dataclasses
+import shlex
+from typing import Literal
+
+from train.cli.options import PROGRAM, UsageError, parse_options
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Converts a Hugging Face model with silent neurons to one of ours, or one of ours to Hugging Face's.
+
+    Attributes:
+      source: a Hugging Face directory, or a model's name on its hub; with --to hf a run's work directory, one
+        checkpoint in it, or a converted model.
+      out: the directory to make; it must not exist.
+      to: sparse-lm for a model that generate and evaluate take, hf for one that transformers takes.
+      dtype: compute type of the converted model (default: its publisher's), bfloat16, float16 or float32.
+      debug: show the traceback of an error.
+    """
+
+    source: str
+    out: str
+    to: Literal["sparse-lm", "hf"] = "sparse-lm"
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    debug: bool = False
+
+
+def run(argv: list[str]) -> None:
+    options = parse_options(ConvertOptions, argv, "convert")
+    if options.to == "hf" and options.dtype is not None:
+        raise UsageError(
+            "--dtype is for --to sparse-lm: an exported model keeps the compute type that it has"
+        )
+
+    from train.run import convert
+
+    if options.to == "hf":
+        made = convert.to_hf(options.source, options.out)
+    else:
+        made = convert.from_hf(options.source, options.out, dtype=options.dtype)
+    print(made.summary())
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"{'model' if options.to == 'hf' else 'checkpoint'}: {made.out}")
+    if options.to == "sparse-lm":
+        place = shlex.quote(str(made.out))
+        print(f'next:\n  {PROGRAM} generate --checkpoint {place} --prompt "Once upon a time"')
