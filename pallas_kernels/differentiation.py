@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import auto, dense, hybrid, panel, twell
+from pallas_kernels import auto, decode, dense, hybrid, panel, twell
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.groups import Groups, token_scale
 from pallas_kernels.options import FFNOptions, FFNStats
@@ -24,6 +24,7 @@ from pallas_kernels.reference import Weights
 
 _FORMATS: dict[str, ModuleType] = {
     "auto": auto,
+    "decode": decode,
     "dense": dense,
     "hybrid": hybrid,
     "panel": panel,

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device as device_lib
+from pallas_kernels.decode.config import MOST_TOKENS
 from pallas_kernels.device import Device
+from pallas_kernels.errors import RequestError
 from pallas_kernels.formats import MAX_INDEX
-from pallas_kernels.options import Auto, Dense, FFNOptions, Layout, Panel, Twell
+from pallas_kernels.options import Auto, Decode, Dense, FFNOptions, Layout, Panel, Twell
 
 _BACKENDS = {
     "dense": ("xla",),
     "twell": ("mosaic_gpu", "triton", "interpret"),
     "panel": ("mosaic_gpu", "triton", "interpret"),
     "hybrid": ("triton", "interpret"),
+    "decode": ("triton", "interpret"),
     "auto": ("mosaic_gpu", "triton", "interpret"),
 }  # the first that can is "auto"
 _MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
@@ -87,7 +90,7 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
         if isinstance(layout, Twell):
             from pallas_kernels.twell import pallas_mosaic_gpu as twell_gpu
 
-            return twell_gpu.unsupported_reason(*size, layout.tile)
+            return twell_gpu.unsupported_reason(*size[1:], layout.tile)
     return None
 
 
@@ -114,13 +117,13 @@ def choose(options: FFNOptions, call: Call) -> Choice:
     by name runs, on the first backend that can, or raises the reason; so does a backend.
 
     Raises:
-      ValueError: the format or the backend asked for cannot run this call here.
+      RequestError: the format or the backend asked for cannot run this call here.
     """
     considered = _consider(options, call)
     for choice, reason in considered:
         if reason is None:
             return choice
-    raise ValueError(considered[-1][1])
+    raise RequestError(considered[-1][1])
 
 
 def explain(
@@ -152,6 +155,7 @@ _MEANING = {
     "twell": "the gate packed in tiles, then one pass over its non-zeros",
     "hybrid": "rows of non-zeros with a dense backup, kept between forward and backward",
     "panel": "tensor cores over the neurons that neighbouring tokens share",
+    "decode": "the gate's rows, and up and down rows of active neurons alone, read once for a few tokens",
     "auto": (
         "a probe inside the program takes PanelELL where panels of tokens share few enough neurons, "
         "dense elsewhere"
@@ -169,11 +173,18 @@ def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]
     choices = [Choice(layout, backend) for backend in backends]
     if isinstance(layout, Auto):
         dense = Choice(Dense(), "xla")
+        if options.backend in ("auto", "triton") and _few(call):
+            choices = [Choice(Decode(), "triton"), *choices]
         if options.backend == "xla":
             choices = [dense]
         elif options.backend == "auto" or device_reason(options.backend, device) is None:
             choices.append(dense)
     return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
+
+
+def _few(call: Call) -> bool:
+    """Whether reading the weights is what a call takes its time for, in a type that tensor cores multiply."""
+    return isinstance(call.tokens, int) and 0 < call.tokens <= MOST_TOKENS and call.dtype.itemsize == 2
 
 
 def _or(names) -> str:

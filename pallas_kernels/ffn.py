@@ -2,6 +2,7 @@
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from pallas_kernels import batching, dense, partition
 from pallas_kernels.checks import check_ffn_arguments
@@ -11,13 +12,13 @@ from pallas_kernels.reference import Weights
 
 
 def sparse_ffn(
-    x: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    x: Float[Array, "*tokens D"],
+    w_gate: Float[Array, "F D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
     *,
     options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
-) -> tuple[jax.Array, FFNStats]:
+) -> tuple[Float[Array, "*tokens D"], FFNStats]:
     """Gated sparse feed-forward layer: ``h = a(x Wg^T) * (x Wu^T)``, ``y = h Wd`` (paper section 2).
 
     Args:
@@ -40,12 +41,12 @@ def sparse_ffn(
 
 
 def sparse_mlp(
-    x: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    x: Float[Array, "*tokens D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
     *,
     options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
-) -> tuple[jax.Array, FFNStats]:
+) -> tuple[Float[Array, "*tokens D"], FFNStats]:
     """Non-gated sparse feed-forward layer: ``h = a(x Wu^T)``, ``y = h Wd``; otherwise as `sparse_ffn`."""
     return _layer(x, None, w_up, w_down, options)
 

@@ -11,7 +11,7 @@ from pallas_kernels import activations
 from pallas_kernels.activations import Activation, Rule
 from pallas_kernels.common.groups import Groups, by_group, group_size
 
-Format = Literal["auto", "twell", "hybrid", "panel", "dense"]
+Format = Literal["auto", "twell", "hybrid", "panel", "decode", "dense"]
 Backend = Literal["auto", "triton", "mosaic_gpu", "xla", "interpret"]
 WeightGradients = Literal["auto", "input", "float32"]
 
@@ -123,8 +123,16 @@ class Twell(_Layout):
 
 
 @dataclasses.dataclass(frozen=True)
+class Decode(_Layout):
+    """No format: kernels for a few tokens, which read the up and down rows of active neurons alone."""
+
+    name: ClassVar[Format] = "decode"
+
+
+@dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
-    """The program decides for itself, call by call, between `Panel` and `Dense`.
+    """Up to 64 tokens `Decode`; for more the program decides for itself, call by call, between `Panel` and
+    `Dense`.
 
     Attributes:
       tokens: P of its panels.
@@ -152,7 +160,7 @@ def _check_backup_rows(owner: str, rows: int | None) -> None:
         raise ValueError(f"{owner}.backup_rows must be at least 1; got {rows}")
 
 
-Layout = Auto | Panel | Hybrid | Twell | Dense
+Layout = Auto | Panel | Hybrid | Twell | Decode | Dense
 _LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in get_args(Layout)}
 
 
@@ -187,10 +195,11 @@ class FFNOptions:
 
     Attributes:
       format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
-        `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
-        ``"panel(tokens=64)"``. ``"auto"`` decides inside the program, call by call, between ``"panel"`` and
-        ``"dense"``, and is ``"dense"`` where that cannot be; a format asked for by name that cannot run a
-        call raises the reason. `dispatch.explain` tells what would run.
+        `Decode`, `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
+        ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` up to 64 tokens; from 2,048 on it decides inside
+        the program, call by call, between ``"panel"`` and ``"dense"``; it is ``"dense"`` where that cannot
+        be. A format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells what
+        would run.
       activation: ``"relu"``, ``"relu2"``, `Threshold` or ``"drelu"`` (`activations`).
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
         ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels'

@@ -28,6 +28,7 @@ inputs multiply as f32, not as the shorter TF32 that XLA would take on a GPU.
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, multiply, project
@@ -38,13 +39,15 @@ Weights = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 
 
 def projections(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
+    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None, w_up: Float[Array, "F D"]
+) -> tuple[Float[Array, "M F"], Float[Array, "M F"] | None]:
     """g and u (M, F); u is None without a gate."""
     return (project(x, w_up), None) if w_gate is None else (project(x, w_gate), project(x, w_up))
 
 
-def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule = RELU) -> tuple[jax.Array, jax.Array]:
+def hidden(
+    gate: Float[Array, "M F"], up: Float[Array, "M F"] | None, rule: Rule = RELU
+) -> tuple[Float[Array, "M F"], Bool[Array, "M F"]]:
     """h (M, F) in the input type, and the (M, F) bool mask of active neurons, from the projections."""
     mask, value = rule.active(gate), rule.value(gate)
     product = value if up is None else value * rule.up(up)
@@ -52,16 +55,19 @@ def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule = RELU) -> tuple[ja
 
 
 def ffn(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, rule: Rule = RELU
-) -> tuple[jax.Array, FFNStats]:
+    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None,
+    w_up: Float[Array, "F D"], w_down: Float[Array, "F D"], rule: Rule = RELU,
+) -> tuple[Float[Array, "M D"], FFNStats]:  # fmt: skip
     """The whole layer: x (M, D) to y (M, D) and its statistics; ``w_gate=None`` is the non-gated layer."""
     h, mask = hidden(*projections(x, w_gate, w_up), rule)
     return multiply(h, w_down), FFNStats.of_dense(h, mask)
 
 
 def backward(
-    x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array,
-    gate: jax.Array, up: jax.Array | None, dy: jax.Array, scale: jax.Array | None,
+    x: Float[Array, "M D"], w_gate: Float[Array, "F D"] | None,
+    w_up: Float[Array, "F D"], w_down: Float[Array, "F D"],
+    gate: Float[Array, "M F"], up: Float[Array, "M F"] | None,
+    dy: Float[Array, "M D"], scale: Float[Array, " _"] | None,
     *, rule: Rule = RELU, dtype: DTypeLike,
 ) -> Weights:  # fmt: skip
     """Cotangents of x and, in ``dtype``, the weights, from the projections (M, F) and the cotangents dy
@@ -76,7 +82,9 @@ def backward(
     return jnp.asarray(dx), dw_gate[0] if dw_gate else None, dw_up, dw_down
 
 
-def hidden_gradient(dy: jax.Array, w_down: jax.Array, h: jax.Array, scale: jax.Array | None) -> jax.Array:
+def hidden_gradient(
+    dy: Float[Array, "M D"], w_down: Float[Array, "F D"], h: Float[Array, "M F"], scale: jax.Array | None
+) -> Float[Array, "M F"]:
     """dh (M, F) in the input type, where neurons are active."""
     if scale is None:
         return project(dy, w_down)

@@ -1,11 +1,16 @@
 """What a model is: sizes, numerics and sparsity. Frozen, validated, and the same in code, presets and CLI."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from pallas_kernels import FFNOptions, activations
+from pallas_kernels.errors import RequestError
 from sparse_lm.rope import RopeScaling
 
+L1Schedule = Literal["constant", "linear", "staged", "target"]
+MAX_SILENCE = (1 << 30) - 1  # tokens of silence are counted up to here, in int32
 RematPolicy = Literal["none", "full", "dots", "sparse"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 TokenOrderName = Literal["text", "auto", "id", "vocabulary", "centroids", "hash"]
@@ -13,32 +18,106 @@ TokenOrderName = Literal["text", "auto", "id", "vocabulary", "centroids", "hash"
 
 @dataclasses.dataclass(frozen=True)
 class SparsityConfig:
-    """The L1 term that makes the feed-forward activations sparse (paper section 4).
+    """The L1 term that makes the feed-forward activations sparse, and what is done about neurons that it
+    silences for good (paper section 4).
 
-    The training loss is ``CE + coefficient(step) * mean over layers of l1``.
+    The training loss is ``CE + λ(step) * mean over layers of l1``. A neuron is dead when none of the last
+    ``dead_after`` tokens of training activated it.
 
     Attributes:
-      l1: final coefficient λ; 0 trains the same model without sparsity pressure.
+      l1: the coefficient λ; 0 trains the same model without sparsity pressure.
       schedule: ``"constant"`` holds λ from the first step; ``"linear"`` keeps it at 0 for ``off_steps``, then
-        ramps it linearly to λ over ``ramp_steps`` (the paper's warm-up: 5,000 and 5,000).
-      off_steps: steps at 0 before the ramp.
+        ramps it linearly to λ over ``ramp_steps`` (the paper's warm-up: 5,000 and 5,000); ``"staged"`` takes
+        the value of ``stage_l1`` from each step of ``stage_steps`` on, and λ before the first; ``"target"``
+        begins at λ after ``off_steps`` and steers it until ``target_l0`` neurons are active.
+      off_steps: steps at 0 before the ramp, or before λ is steered.
       ramp_steps: steps of the ramp.
+      stage_steps: steps at which the stages begin, rising.
+      stage_l1: λ of each stage.
+      target_l0: wanted active neurons of a token, mean over layers.
+      steer_rate: how fast λ is steered: with twice as many neurons active as wanted, it grows by this share
+        of itself in a step.
+      dead_after: tokens of silence after which a neuron is dead (the paper: a step of about a million).
+      revive: what is done with dead neurons after each step: ``"off"``, or their gate rows w become
+        ``(1 - revive_mix) w + revive_mix N(0, revive_std²)`` and the optimizer's moments of these rows are
+        set to zero (``"reset"``) or stay (``"keep"``).
+      revive_mix: share of the noise.
+      revive_std: standard deviation of the noise.
     """
 
     l1: float = 2e-5
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: L1Schedule = "constant"
     off_steps: int = 0
     ramp_steps: int = 0
+    stage_steps: tuple[int, ...] = ()
+    stage_l1: tuple[float, ...] = ()
+    target_l0: float = 0.0
+    steer_rate: float = 0.01
+    dead_after: int = 1_000_000
+    revive: Literal["off", "reset", "keep"] = "off"
+    revive_mix: float = 0.1
+    revive_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if not (self.l1 >= 0 and self.l1 < float("inf")):
-            raise ValueError(f"model.sparsity.l1 must be a finite number of at least 0; got {self.l1}")
-        if self.schedule not in ("constant", "linear"):
-            raise ValueError(f"model.sparsity.schedule must be constant or linear; got {self.schedule!r}")
-        if self.off_steps < 0 or self.ramp_steps < 0:
-            raise ValueError(
-                "model.sparsity.off-steps and model.sparsity.ramp-steps must be at least 0; "
-                f"got {self.off_steps} and {self.ramp_steps}"
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise RequestError(f"model.sparsity.{message}")
+
+        finite = float("inf")
+        require(0 <= self.l1 < finite, f"l1 must be a finite number of at least 0; got {self.l1}")
+        require(
+            self.schedule in get_args(L1Schedule),
+            f"schedule must be {', '.join(get_args(L1Schedule)[:-1])} or {get_args(L1Schedule)[-1]}; "
+            f"got {self.schedule!r}",
+        )
+        for name, value in {"off-steps": self.off_steps, "ramp-steps": self.ramp_steps}.items():
+            require(value >= 0, f"{name} must be at least 0; got {value}")
+        self._require_that_options_apply(require)
+        rising = all(first < second for first, second in itertools.pairwise((0, *self.stage_steps)))
+        require(rising, f"stage-steps must be at least 1 and rise; got {self.stage_steps}")
+        require(
+            len(self.stage_steps) == len(self.stage_l1),
+            f"stage-l1 must have a value for each of the {len(self.stage_steps)} stage-steps; "
+            f"got {len(self.stage_l1)}",
+        )
+        require(
+            all(0 <= value < finite for value in self.stage_l1),
+            f"stage-l1 must be finite numbers of at least 0; got {self.stage_l1}",
+        )
+        if self.schedule == "target":
+            require(
+                0 < self.target_l0 < finite,
+                f"target-l0 must be a finite positive number for schedule=target; got {self.target_l0}",
+            )
+            require(
+                self.l1 > 0, f"l1 must be positive for schedule=target, which multiplies it; got {self.l1}"
+            )
+        require(0 < self.steer_rate <= 1, f"steer-rate must be over 0 and at most 1; got {self.steer_rate}")
+        require(
+            1 <= self.dead_after <= MAX_SILENCE,
+            f"dead-after must be from 1 to {MAX_SILENCE} tokens; got {self.dead_after}",
+        )
+        require(
+            self.revive in ("off", "reset", "keep"), f"revive must be off, reset or keep; got {self.revive!r}"
+        )
+        require(0 < self.revive_mix <= 1, f"revive-mix must be over 0 and at most 1; got {self.revive_mix}")
+        require(
+            0 <= self.revive_std < finite,
+            f"revive-std must be a finite number of at least 0; got {self.revive_std}",
+        )
+
+    def _require_that_options_apply(self, require: Callable[[bool, str], None]) -> None:
+        """Refuses options of a schedule that was not chosen, which would otherwise do nothing unsaid."""
+        owners: dict[str, tuple[str, ...]] = {
+            "off_steps": ("linear", "target"),
+            "ramp_steps": ("linear",),
+            "stage_steps": ("staged",),
+            "target_l0": ("target",),
+        }
+        for name, schedules in owners.items():
+            require(
+                not getattr(self, name) or self.schedule in schedules,
+                f"{name.replace('_', '-')} needs schedule={' or '.join(schedules)}; got {self.schedule}",
             )
 
 
@@ -77,8 +156,8 @@ class ModelConfig:
         tokens share a panel, and no result: ``"text"``, as they come; ``"id"``, by token id;
         ``"vocabulary"``, by clusters of the embedding, then id; ``"centroids"``, by clusters of what enters
         the first feed-forward layer, then id; ``"hash"``, by signs of random projections of that, then id;
-        ``"auto"``, ``"centroids"`` where the layers may run in panels, else ``"text"``. Steps of decoding
-        and forwards of few tokens leave it out. Clusters follow a training (`SparseLM.refresh_token_order`).
+        ``"auto"``, ``"centroids"`` where the layers may run in panels, else ``"text"``. Generation and
+        forwards of few tokens leave it out. Clusters follow a training (`SparseLM.refresh_token_order`).
       token_clusters: K, how many clusters ``"vocabulary"`` and ``"centroids"`` tell apart.
     """
 
@@ -120,31 +199,31 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"model.{name.replace('_', '-')} must be at least 1; got {value}")
+                raise RequestError(f"model.{name.replace('_', '-')} must be at least 1; got {value}")
         if self.d_model % self.num_heads:
-            raise ValueError(
+            raise RequestError(
                 f"model.num-heads must divide model.d-model={self.d_model}; got {self.num_heads}: "
                 "choose a number of heads that divides it"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise RequestError(
                 f"model.num-kv-heads must divide model.num-heads={self.num_heads}; got {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(
+            raise RequestError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
         try:
             activations.parse(self.activation)
         except ValueError as error:
-            raise ValueError(f"model.activation: {error}") from error
+            raise RequestError(f"model.activation: {error}") from error
         if self.ffn.activation != FFNOptions().activation:
-            raise ValueError(
+            raise RequestError(
                 "model.ffn.activation must be left out, model.activation is the model's; got "
                 f"{self.ffn.activation}"
             )
         if self.activation == "drelu" and not self.gated:
-            raise ValueError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")
+            raise RequestError("model.activation=drelu rectifies both sides of a gate; got model.gated=False")
         for name in (
             "rope_theta",
             "norm_eps",
@@ -155,29 +234,29 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if not (value > 0 and value < float("inf")):
-                raise ValueError(
+                raise RequestError(
                     f"model.{name.replace('_', '-')} must be a finite positive number; got {value}"
                 )
         if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
-            raise ValueError(f"model.rope-theta must be over 1 for yarn; got {self.rope_theta}")
+            raise RequestError(f"model.rope-theta must be over 1 for yarn; got {self.rope_theta}")
         original = self.rope_scaling.original_context
         if self.rope_scaling.kind == "dynamic" and original is not None and self.context_length > original:
-            raise ValueError(
+            raise RequestError(
                 "model.context-length must not go beyond model.rope-scaling.original-context="
                 f"{original} with dynamic scaling, which changes its frequencies with the length of the text "
                 f"from there on; got {self.context_length}: use linear, llama3 or yarn for longer texts"
             )
         if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
+            raise RequestError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in get_args(RematPolicy):
-            raise ValueError(f"model.remat must be none, full, dots or sparse; got {self.remat!r}")
+            raise RequestError(f"model.remat must be none, full, dots or sparse; got {self.remat!r}")
         if self.token_order not in get_args(TokenOrderName):
-            raise ValueError(
+            raise RequestError(
                 f"model.token-order must be one of {', '.join(get_args(TokenOrderName))}; "
                 f"got {self.token_order!r}"
             )
         if self.token_clusters * self.vocab_size >= 2**31:
-            raise ValueError(
+            raise RequestError(
                 f"model.token-clusters × model.vocab-size must be below 2^31, so that a cluster and an id "
                 f"share an int32 key; got {self.token_clusters} × {self.vocab_size}"
             )

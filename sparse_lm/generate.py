@@ -1,24 +1,26 @@
-"""Text generation: prompts of any lengths in one batch, a fixed-shape cache, one compiled step per token.
+"""Text generation: prompts of any lengths in one batch, a cache written in place, tokens in blocks.
 
 Prompts are padded behind their end and every row keeps its own position, so that what a row says depends on
 its prompt, its place in the batch and the seed, and never on the other rows.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sparse_lm.attention import KVCache
+from pallas_kernels.errors import RequestError
 from sparse_lm.config import ModelConfig
+from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.model import SparseLM
 
 _SMALLEST_SHAPE = 16
+_BLOCK = 16
+_CAPACITY_STEP = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sampling:
       top_p: of those, only the fewest most likely tokens whose probabilities reach p stay; 1 keeps all.
 
     Raises:
-      ValueError: a field outside its range.
+      RequestError: a field outside its range.
     """
 
     temperature: float = 1.0
@@ -40,11 +42,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0; got {self.temperature}")
+            raise RequestError(f"temperature must be a finite number of at least 0; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {self.top_k}")
+            raise RequestError(f"top_k must be at least 1; got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be over 0 and at most 1; got {self.top_p}")
+            raise RequestError(f"top_p must be over 0 and at most 1; got {self.top_p}")
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -68,7 +70,7 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def generate(
-    model: SparseLM,
+    model: SparseLM | InferenceModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -91,7 +93,7 @@ def generate(
 
 
 def stream(
-    model: SparseLM,
+    model: SparseLM | InferenceModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -102,7 +104,8 @@ def stream(
     """Continues every prompt, one token a row at a time.
 
     Args:
-      model: the language model.
+      model: the language model. A `SparseLM`'s weights are split and cast at every call, those of an
+        `InferenceModel` have been already.
       prompts: token ids, at least one a prompt; lengths may differ.
       max_new_tokens: most tokens that a row gains.
       sampling: how tokens are drawn.
@@ -111,77 +114,125 @@ def stream(
 
     Returns:
       An iterator of steps, each the new token of every row, or ``None`` for a row that has ended (the end
-      token itself is not given out). It stops when all rows have ended. Tokens come as they are made: the
-      next step runs on the device while the caller handles this one.
+      token itself is not given out). It stops when all rows have ended. The first token comes by itself, the
+      others leave the device in blocks of up to 16: the next block runs there while the caller handles this
+      one.
 
     Raises:
-      ValueError: at once, not at the first step: no prompt, an empty prompt, a token outside the vocabulary,
-        ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit the context
-        with its new tokens.
+      RequestError: at once, not at the first step: no prompt, an empty prompt, a token outside the
+        vocabulary, ``max_new_tokens`` under 1, a seed outside 0 to 2^32 - 1, or a prompt that does not fit
+        the context with its new tokens.
     """
     _check(model.config, prompts, max_new_tokens, seed)
     return _steps(model, [list(prompt) for prompt in prompts], max_new_tokens, sampling, eos_id, seed)
 
 
 def _steps(
-    model: SparseLM,
+    model: SparseLM | InferenceModel,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     eos_id: int | None,
     seed: int,
 ) -> Iterator[list[int | None]]:
-    graphdef, state = _inference_state(model)
+    ended, left = [False] * len(prompts), max_new_tokens
+    for block in _blocks(model, prompts, max_new_tokens, sampling, seed):
+        for values in np.asarray(block).tolist()[:left]:
+            ended = [over or value == eos_id for over, value in zip(ended, values, strict=True)]
+            if all(ended):
+                return
+            yield [None if over else value for over, value in zip(ended, values, strict=True)]
+        left -= len(block)
+
+
+def _blocks(
+    model: SparseLM | InferenceModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[jax.Array]:
+    """Blocks (steps, B) of new tokens on the device, each given out when the next one has been started.
+
+    The last block may go on beyond ``max_new_tokens``, with tokens that mean nothing.
+    """
+    if isinstance(model, SparseLM):
+        model = InferenceModel.of(model)
+    key = jax.random.key(seed)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     limit, longest = model.config.context_length, int(lengths.max())
     padded = np.zeros((len(prompts), _shape_for(longest, limit)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
 
-    advance = functools.partial(_advance, graphdef, sampling, state, jax.random.key(seed))
-    cache = KVCache.empty(model.config, len(prompts), _shape_for(longest + max_new_tokens, limit))
-    tokens, cache = advance(cache, jnp.asarray(padded), jnp.asarray(lengths))
-    one_each = jnp.ones_like(lengths)
-    ended = [False] * len(prompts)
-    for step in range(max_new_tokens):
-        drawn = tokens
-        if step + 1 < max_new_tokens:
-            tokens, cache = advance(cache, tokens[:, None], one_each)
-        values = np.asarray(drawn).tolist()
-        ended = [over or value == eos_id for over, value in zip(ended, values, strict=True)]
-        if all(ended):
-            return
-        yield [None if over else value for over, value in zip(ended, values, strict=True)]
+    capacity = _capacity(longest, max_new_tokens, limit)
+    drawn, cache = read_prompts(sampling, capacity, model, key, jnp.asarray(padded), jnp.asarray(lengths))
+    # Few sizes of blocks, so few compilations, and no block of 16 for two tokens.
+    size = min(_BLOCK, 1 << max(max_new_tokens - 2, 0).bit_length())
+    block = drawn[None]
+    for done in range(1, max_new_tokens, size):
+        if longest + done + size > cache.capacity < limit:
+            cache = _grow(_capacity(longest + done + size, max_new_tokens - done - size, limit), cache)
+        following, cache = decode_block(sampling, size, model, key, cache, block[-1])
+        yield block
+        block = following
+    yield block
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
-def _advance(
-    graphdef: nnx.GraphDef,
+@partial(jax.jit, static_argnums=(0, 1))
+def read_prompts(
     sampling: Sampling,
-    state: nnx.State,
+    capacity: int,
+    model: InferenceModel,
     key: jax.Array,
-    cache: KVCache,
     tokens: jax.Array,
     counts: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    """Reads the first ``counts`` (B,) of each row's (B, S) tokens and draws the token behind them."""
-    model = nnx.merge(graphdef, state)
-    rows = jnp.arange(tokens.shape[0])
-    lengths = cache.lengths + counts
-    hidden, _, cache = model.hidden_states(tokens, cache=cache)
-    keys = jax.vmap(lambda row, length: jax.random.fold_in(jax.random.fold_in(key, row), length))(
+) -> tuple[jax.Array, LayerCaches]:
+    """The token (B,) behind each row's prompt, the first ``counts`` (B,) of its (B, S) tokens."""
+    hidden, cache = model.prefill(tokens, counts, capacity)
+    return sample(model.logits(hidden), _keys(key, counts), sampling), cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def decode_block(
+    sampling: Sampling,
+    steps: int,
+    model: InferenceModel,
+    key: jax.Array,
+    cache: LayerCaches,
+    tokens: jax.Array,
+) -> tuple[jax.Array, LayerCaches]:
+    """The next (steps, B) tokens, from each row's last one (B,)."""
+
+    def step(carry, _):
+        tokens, cache = carry
+        hidden, cache = model.extend(tokens[:, None], cache)
+        drawn = sample(model.logits(hidden[:, 0]), _keys(key, cache.lengths), sampling)
+        return (drawn, cache), drawn
+
+    (_, cache), drawn = jax.lax.scan(step, (tokens, cache), length=steps)
+    return drawn, cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _grow(capacity: int, cache: LayerCaches) -> LayerCaches:
+    return cache.grown(capacity)
+
+
+def _keys(key: jax.Array, lengths: jax.Array) -> jax.Array:
+    """(B,) keys, each from a row's place in the batch and the position of its next token."""
+    rows = jnp.arange(len(lengths))
+    return jax.vmap(lambda row, length: jax.random.fold_in(jax.random.fold_in(key, row), length))(
         rows, lengths
     )
-    drawn = sample(model.logits(hidden[rows, counts - 1]), keys, sampling)
-    return drawn, dataclasses.replace(cache, lengths=lengths)
 
 
-def _inference_state(model: SparseLM) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model with its matrices cast to the compute type once, not at every token; the same results."""
-    graphdef, state = nnx.split(model)
-    scales, others = nnx.split_state(state, nnx.PathContains("scale"), ...)
-    others = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), others)
-    return graphdef, nnx.merge_state(scales, others)
+def _capacity(positions: int, new_tokens: int, limit: int) -> int:
+    """Room for the positions so far and the next new ones.
+
+    A cache of another capacity is another compilation, so that it grows seldom and in large steps.
+    """
+    return _shape_for(positions + max(0, min(new_tokens, _CAPACITY_STEP)), limit)
 
 
 def _shape_for(positions: int, limit: int) -> int:
@@ -191,24 +242,24 @@ def _shape_for(positions: int, limit: int) -> int:
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        raise RequestError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be at least 0 and under 2^32; got {seed}")
+        raise RequestError(f"seed must be at least 0 and under 2^32; got {seed}")
     if not prompts:
-        raise ValueError("generation needs at least one prompt; got none")
+        raise RequestError("generation needs at least one prompt; got none")
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} is empty: give it at least one token, such as the end-of-text token"
             )
         strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if strange is not None:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} holds token {strange}, outside the model's vocabulary of "
                 f"{config.vocab_size}: encode it with the tokenizer that the model was trained with"
             )
         if len(prompt) + max_new_tokens > config.context_length:
-            raise ValueError(
+            raise RequestError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, "
                 f"beyond the model's context of {config.context_length}: "
                 "shorten the prompt or ask for fewer new tokens"

@@ -21,10 +21,15 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis: (..., D) to (..., D) in ``dtype``."""
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))  # ranks alike, for who forbids promotion
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, dtype: DTypeLike) -> jax.Array:
+    """`RMSNorm` of x (..., D) with a scale (D,), in ``dtype``."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    scale = jax.lax.expand_dims(scale, range(x.ndim - 1))  # ranks alike, for who forbids promotion
+    return (x * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0) -> jax.Array:
@@ -44,3 +49,8 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitud
     cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """``factor * x`` in x's type, computed in f32, so that the factor itself is not rounded to 16 bits."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -13,7 +13,7 @@ from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention, KVCache
 from sparse_lm.config import ModelConfig, RematPolicy
 from sparse_lm.ffn import SparseFFN
-from sparse_lm.layers import RMSNorm
+from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
 
@@ -63,7 +63,7 @@ class Block(nnx.Module):
         return self._add(x, y), stats
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + _scaled(y, self.residual_scale)
+        return x + scaled(y, self.residual_scale)
 
 
 class SparseLM(nnx.Module):
@@ -198,19 +198,14 @@ class SparseLM(nnx.Module):
         return jax.lax.scan(run_layer, self._embed(tokens), layers)[1]
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return _scaled(self.embedding[...][tokens].astype(self.config.dtype), self.config.embedding_scale)
+        return scaled(self.embedding[...][tokens].astype(self.config.dtype), self.config.embedding_scale)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
         head = self.embedding if self.head is None else self.head
         weight = head[...].astype(self.config.dtype)
-        hidden = _scaled(hidden, 1.0 / self.config.logit_divisor)
+        hidden = scaled(hidden, 1.0 / self.config.logit_divisor)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    """``factor * x`` in x's type, computed in f32, so that the factor itself is not rounded to 16 bits."""
-    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:

@@ -19,6 +19,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several pytes
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked while tests run: of the specification, against which all else is judged.
+install_import_hook("pallas_kernels.reference", "beartype.beartype")
 
 
 def pytest_collection_finish() -> None:

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 OURS = {"pallas_kernels", "sparse_lm", "train", "configs"}
 THEIRS = {
     "grain", "tokenizers", "optax", "orbax", "flax", "tyro", "rich", "zstandard",
-    "safetensors", "huggingface_hub", "lm_eval", "tensorboardX", "matplotlib", "pyarrow",
+    "safetensors", "huggingface_hub", "lm_eval", "tensorboardX", "wandb", "matplotlib", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
-    "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "numpy"},
+    "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "jaxtyping", "numpy"},
     "sparse_lm": {"sparse_lm", "pallas_kernels", "jax", "numpy", "flax", "safetensors", "lm_eval"},
     "train": {"train", "sparse_lm", "pallas_kernels", "configs", "jax", "numpy"} | THEIRS,
     "configs": {"configs", "train", "sparse_lm", "pallas_kernels"},
@@ -68,8 +68,8 @@ def test_the_specification_is_short():
 
 def test_the_public_surface_of_the_kernels():
     expected = [
-        "Auto", "Dense", "FFNOptions", "FFNStats", "Hybrid", "HybridELL", "Panel", "PanelELL", "Threshold",
-        "TwELL", "Twell", "sparse_ffn", "sparse_mlp",
+        "Auto", "Decode", "Dense", "FFNOptions", "FFNStats", "Hybrid", "HybridELL", "Panel", "PanelELL",
+        "Threshold", "TwELL", "Twell", "sparse_ffn", "sparse_mlp",
     ]  # fmt: skip
     assert sorted(pallas_kernels.__all__) == expected
     for name in expected:

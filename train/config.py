@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pallas_kernels import FFNOptions, activations
+from pallas_kernels.errors import RequestError
 from pallas_kernels.options import parse_layout
 from sparse_lm import ModelConfig
 
@@ -19,7 +20,7 @@ def _absolute(path: str) -> str:
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
-        raise ValueError(message)
+        raise RequestError(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,9 @@ class OptimizerConfig:
       beta1, beta2, eps: Adam's.
       clip: global-norm bound of the gradient.
       accumulation: micro-batches summed into one step; the result equals the whole batch at once.
+      skip_nonfinite: steps in a row whose loss or gradient is not finite and that are left out; one more
+      stops
+        the run.
     """
 
     learning_rate: float = 1e-3
@@ -94,6 +98,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
     accumulation: int = 1
+    skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
         positive = {"learning-rate": self.learning_rate, "eps": self.eps, "clip": self.clip}
@@ -117,6 +122,10 @@ class OptimizerConfig:
         _require(
             self.accumulation >= 1, f"optimizer.accumulation must be at least 1; got {self.accumulation}"
         )
+        _require(
+            self.skip_nonfinite >= 0,
+            f"optimizer.skip-nonfinite must be at least 0; got {self.skip_nonfinite}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +134,20 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between checkpoints.
+      minutes: a checkpoint also after so many minutes without one; 0 counts steps alone.
       keep: newest checkpoints kept; the one with the lowest held-out CE is kept besides.
     """
 
     every: int = 1000
+    minutes: float = 30.0
     keep: int = 3
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"checkpoint.every must be at least 1; got {self.every}")
+        _require(
+            0 <= self.minutes < float("inf"),
+            f"checkpoint.minutes must be a finite number of at least 0; got {self.minutes}",
+        )
         _require(self.keep >= 1, f"checkpoint.keep must be at least 1; got {self.keep}")
 
 
@@ -146,12 +161,19 @@ class ReportConfig:
       evaluate_tokens: held-out tokens of one evaluation, in whole windows of the context: at most so many,
         and the same ones for every batch size and number of devices.
       tensorboard: also write TensorBoard event files into the work directory.
+      wandb: also send the metrics to this project of Weights & Biases.
+      samples: texts to continue after each evaluation, to see what the model has learned.
+      profile: steps to record with JAX's profiler, ``"100:110"`` for the hundredth to the hundred and tenth;
+        the trace goes into the work directory.
     """
 
     every: int = 10
     evaluate_every: int = 1000
     evaluate_tokens: int = 1 << 24
     tensorboard: bool = False
+    wandb: str = ""
+    samples: tuple[str, ...] = ()
+    profile: str = ""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"report.every must be at least 1; got {self.every}")
@@ -162,6 +184,18 @@ class ReportConfig:
             self.evaluate_tokens >= 1,
             f"report.evaluate-tokens must be at least 1; got {self.evaluate_tokens}",
         )
+        _require(
+            not self.profile or self.profile_steps is not None,
+            f"report.profile must be two steps FIRST:LAST, the first no later; got {self.profile!r}",
+        )
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """First and last step to profile, if any."""
+        first, _, last = self.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +241,9 @@ class TrainConfig:
     seed: int = 0
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -295,3 +329,17 @@ def _current_report(values: Mapping[str, Any]) -> dict[str, Any]:
     sequences = report.pop("evaluate_batches") * values["batch_size"] // values["optimizer"]["accumulation"]
     report["evaluate_tokens"] = sequences * values["model"]["context_length"]
     return {**values, "report": report}
+
+
+def changed_fields(before: TrainConfig, now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Each field that differs, under its dotted name, with its values before and now."""
+    old, new = _flatten(to_dict(before)), _flatten(to_dict(now))
+    return {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

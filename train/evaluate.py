@@ -41,7 +41,7 @@ class EvaluationReport:
       d_ff: F, neurons of each layer.
       l0_per_layer: mean active neurons per token.
       max_nnz_per_layer: the most active neurons of any token.
-      dead_fraction_per_layer: share of neurons that no evaluated token activated.
+      silent_fraction_per_layer: share of neurons that no evaluated token activated.
       notes: sentences on what was evaluated, where that is not the held-out text of the training.
     """
 
@@ -53,7 +53,7 @@ class EvaluationReport:
     d_ff: int
     l0_per_layer: tuple[float, ...]
     max_nnz_per_layer: tuple[int, ...]
-    dead_fraction_per_layer: tuple[float, ...]
+    silent_fraction_per_layer: tuple[float, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,9 +66,9 @@ class EvaluationReport:
         return sum(self.l0_per_layer) / len(self.l0_per_layer)
 
     @property
-    def dead_fraction(self) -> float:
+    def silent_fraction(self) -> float:
         """Mean over layers, which all have F neurons."""
-        return sum(self.dead_fraction_per_layer) / len(self.dead_fraction_per_layer)
+        return sum(self.silent_fraction_per_layer) / len(self.silent_fraction_per_layer)
 
     def table(self) -> Group:
         """For people: the figures of the whole model on one line, then a table with a row a layer."""
@@ -78,21 +78,21 @@ class EvaluationReport:
             f"{self.bits_per_byte:.4f} bits per byte"
         )
         table = Table()
-        for name in ("layer", "l0", f"% of {self.d_ff}", "max nnz", "dead"):
+        for name in ("layer", "l0", f"% of {self.d_ff}", "max nnz", "silent"):
             table.add_column(name, justify="right")
-        layers = zip(self.l0_per_layer, self.max_nnz_per_layer, self.dead_fraction_per_layer, strict=True)
-        for layer, (l0, max_nnz, dead) in enumerate(layers):
-            table.add_row(str(layer), f"{l0:.1f}", f"{l0 / self.d_ff:.1%}", str(max_nnz), f"{dead:.1%}")
+        layers = zip(self.l0_per_layer, self.max_nnz_per_layer, self.silent_fraction_per_layer, strict=True)
+        for layer, (l0, max_nnz, silent) in enumerate(layers):
+            table.add_row(str(layer), f"{l0:.1f}", f"{l0 / self.d_ff:.1%}", str(max_nnz), f"{silent:.1%}")
         table.add_section()
         table.add_row(
             "all", f"{self.l0:.1f}", f"{self.l0 / self.d_ff:.1%}",
-            str(max(self.max_nnz_per_layer)), f"{self.dead_fraction:.1%}",
+            str(max(self.max_nnz_per_layer)), f"{self.silent_fraction:.1%}",
         )  # fmt: skip
         return Group(*map(Text, self.notes), headline, table)
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute and derived figure, ready for JSON."""
-        derived = {"perplexity": self.perplexity, "l0": self.l0, "dead_fraction": self.dead_fraction}
+        derived = {"perplexity": self.perplexity, "l0": self.l0, "silent_fraction": self.silent_fraction}
         return dataclasses.asdict(self) | derived
 
     def to_json(self) -> str:
@@ -147,7 +147,7 @@ def evaluate(
         d_ff=d_ff,
         l0_per_layer=tuple(map(float, layers["l0"])),
         max_nnz_per_layer=tuple(map(int, layers["max_nnz"])),
-        dead_fraction_per_layer=tuple(map(float, layers["dead_fraction"])),
+        silent_fraction_per_layer=tuple(map(float, layers["silent_fraction"])),
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import ParallelConfig, TrainConfig
-from train.errors import UserError
+from train.errors import LostProcessError, UserError, short_reason
 from train.state import Program, TrainState
 from train.step import TrainStep, make_order_refresh, make_train_step
 
+_HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
 OrderRefresh = Callable[[int, TrainState, Any], TrainState]
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
 
@@ -41,9 +42,45 @@ def initialize_processes() -> None:
                 f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: "
                 "set all three or none"
             )
-        jax.distributed.initialize(address, int(count), int(index))
+        jax.distributed.initialize(
+            address, int(count), int(index), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
     elif tasks != {"1"}:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+
+
+@contextlib.contextmanager
+def losing_no_process() -> Iterator[None]:
+    """Turns what the runtime raises when another process of the run has died into LostProcessError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise lost_process(error) from error
+
+
+def lost_process(error: Exception) -> LostProcessError:
+    """What to say of an error that another process's death has caused."""
+    return LostProcessError(
+        f"process {jax.process_index()} of {jax.process_count()} has lost another process of the run "
+        f"({short_reason(error)}); checkpoints are intact: start all processes again, or another number of "
+        "them, to go on from the newest"
+    )
+
+
+def check_devices() -> None:
+    """Raises UserError where JAX finds no device of the kind that it is told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter if the platform is known but has no device
+        asked = os.environ.get("JAX_PLATFORMS")
+        chosen = f"JAX_PLATFORMS={asked}" if asked else "this installation of JAX"
+        reason = f" ({short_reason(error)})" if str(error) else ""
+        raise UserError(
+            f"{chosen} must name a device that is there; JAX found none{reason}: set JAX_PLATFORMS=cpu to "
+            "run without one"
+        ) from error
 
 
 def check_batch(config: TrainConfig) -> None:

@@ -26,10 +26,10 @@ class TrainState:
       buffers: nested dict of what else the model holds (`sparse_lm.model_order.OrderState`); no gradient
         reaches it.
       opt_state: optax's state for ``params``.
-      rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use). No
-        step draws from it now; it is saved so that one that does resumes bit for bit too.
+      rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use).
       step: () int32, optimizer steps done.
-      activity: for how many steps each neuron of each layer has been silent.
+      activity: for how many tokens each neuron of each layer has been silent.
+      l1_coefficient: () f32, λ where it is steered towards a wanted l0.
     """
 
     params: Params
@@ -38,6 +38,7 @@ class TrainState:
     rng: jax.Array
     step: jax.Array
     activity: NeuronActivity
+    l1_coefficient: jax.Array
 
     @property
     def variables(self) -> Params:
@@ -85,6 +86,7 @@ def build_program(config: TrainConfig) -> Program:
             rng=jax.random.key_data(step_key),
             step=jnp.zeros((), jnp.int32),
             activity=NeuronActivity.start(config.model.num_layers, config.model.d_ff),
+            l1_coefficient=jnp.float32(config.model.sparsity.l1),
         )
 
     return Program(config, graphdef, optimizer, schedule, init)

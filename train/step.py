@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
+from train.revive import revive_dead
 from train.state import Params, Program, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -24,7 +25,7 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
     sees; with ``axis_name`` the gradients and statistics are reduced over that mapped axis.
 
     Metrics are f32 scalars ``loss, ce, l1, l0, grad_norm, lr, l1_coefficient``, int32 scalars
-    ``live_neurons, max_nnz, overflow_rows``, and ``l0_per_layer`` (L,) f32.
+    ``max_nnz, overflow_rows``, and per layer (L,) ``l0_per_layer`` f32 and ``dead_per_layer`` int32.
     """
     config = program.config
 
@@ -36,7 +37,8 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
         return loss, ({"loss": loss, **terms}, stats)
 
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        coefficient = sparsity.l1_coefficient(state.step, config.model.sparsity)
+        sparse = config.model.sparsity
+        coefficient = sparsity.l1_coefficient(state.step, sparse, state.l1_coefficient)
         gradient = jax.grad(loss_and_statistics, has_aux=True)
         grads, (terms, stats) = accumulated_gradient(
             lambda params, micro: gradient(params, state.buffers, micro, coefficient),
@@ -54,15 +56,20 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
             opt_state=opt_state,
             rng=state.rng,
             step=state.step + 1,
-            activity=state.activity.update(stats.neuron_hits),
+            activity=state.activity.update(stats.neuron_hits, _tokens(tokens, axis_name)),
+            l1_coefficient=sparsity.steer_l1(state.l1_coefficient, terms["l0"], state.step, sparse),
         )
+        new_state = revive_dead(new_state, config.model)
+        norm = optax.tree.norm(grads)
+        if config.optimizer.skip_nonfinite:
+            new_state = _only_if(jnp.isfinite(terms["loss"]) & jnp.isfinite(norm), new_state, state)
         metrics = {
             **terms,
             "l0_per_layer": stats.l0,
-            "live_neurons": jnp.sum(new_state.activity.live_neurons()),
+            "dead_per_layer": jnp.sum(new_state.activity.dead(sparse), axis=-1, dtype=jnp.int32),
             "max_nnz": jnp.max(stats.max_nnz),
             "overflow_rows": jnp.sum(stats.overflow_rows),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr": jnp.asarray(program.schedule(state.step), jnp.float32),
             "l1_coefficient": coefficient,
         }
@@ -87,6 +94,22 @@ def make_order_refresh(
         return dataclasses.replace(state, buffers=buffers)
 
     return refresh
+
+
+def _tokens(tokens: jax.Array, axis_name: str | None) -> int:
+    """Tokens of a step over all devices, from the (B, S + 1) that this call sees."""
+    return tokens.shape[0] * (tokens.shape[1] - 1) * (jax.lax.axis_size(axis_name) if axis_name else 1)
+
+
+def _only_if(finite: jax.Array, after: TrainState, before: TrainState) -> TrainState:
+    """``after`` a good step; after a bad one ``before``, but with the step counted, here and by the
+    optimizer."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        is_count = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
+        return new if is_count else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, after, before)
 
 
 def accumulated_gradient(

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, reference, sparse_ffn, sparse_mlp
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.bench.shapes import PAPER, SHAPES, TOKENS, FFNShape
+from pallas_kernels.common.row_kernel import up_down
 from pallas_kernels.options import FFNOptions, FFNStats, Twell
 from pallas_kernels.twell import config as configs
-from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
+from pallas_kernels.twell import gate as gate_stages
 
 Arrays = dict[str, Any]
 Program = tuple[Callable[..., Any], tuple[str, ...]]
@@ -81,28 +82,39 @@ def contestants(case: Case, options: FFNOptions) -> dict[str, Program]:
     gate, layer = weights[0], ("x", *weights)
     config, interpret = choose_config(case, options), choose_backend(case, options) == "interpret"
     sparse = partial(sparse_ffn if case.shape.gated else sparse_mlp, options=options)
-    project = partial(up_down if case.shape.gated else down, config=config.up_down, interpret=interpret)
+    project = partial(_project, config=config.up_down, interpret=interpret)
     return {
         "dense_ffn": (lambda *arguments: dense(*arguments)[0], layer),
         "gate_gemm": (reference.project, ("x", gate)),
         **{name: (pack, ("x", gate)) for name, pack in _packers(case, options).items()},
-        "up_down": (project, ("packed", "x", "w_up", "w_down") if case.shape.gated else ("packed", "w_down")),
+        "up_down": (project, ("packed", *(name for name in layer if name != gate))),
         "sparse_ffn": (sparse, layer),
         "sparse_ffn_y": (lambda *arguments: sparse(*arguments)[0], layer),
     }
 
 
 def _packers(case: Case, options: FFNOptions) -> dict[str, Callable[..., Any]]:
-    """gate_pack as the sparse call runs it, and on Triton beside it where that is another kernel."""
-    backend = choose_backend(case, options)
-    tiles: dict[str, Any] = {"tile": layout(options).tile, "slots": layout(options).slots}
-    config, interpret = choose_config(case, options).gate_pack, backend == "interpret"
-    triton = partial(gate_pack, **tiles, config=config, interpret=interpret)
-    if backend != "mosaic_gpu":
-        return {"gate_pack": triton}
-    from pallas_kernels.twell import pallas_mosaic_gpu
+    """The gate stage as the sparse call runs it, and that of the Triton backend where it is another one."""
+    backend, config = choose_backend(case, options), choose_config(case, options)
 
-    return {"gate_pack": partial(pallas_mosaic_gpu.gate_pack, **tiles), "gate_pack_triton": triton}
+    def stage(backend):
+        return gate_stages.stage(
+            backend,
+            tile=layout(options).tile,
+            slots=layout(options).slots,
+            fused=config.gate_pack,
+            pack=config.word_pack,
+            rule=options.rule,
+        )
+
+    packers = {"gate_pack": stage(backend)}
+    return packers | {"gate_pack_triton": stage("triton")} if backend == "mosaic_gpu" else packers
+
+
+def _project(packed, x, *weights, config, interpret):
+    """What follows the gate: of (w_up, w_down), or of w_down alone without a gate projection."""
+    up = weights[0] if len(weights) == 2 else None
+    return up_down(packed, x, up, weights[-1], config=config, name="twell_up_down", interpret=interpret)
 
 
 def work(case: Case, options: FFNOptions, mean_nnz: float) -> dict[str, Work]:

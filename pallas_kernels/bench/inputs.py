@@ -19,6 +19,7 @@ from jax.scipy.special import ndtri
 
 from pallas_kernels import reference
 from pallas_kernels.activations import RELU
+from pallas_kernels.errors import RequestError
 
 _HIGHEST_RATE = 0.95
 _NEVER = -40.0
@@ -138,7 +139,7 @@ def ffn_inputs(
         )
     live = d_ff - round(d_ff * activity.dead)
     if activity.mean_nnz > live * _HIGHEST_RATE * 0.9:
-        raise ValueError(
+        raise RequestError(
             f"a mean nnz of {activity.mean_nnz:g} needs more than the {live} live neurons of F={d_ff}: ask "
             "for fewer, or for a smaller dead share"
         )

@@ -110,13 +110,12 @@ def _gate_weight(inputs):
 
 
 def _gate_panel(inputs):
-    from pallas_kernels.panel import config
-    from pallas_kernels.panel import layer as panel_layer
+    from pallas_kernels.panel import config, gate
 
     options = FFNOptions(format="panel")
     x, weight = inputs["x"], _gate_weight(inputs)
     backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
-    return panel_layer.gate_stage(x, weight, config.choose(x, weight, Panel.tokens), backend, options.rule)
+    return gate.stage(config.choose(x, weight, Panel.tokens), backend, options.rule)(x, weight)
 
 
 def run(

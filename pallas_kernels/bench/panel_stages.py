@@ -1,7 +1,7 @@
 """PanelELL's stages as the tuner runs them: how each is called, and the configs to try for it.
 
 Every stage takes what it is given within a call, by name, and a config of the whole call. Stages are
-independent but for one number, what a panel's list is padded to: all that `TIED` names has tiles of one or
+independent but for one number, the lists' chunk: all that `TIED` names has tiles of one or
 two such chunks.
 """
 
@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.common.gate_stage import Implementation
 from pallas_kernels.device import Device
 from pallas_kernels.panel.config import PanelConfig, StageConfig
-from pallas_kernels.panel.pallas_triton import Hidden, gate_panel, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton import Hidden, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import Gradients, panel_dh
+from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
@@ -26,6 +28,11 @@ Stage = Callable[[Given, PanelConfig, bool], Any]
 def _gate(given: Given, config: PanelConfig, interpret: bool) -> GatePanel:
     x, weight = given["x"], given["gate_weight"]
     return gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=interpret)
+
+
+def _pack(given: Given, config: PanelConfig, interpret: bool) -> GatePanel:
+    gate, d_ff = given["product"], given["gate_weight"].shape[0]
+    return pack_panel(gate, d_ff=d_ff, panel=config.panel, config=config.pack, interpret=interpret)
 
 
 def _up(given: Given, config: PanelConfig, interpret: bool) -> Hidden:
@@ -71,15 +78,25 @@ def _kept(given: Given) -> tuple[Any, jax.Array | None]:
 
 
 STAGES: dict[str, Stage] = {
-    "gate": _gate, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx, "dw": _dw,
-    "rare": _dw,
+    "gate": _gate, "pack": _pack, "up": _up, "up_keep": _up_keep, "down": _down, "dh": _dh, "dx": _dx,
+    "dw": _dw, "rare": _dw,
 }  # fmt: skip
 """From a field of `PanelConfig` to the stage that it is for, in the order of a call;
 ``rare`` is a part of ``dw``, timed as a whole."""
 
+GATE_STAGES: dict[Implementation, tuple[str, ...]] = {
+    "mosaic_gpu": (),
+    "triton": ("gate",),
+    "xla": ("pack",),
+}
+"""What has a config to search for of each implementation of the gate stage."""
+
 TIED = ("up", "up_keep", "dh")
-DIRECTIONS = {"forward": ("gate", "up", "down"), "train": ("gate", "up_keep", "down", "dh", "dx", "dw")}
-PADDINGS = (64, 128, 256)
+DIRECTIONS = {
+    "forward": ("gate", "pack", "up", "down"),
+    "train": ("gate", "pack", "up_keep", "down", "dh", "dx", "dw"),
+}
+CHUNKS = (64, 128, 256)
 
 
 # -- candidates ----------------------------------------------------------------------------------------------
@@ -131,7 +148,7 @@ def _steps(config: Config) -> Iterator[Config]:
         value = getattr(config, field.name)
         steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, 2 * value)
         if field.name == "tile" and isinstance(config, StageConfig):
-            continue  # in a list's tile, the padding, which is searched by itself
+            continue  # for a stage over lists that is their chunk, which is searched by itself
         for step in steps:
             try:
                 yield dataclasses.replace(config, **{field.name: step})
@@ -154,9 +171,9 @@ def _is_lawful(base: PanelConfig, stage: str, config: Config) -> bool:
     return True
 
 
-def padded(config: PanelConfig, padding: int) -> PanelConfig | None:
-    """The config with lists of another padding; None where the other stages do not allow it."""
-    tiles = {name: min(getattr(config, name).tile // config.chunk * padding, 256) for name in TIED}
+def with_chunk(config: PanelConfig, chunk: int) -> PanelConfig | None:
+    """The config with lists of another chunk; None where the other stages do not allow it."""
+    tiles = {name: min(getattr(config, name).tile // config.chunk * chunk, 256) for name in TIED}
     tied = {name: dataclasses.replace(getattr(config, name), tile=tile) for name, tile in tiles.items()}
     try:
         return dataclasses.replace(config, **tied)

@@ -1,8 +1,8 @@
 """Finds the fastest configs of PanelELL's stages on this machine's device and writes them to its table.
 
 Each stage runs alone, on the arrays that it is given within a call, and candidates take turns with the
-heuristic's config. Stages are independent but for one number, what a panel's list is padded to, which all
-that `TIED` names share. Those are searched at every padding, the others once. What is kept beats the
+heuristic's config. Stages are independent but for one number, the lists' chunk, which all
+that `TIED` names share. Those are searched with every chunk, the others once. What is kept beats the
 heuristic in a second measurement by more than the gain's own spread over its rounds.
 """
 
@@ -22,29 +22,37 @@ from pallas_kernels import device as device_lib
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.bench import timing
 from pallas_kernels.bench.panel_stages import (
+    CHUNKS,
     DIRECTIONS,
-    PADDINGS,
+    GATE_STAGES,
     STAGES,
     TIED,
     Config,
     Given,
     candidates,
-    padded,
+    with_chunk,
 )
+from pallas_kernels.common import gate_stage
 from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import layer as panel_layer
+from pallas_kernels.panel import gate as panel_gate
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists, build_lists, count_active, n_chunks
+from pallas_kernels.panel.pallas_triton_lists import (
+    GatePanel,
+    NeuronLists,
+    build_lists,
+    count_active,
+    n_chunks,
+)
 
 _SAMPLED_PANELS = 4
 _search = partial(timing.measure, rounds=3, chain_ms=6.0)
 _compare = partial(timing.measure, rounds=9, chain_ms=15.0)
 
 Calls = dict[tuple[int, Config], Callable[[], Any]]
-"""What to time of a stage, by the padding of the lists and the stage's config."""
+"""What to time of a stage, by the lists' chunk and the stage's config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +80,10 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class _Contender:
-    """A stage, what pads its lists, its config, and the milliseconds it took."""
+    """A stage, its lists' chunk, its config, and the milliseconds it took."""
 
     stage: str
-    padding: int
+    chunk: int
     config: Config
     ms: float
 
@@ -93,7 +101,7 @@ def tune_panel(
     """Searches for the configs of a layer's stages and keeps those that beat the heuristic.
 
     All stages are searched, also those that the direction has not, so that the entry serves both; the
-    direction says which stages' times decide about the padding of the lists.
+    direction says which stages' times decide about the lists' chunk.
 
     Args:
       inputs: arguments of `sparse_ffn` or `sparse_mlp`.
@@ -133,7 +141,7 @@ def _layout(options: FFNOptions) -> Panel:
 
 
 class _Search:
-    """One layer's stages with the arrays that each is given, at every padding of the lists."""
+    """One layer's stages with the arrays that each is given, with every chunk of the lists."""
 
     def __init__(self, inputs, dy, options, say) -> None:
         x, weight, self._say = inputs["x"], inputs["w_up"], say
@@ -143,37 +151,39 @@ class _Search:
         self.plain = configs.heuristic(x, _layout(options).tokens, self._device)
         backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
         self._interpret = backend == "interpret"
-        self.stages = [name for name in STAGES if name != "gate" or backend != "mosaic_gpu"]
+        implementation = gate_stage.implementation(backend, x, weight, self._device)
+        self.stages = [
+            name for name in STAGES if name not in ("gate", "pack") or name in GATE_STAGES[implementation]
+        ]
         gate_weight, up_weight = (inputs["w_gate"], weight) if self._gated else (weight, None)
-        stage = partial(panel_layer.gate_stage, config=self.plain, backend=backend, rule=options.rule)
-        gate = jax.jit(stage)(x, gate_weight)
+        gate = jax.jit(panel_gate.stage(self.plain, backend, options.rule))(x, gate_weight)
         layer: Given = {
             "x": x, "gate_weight": gate_weight, "up_weight": up_weight, "w_down": inputs["w_down"], "dy": dy,
             "scale": jnp.full((1,), 1 / x.shape[0], jnp.float32), "gate": gate,
         }  # fmt: skip
+        if "pack" in self.stages:
+            layer["product"] = jax.jit(gate_stage.xla_product)(x, gate_weight)
         self.bases = {
-            padding: base
-            for padding in dict.fromkeys([self.plain.chunk, *PADDINGS])
-            if (base := padded(self.plain, padding)) is not None
+            chunk: base
+            for chunk in dict.fromkeys([self.plain.chunk, *CHUNKS])
+            if (base := with_chunk(self.plain, chunk)) is not None
         }
-        self.given = {padding: layer | self._lists(gate, weight, padding, options) for padding in self.bases}
+        self.given = {chunk: layer | self._lists(gate, weight, chunk, options) for chunk in self.bases}
 
-    def _lists(self, gate: GatePanel, weight: jax.Array, padding: int, options: FFNOptions) -> Given:
+    def _lists(self, gate: GatePanel, weight: jax.Array, chunk: int, options: FFNOptions) -> Given:
         """The lists of a forward, and those with the room that is kept for a backward
         (all, if that is too small)."""
         d_ff = weight.shape[0]
         counts = jax.jit(partial(count_active, d_ff=d_ff, interpret=self._interpret))(gate)
-        build = jax.jit(
-            partial(build_lists, chunk=padding, interpret=self._interpret), static_argnames="room"
-        )
+        build = jax.jit(partial(build_lists, chunk=chunk, interpret=self._interpret), static_argnames="room")
         lists, needed = build(gate, counts)
-        chunks = n_chunks(gate.values.shape[0], d_ff, padding)
+        chunks = n_chunks(gate.values.shape[0], d_ff, chunk)
         room = max(1, round(chunks * _layout(options).capacity))
         kept = build(gate, counts, room=room)[0] if int(needed) <= room else lists
         return {"lists": lists, "kept_lists": kept}
 
     def fastest(self, deadline: float) -> dict[str, dict[int, _Contender]]:
-        """The fastest right config of each stage, by padding; what later stages are given comes from it."""
+        """The fastest right config of each stage, by chunk; what later stages are given comes from it."""
         best: dict[str, dict[int, _Contender]] = {}
         for stage in self.stages:
             late = time.monotonic() > deadline
@@ -185,13 +195,13 @@ class _Search:
     def _fastest(self, stage: str, late: bool) -> dict[int, _Contender]:
         own = self.plain.chunk
         tried = [
-            (padding, config)
-            for padding, base in self.bases.items()
-            if padding == own or (stage in TIED and not late)
+            (chunk, config)
+            for chunk, base in self.bases.items()
+            if chunk == own or (stage in TIED and not late)
             for config in candidates(stage, base, self._itemsize, self._gated, self._device)[
                 : 1 if late else None
             ]
-            if self._has_what_it_needs(stage, padding)
+            if self._has_what_it_needs(stage, chunk)
         ]
         calls = self.compiled(stage, tried)
         heuristic = own, getattr(self.plain, stage)
@@ -200,62 +210,62 @@ class _Search:
         right = self._only_right(stage, calls, heuristic)
         times = _search(right)
         found: dict[int, _Contender] = {}
-        for (padding, config), timed in sorted(times.items(), key=lambda item: item[1].median_ms):
-            found.setdefault(padding, _Contender(stage, padding, config, timed.median_ms))
-        for padding, contender in found.items():
+        for (chunk, config), timed in sorted(times.items(), key=lambda item: item[1].median_ms):
+            found.setdefault(chunk, _Contender(stage, chunk, config, timed.median_ms))
+        for chunk, contender in found.items():
             if stage in ("up_keep", "dh"):
-                self.given[padding][stage] = right[padding, contender.config]()
-            lists = f", lists of {padding}" if stage in TIED else ""
+                self.given[chunk][stage] = right[chunk, contender.config]()
+            lists = f", lists of {chunk}" if stage in TIED else ""
             self._say(
                 f"  {stage}{lists}: {contender.ms:.4f} ms by {contender.config}; "
                 f"heuristic {times[heuristic].median_ms:.4f} ms"
             )
         return found
 
-    def _has_what_it_needs(self, stage: str, padding: int) -> bool:
-        """A padding at which an earlier stage had no candidate is out."""
-        given = self.given[padding]
+    def _has_what_it_needs(self, stage: str, chunk: int) -> bool:
+        """A chunk with which an earlier stage had no candidate is out."""
+        given = self.given[chunk]
         return stage not in ("dh",) or "up_keep" in given
 
     def compiled(self, stage: str, tried: Sequence[tuple[int, Config]]) -> Calls:
-        """Calls of a stage by padding and config, compiled once;
+        """Calls of a stage by chunk and config, compiled once;
         what the compiler rejects is left out, and said."""
-        arrays = {padding: dict(given) for padding, given in self.given.items()}  # they grow stage by stage
+        arrays = {chunk: dict(given) for chunk, given in self.given.items()}  # they grow stage by stage
         programs = {
-            (padding, config): (self._stage(stage, padding, config), (arrays[padding],))
-            for padding, config in tried
-            if (stage, padding, config) not in self._ready
+            (chunk, config): (self._stage(stage, chunk, config), (arrays[chunk],))
+            for chunk, config in tried
+            if (stage, chunk, config) not in self._ready
         }
-        for (padding, config), program in timing.compile_all(programs).items():
+        for (chunk, config), program in timing.compile_all(programs).items():
             if isinstance(program, Exception):
                 self._leave_out(stage, config, program)
             else:
-                self._ready[stage, padding, config] = partial(program, arrays[padding])
+                self._ready[stage, chunk, config] = partial(program, arrays[chunk])
         return {key: self._ready[stage, *key] for key in tried if (stage, *key) in self._ready}
 
-    def _stage(self, stage: str, padding: int, config: Config) -> Callable[[Given], Any]:
-        whole = dataclasses.replace(self.bases[padding], **{stage: config})
+    def _stage(self, stage: str, chunk: int, config: Config) -> Callable[[Given], Any]:
+        whole = dataclasses.replace(self.bases[chunk], **{stage: config})
         return lambda given: STAGES[stage](given, whole, self._interpret)
 
     def _only_right(self, stage, calls, heuristic) -> Calls:
         """Those that run and give what the heuristic's config gives."""
         d_ff = self.given[heuristic[0]]["gate_weight"].shape[0]
 
-        def digest(padding, output):
-            lists = self.given[padding]["lists" if stage == "up" else "kept_lists"]
+        def digest(chunk, output):
+            lists = self.given[chunk]["lists" if stage == "up" else "kept_lists"]
             return _digest(output, lists, d_ff)
 
         wanted = digest(heuristic[0], calls[heuristic]())
         allowed = max(float(jnp.finfo(self.given[heuristic[0]]["x"].dtype).eps), 1e-5)
         right = {}
-        for (padding, config), call in calls.items():
+        for (chunk, config), call in calls.items():
             try:
-                distance = float(_distance(digest(padding, jax.block_until_ready(call())), wanted))
+                distance = float(_distance(digest(chunk, jax.block_until_ready(call())), wanted))
             except RuntimeError as error:  # what the driver says of a launch that asks for too much
                 self._leave_out(stage, config, error)
                 continue
             if distance <= allowed:
-                right[padding, config] = call
+                right[chunk, config] = call
             else:
                 self._leave_out(
                     stage, config, f"its result is off by {distance:.1e}, at most {allowed:.1e} is rounding"
@@ -268,14 +278,15 @@ class _Search:
 
 
 @partial(jax.jit, static_argnames="d_ff")
-def _digest(output: Any, lists: Lists, d_ff: int) -> Any:
+def _digest(output: Any, lists: NeuronLists, d_ff: int) -> Any:
     """What of a stage's output means something, in an order that no config changes."""
     if isinstance(output, GatePanel):
-        hits = output.hits[: output.values.shape[0], :d_ff]
-        some = slice(0, _SAMPLED_PANELS)
+        values = output.values[:_SAMPLED_PANELS, :d_ff]
+        by_segment = output.hits[:, :d_ff].reshape(-1, output.segments, d_ff)
+        written = jnp.repeat(by_segment > 0, values.shape[2] // output.segments, axis=1)
         return (
-            jnp.where((hits > 0)[some, :, None], output.values[some, :d_ff], 0),
-            hits,
+            jnp.where(written[:_SAMPLED_PANELS].transpose(0, 2, 1), values, 0),
+            by_segment,
             jnp.sum(output.nnz, axis=0),
         )
     if not isinstance(output, Hidden | Gradients):
@@ -307,29 +318,29 @@ def _choose(
 ) -> tuple[PanelConfig, float, float]:
     """The config that beat the heuristic, and milliseconds of the stages that count, before and after.
 
-    Another padding is taken or left as a whole, by the sum of the tied stages that count.
+    Another chunk is taken or left as a whole, by the sum of the tied stages that count.
     """
     own = search.plain.chunk
-    whole = [padding for padding in best["up"] if all(padding in best[stage] for stage in TIED)]
+    whole = [chunk for chunk in best["up"] if all(chunk in best[stage] for stage in TIED)]
     tied = [stage for stage in TIED if stage in counted]
-    fastest = min(whole, key=lambda padding: sum(best[stage][padding].ms for stage in tied))
-    for padding in dict.fromkeys([fastest, own]):
-        new = {stage: best[stage][padding if stage in TIED else own] for stage in best}
+    fastest = min(whole, key=lambda chunk: sum(best[stage][chunk].ms for stage in tied))
+    for chunk in dict.fromkeys([fastest, own]):
+        new = {stage: best[stage][chunk if stage in TIED else own] for stage in best}
         old, now = _duel(search, new)
         better = {stage: _beats(now[stage], old[stage]) for stage in new}
-        if padding != own:
+        if chunk != own:
             if not _beats(_sum(now, tied), _sum(old, tied)):
                 continue
             better |= dict.fromkeys(TIED, True)
         changes = {stage: new[stage].config for stage, gained in better.items() if gained}
         try:
             config = dataclasses.replace(search.plain, **changes)
-        except ValueError:  # a slice of the down projection that the other padding does not hold
+        except ValueError:  # a slice of the down projection that the other chunk does not hold
             continue
         after = {stage: now[stage] if better[stage] else old[stage] for stage in new}
         before_ms, after_ms = (statistics.median(_sum(times, counted)) for times in (old, after))
         return config, before_ms, after_ms
-    raise AssertionError("the heuristic's own padding always is a choice")
+    raise AssertionError("the heuristic's own chunk always is a choice")
 
 
 def _duel(search: _Search, new: Mapping[str, _Contender]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -338,7 +349,7 @@ def _duel(search: _Search, new: Mapping[str, _Contender]) -> tuple[dict[str, Any
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for stage, contender in new.items():
         plain = own, getattr(search.plain, stage)
-        challenger = contender.padding, contender.config
+        challenger = contender.chunk, contender.config
         compiled = search.compiled(stage, list(dict.fromkeys([plain, challenger])))
         calls["old", stage] = compiled[plain]
         if challenger != plain:

@@ -13,9 +13,10 @@ from pallas_kernels import device as device_lib
 from pallas_kernels import reference, tuning
 from pallas_kernels.bench import accuracy, timing
 from pallas_kernels.bench.cases import layout as twell_layout
+from pallas_kernels.common.row_kernel import up_down
 from pallas_kernels.options import FFNOptions
 from pallas_kernels.twell import config as configs
-from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
+from pallas_kernels.twell.pallas_triton_gate import gate_pack
 
 _ROUNDS = 5
 _CHAIN_MS = 10.0
@@ -50,12 +51,11 @@ def tune_twell(
     pack = partial(gate_pack, tile=layout.tile, slots=layout.slots, interpret=interpret)
     packs = {config: (partial(pack, config=config), (x, weight)) for config in gate_packs}
     best_pack, pack_ms, packed = _fastest(packs, partial(_gates_are_right, inputs))
-    gated = "w_gate" in inputs
-    project: Callable[..., Any] = up_down if gated else down
-    arguments = (x, inputs["w_up"], inputs["w_down"]) if gated else (inputs["w_down"],)
-    projections = {
-        config: (partial(project, config=config, interpret=interpret), (packed[0], *arguments))
-        for config in up_downs
+    up_weight = inputs["w_up"] if "w_gate" in inputs else None
+    project = partial(up_down, name="twell_up_down", interpret=interpret)
+    arguments = (packed[0], x, up_weight, inputs["w_down"])
+    projections: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        config: (partial(project, config=config), arguments) for config in up_downs
     }
     best_projection, projection_ms, _ = _fastest(projections, partial(_y_is_right, inputs, packed[0]))
     chosen = [(best_pack, pack_ms), (best_projection, projection_ms)]

@@ -1,20 +1,23 @@
 """Tile sizes of the HybridELL kernels: their laws, and what to choose where nothing was tuned.
 
 The kernels gather: what bounds a tile is how many weight rows a program can have in flight in its registers.
-The gate GEMM is TwELL's, with TwELL's config.
+The gate stage is TwELL's, with TwELL's configs.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
+from pallas_kernels.common import powers_of_2
+from pallas_kernels.common.row_config import RowsConfig
 from pallas_kernels.dense import backup_rows
 from pallas_kernels.device import Device
 from pallas_kernels.options import Hybrid, Twell
 from pallas_kernels.twell import config as twell
-from pallas_kernels.twell.config import GatePackConfig
+from pallas_kernels.twell.config import GatePackConfig, WordPackConfig
 
 _WARP = 32
 _SECTOR_WORDS = 8
@@ -25,26 +28,7 @@ _L2_FOR_SLICES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsConfig:
-    """How a program walks the non-zeros of its token.
-
-    Attributes:
-      entries: non-zeros, and so rows of each weight, that are in flight together.
-      num_warps: warps of a program, which is one token.
-
-    Raises:
-      ValueError: a field outside its range, with the law in the message.
-    """
-
-    entries: int = 2
-    num_warps: int = 2
-
-    def __post_init__(self) -> None:
-        _check_powers_of_2(self, entries=(1, 32), num_warps=(1, 32))
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsConfig:
+class NeuronSumConfig:
     """How the weight gradients are summed.
 
     Attributes:
@@ -64,9 +48,9 @@ class WeightsConfig:
     hot: int = 0
 
     def __post_init__(self) -> None:
-        _check_powers_of_2(self, slice_d=(16, 4096), entries=(1, 32), num_warps=(1, 32))
+        powers_of_2.check(self, slice_d=(16, 4096), entries=(1, 32), num_warps=(1, 32))
         if self.hot < 0:
-            raise ValueError(f"WeightsConfig.hot must be at least 0; got {self.hot}")
+            raise ValueError(f"NeuronSumConfig.hot must be at least 0; got {self.hot}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +60,7 @@ class HybridConfig:
     Attributes:
       tile, slots: T and S of the packed gates, which live between two kernels.
       backup_rows: B, overflowing rows of a round of the dense backup.
-      gate_pack: of the gate GEMM.
+      gate_pack, word_pack: of the gate stage's kernels, of which one runs.
       up_down, dx: of the kernels that walk a token's non-zeros, forward and backward.
       weights: of the kernel that walks a neuron's tokens.
     """
@@ -85,9 +69,10 @@ class HybridConfig:
     slots: int
     backup_rows: int
     gate_pack: GatePackConfig
+    word_pack: WordPackConfig
     up_down: RowsConfig
     dx: RowsConfig
-    weights: WeightsConfig
+    weights: NeuronSumConfig
 
 
 def choose(x: jax.Array, w: jax.Array, layout: Hybrid, device: Device | None = None) -> HybridConfig:
@@ -98,13 +83,17 @@ def choose(x: jax.Array, w: jax.Array, layout: Hybrid, device: Device | None = N
     """
     device = device_lib.current() if device is None else device
     tile = min(layout.tile, _LARGEST_TILE)
+    gate = twell.choose(x, w, Twell(tile=tile, compression=1), device)
+    rows = partial(RowsConfig.for_columns, x.shape[1], x.dtype.itemsize)
     config = HybridConfig(
         tile=tile,
         slots=slots(tile, layout.width),
         backup_rows=min(layout.backup_rows or backup_rows.bound(x.shape[0]), x.shape[0]),
-        gate_pack=twell.choose(x, w, Twell(tile=tile, compression=1), device).gate_pack,
-        up_down=_rows(x, columns_of_thread=32),
-        dx=_rows(x, columns_of_thread=16),
+        gate_pack=gate.gate_pack,
+        word_pack=gate.word_pack,
+        up_down=rows(columns_of_thread=32),
+        # The backward gathers from three weights where the forward gathers from two.
+        dx=rows(columns_of_thread=16),
         weights=_weights(x, w),
     )
     entry = tuning.lookup(device.table_name, "hybrid", bucket(x, w, layout))
@@ -136,35 +125,12 @@ def _with_entry(config: HybridConfig, entry: dict) -> HybridConfig:
     return dataclasses.replace(config, **stages)
 
 
-def _rows(x: jax.Array, columns_of_thread: int) -> RowsConfig:
-    """Two rows of each weight in flight, and few enough columns a thread that they stay in registers.
-
-    The backward gathers from three weights where the forward gathers from two: half the columns a thread.
-    """
-    columns_of_thread = columns_of_thread * 2 // x.dtype.itemsize
-    num_warps = _power_of_2_above(x.shape[1]) // (columns_of_thread * _WARP)
-    return RowsConfig(entries=2, num_warps=min(max(num_warps, 1), 32))
-
-
-def _weights(x: jax.Array, w: jax.Array) -> WeightsConfig:
+def _weights(x: jax.Array, w: jax.Array) -> NeuronSumConfig:
     """Slices of x and dy that stay in L2 while all neurons walk them; the hottest neurons on tensor cores."""
     (tokens, d_model), itemsize = x.shape, x.dtype.itemsize
     room = _L2_FOR_SLICES // (2 * tokens * itemsize)
-    slice_d = min(max(_power_of_2_above(room + 1) // 2, 128), 512, max(_power_of_2_above(d_model), 16))
+    slice_d = min(max(powers_of_2.at_least(room + 1) // 2, 128), 512, max(powers_of_2.at_least(d_model), 16))
     num_warps = max(slice_d * itemsize // (16 * _WARP), 1)  # 16 bytes a thread
     # Dense columns pay where there are many tokens, and where they are few of all neurons.
     hot = 256 if tokens >= 4096 and w.shape[0] >= 2048 else 0
-    return WeightsConfig(slice_d=slice_d, entries=4, num_warps=num_warps, hot=hot)
-
-
-def _power_of_2_above(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _check_powers_of_2(config: RowsConfig | WeightsConfig, **ranges: tuple[int, int]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if not low <= value <= high or value & (value - 1):
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}; got {value}"
-            )
+    return NeuronSumConfig(slice_d=slice_d, entries=4, num_warps=num_warps, hot=hot)

@@ -33,12 +33,14 @@ from jax.typing import DTypeLike
 from pallas_kernels import dense, reference
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
+from pallas_kernels.common.gate_stage import GateStage
 from pallas_kernels.common.groups import Groups
 from pallas_kernels.common.products import multiply
+from pallas_kernels.common.row_kernel import Ell, up_down
 from pallas_kernels.dense import backup_rows, token_hits
 from pallas_kernels.dense.backup_rows import rows_of
 from pallas_kernels.hybrid import config as configs
-from pallas_kernels.hybrid.pallas_triton import Ell, gate_pack, up_down
+from pallas_kernels.hybrid.config import HybridConfig
 from pallas_kernels.hybrid.pallas_triton_backward import (
     MAX_ENTRIES,
     by_neuron,
@@ -48,6 +50,7 @@ from pallas_kernels.hybrid.pallas_triton_backward import (
 )
 from pallas_kernels.options import FFNOptions, FFNStats, Hybrid
 from pallas_kernels.reference import Weights
+from pallas_kernels.twell import gate as gate_stages
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +131,7 @@ def _layer(x, w_gate, w_up, w_down, options, backend, groups, *, keep):
     config = configs.choose(x, w_up, layout)
     interpret = backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
-    packed, hits = gate_pack(x, gate_weight, config=config, rule=rule, interpret=interpret)
+    packed, hits = gate_stage(config, backend, rule)(x, gate_weight)
     rows = up_down(
         packed,
         x,
@@ -137,14 +140,32 @@ def _layer(x, w_gate, w_up, w_down, options, backend, groups, *, keep):
         width=layout.width,
         keep=keep,
         config=config.up_down,
+        name="hybrid_down" if up_weight is None else "hybrid_up_down",
         rule=rule,
         interpret=interpret,
     )
-    overflows = rows.nnz > layout.width
-    y, l1 = backup_rows.mend(rows.y, rows.l1, overflows, config.backup_rows, x, w_gate, w_up, w_down, rule)
+    bound = config.backup_rows
+    y, l1 = backup_rows.mend(rows.y, rows.l1, rows.overflows, bound, x, w_gate, w_up, w_down, rule)
     if groups is not None:
         hits = token_hits(x, gate_weight, rule, groups)
-    return (y, FFNStats.of_rows(l1, rows.nnz, overflows, hits, groups)), rows.ell
+    return (y, FFNStats.of_rows(l1, rows.nnz, rows.overflows, hits, groups)), rows.ell
+
+
+def gate_stage(config: HybridConfig, backend: str, rule: Rule) -> GateStage[gate_stages.Words]:
+    """TwELL's gate stage with slots enough that a tile overflows only in a row of more than W non-zeros.
+
+    The words are read by the next kernel and then gone: they are no residual.
+    """
+    return gate_stages.in_pieces(
+        gate_stages.stage(
+            backend,
+            tile=config.tile,
+            slots=config.slots,
+            fused=config.gate_pack,
+            pack=config.word_pack,
+            rule=rule,
+        )
+    )
 
 
 def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -38,8 +38,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import varying_axes
-from pallas_kernels.hybrid.config import RowsConfig, WeightsConfig
-from pallas_kernels.hybrid.pallas_triton import Ell, gather, store
+from pallas_kernels.common.row_config import RowsConfig
+from pallas_kernels.common.row_kernel import Ell, gather_rows, store_in_row
+from pallas_kernels.hybrid.config import NeuronSumConfig
 
 MAX_ENTRIES = (1 << 31) - 1
 """Slots M W that `by_neuron` can number."""
@@ -131,7 +132,7 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
         following = fetch(step + 1)
         value = rounded(rule.value(gate)) if rule.squared else gate
         h = rounded(value * rule.up(up[0])) if gated else value
-        dh = jnp.sum(gather(down_ref, neuron, column, mask) * dy[None, :], axis=1)
+        dh = jnp.sum(gather_rows(down_ref, neuron, column, mask) * dy[None, :], axis=1)
         if scale_ref is not None:
             # d|h|/dh = sign(h), added before the one rounding: in 16 bits it would vanish by itself.
             dh += ((h > 0).astype(jnp.float32) - (h < 0).astype(jnp.float32)) * scale
@@ -142,9 +143,9 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
         else:
             gradients = [rounded(dh * rule.slope(gate))]
         for gradient, weight_ref in zip(gradients, inner_refs, strict=True):
-            dx = dx + jnp.sum(gradient[:, None] * gather(weight_ref, neuron, column, mask), axis=0)
+            dx = dx + jnp.sum(gradient[:, None] * gather_rows(weight_ref, neuron, column, mask), axis=0)
         for ref, value in zip(out_refs, [*gradients, h], strict=False):
-            store(ref, row, nth, value.astype(dtype), used)
+            store_in_row(ref, row, nth, value.astype(dtype), used)
         return dx, *following
 
     steps = (total + entries - 1) // entries
@@ -156,7 +157,7 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
 # -- transposition -------------------------------------------------------------------------------------------
 
 
-class Lists(NamedTuple):
+class NeuronEntries(NamedTuple):
     """For every neuron, where its non-zeros stand.
 
     Attributes:
@@ -173,7 +174,7 @@ class Lists(NamedTuple):
     order: jax.Array
 
 
-def by_neuron(ell: Ell, d_ff: int) -> Lists:
+def by_neuron(ell: Ell, d_ff: int) -> NeuronEntries:
     """The transposed structure of ``ell``."""
     tokens, width = ell.indices.shape
     # Unsigned keys, and pairs of a key and one value: what XLA gives to the radix sort of the GPU's library.
@@ -183,7 +184,7 @@ def by_neuron(ell: Ell, d_ff: int) -> Lists:
     neurons, places = lax.sort((neurons, places), num_keys=1, is_stable=True)
     bounds = jnp.searchsorted(neurons, jnp.arange(d_ff + 1, dtype=key_type), method="scan_unrolled")
     starts, counts = bounds[:-1], jnp.diff(bounds)
-    return Lists(places, starts, counts, jnp.argsort(-counts, stable=True).astype(jnp.int32))
+    return NeuronEntries(places, starts, counts, jnp.argsort(-counts, stable=True).astype(jnp.int32))
 
 
 def _used(ell: Ell) -> jax.Array:
@@ -196,7 +197,7 @@ def _used(ell: Ell) -> jax.Array:
 
 
 def hot_gradients(
-    pulled: Pulled, ell: Ell, lists: Lists, x: jax.Array, dy: jax.Array, *, config: WeightsConfig
+    pulled: Pulled, ell: Ell, lists: NeuronEntries, x: jax.Array, dy: jax.Array, *, config: NeuronSumConfig
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Weight gradients of the first neurons of ``lists.order``, on tensor cores.
 
@@ -228,13 +229,13 @@ def outer(z: jax.Array, values: jax.Array) -> jax.Array:
 def pull_weights(
     pulled: Pulled,
     ell: Ell,
-    lists: Lists,
+    lists: NeuronEntries,
     x: jax.Array,
     dy: jax.Array,
     dense: list[jax.Array],
     *,
     dtype: jax.typing.DTypeLike,
-    config: WeightsConfig,
+    config: NeuronSumConfig,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Gradients (F, D) of Wg and Wu, or of the non-gated Wu, and of Wd, in ``dtype``.
@@ -284,7 +285,7 @@ def _weights_kernel(order_ref, begin_ref, end_ref, places_ref, *refs, width, con
         used = begin + step * entries + lax.iota(jnp.int32, entries) < end
         mask = used[:, None] & inside[None, :]
         following = fetch(step + 1)
-        x, dy = (gather(ref, row, column, mask) for ref in (x_ref, dy_ref))
+        x, dy = (gather_rows(ref, row, column, mask) for ref in (x_ref, dy_ref))
         values = [x] * (count - 1) + [dy]
         accs = [
             acc + jnp.sum(z[:, None] * value, axis=0) for acc, z, value in zip(accs, zs, values, strict=True)

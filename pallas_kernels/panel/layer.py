@@ -31,13 +31,13 @@ from pallas_kernels.common.groups import Groups, by_group, group_size
 from pallas_kernels.dense import blocks, token_hits
 from pallas_kernels.options import FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel.config import PanelConfig
-from pallas_kernels.panel.pallas_triton import gate_panel, panel_down, panel_up
+from pallas_kernels.panel import gate as gate_stages
+from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
-    Lists,
+    NeuronLists,
     build_lists,
     count_active,
     n_chunks,
@@ -58,7 +58,7 @@ class Residuals:
     """
 
     fits: jax.Array
-    lists: Lists
+    lists: NeuronLists
     gate: jax.Array
     up: jax.Array | None
 
@@ -93,7 +93,7 @@ def infer(
     config = configs.choose(x, w_up, _layout(options).tokens)
     rule, interpret = options.rule, backend == "interpret"
     gate_weight, up_weight = _roles(w_gate, w_up)
-    gate = gate_stage(x, gate_weight, config, backend, rule)
+    gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(
@@ -119,17 +119,6 @@ def _layout(options: FFNOptions) -> Panel:
 def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The weight whose product is rectified, and the up projection's, None without a gate."""
     return (w_up, None) if w_gate is None else (w_gate, w_up)
-
-
-def gate_stage(x: jax.Array, weight: jax.Array, config: PanelConfig, backend: str, rule: Rule) -> GatePanel:
-    """The gate stage of x (M, D) and weight (F, D) on a backend."""
-    if backend == "mosaic_gpu":
-        from pallas_kernels.panel import pallas_mosaic_gpu
-
-        return pallas_mosaic_gpu.gate_panel(x, weight, rule)
-    return gate_panel(
-        x, weight, panel=config.panel, config=config.gate, rule=rule, interpret=backend == "interpret"
-    )
 
 
 def _stats(
@@ -187,7 +176,7 @@ def forward(
     layout, rule, interpret = _layout(options), options.rule, backend == "interpret"
     config = configs.choose(x, w_up, layout.tokens)
     gate_weight, up_weight = _roles(w_gate, w_up)
-    gate = gate_stage(x, gate_weight, config, backend, rule)
+    gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * layout.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)

@@ -24,10 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import hopper_gemm, varying_axes
 from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
+from pallas_kernels.panel.config import SEGMENT
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
-SEGMENT = 16
-"""Tokens of a segment: the rows of one warp."""
+assert SEGMENT == 16, "wgmma leaves a warp 16 rows"
 
 _TILE = 256
 _STAGES = 4
@@ -42,7 +42,7 @@ def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, p
         return f"backend='mosaic_gpu' has panels of {TILE_M} tokens; got panel={panel}"
     if tokens < TILE_M:
         return f"backend='mosaic_gpu' needs at least {TILE_M} tokens, one panel; got {tokens} tokens"
-    return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
+    return hopper_gemm.unsupported_reason(d_model, d_ff, dtype)
 
 
 def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU) -> GatePanel:

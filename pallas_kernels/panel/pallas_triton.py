@@ -1,4 +1,4 @@
-"""The forward stages of PanelELL in Pallas Triton: gate, up projection, down projection.
+"""The stages of PanelELL behind the gate in Pallas Triton: up projection and down projection.
 
 Why they exist. At n active gates a token, a kernel that works token by token gathers 4 n D bytes of weights
 for 4 n D FLOPs and is bound by L2. P = 128 neighbouring tokens share most of their neurons: of F = 5632, 30
@@ -9,8 +9,6 @@ A panel's values stand *transposed*, (neuron, P): a neuron's P values are contig
 only neurons that some token of the panel activates, the up projection reads them with full-width loads, and
 the down projection and the weight gradients take them as operands without a gather of single values.
 
-**`gate_panel`**: 2 M F D FLOPs; reads x and Wg, writes 2 M union bytes, M F / P of hit counts
-and 4 M F / tile of counts of each token's gates.
 **`panel_up`**: 2 M union D FLOPs over a list of chunks of ``tile`` pairs, which all programs share evenly
 however uneven the panels are.
 **`panel_down`**: 2 M union D FLOPs; writes y.
@@ -35,100 +33,12 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import device
 from pallas_kernels.activations import RELU, Rule, stored_active
 from pallas_kernels.common import varying_axes
-from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, dot
+from pallas_kernels.common.products import CONTRACT_FIRST, dot
+from pallas_kernels.common.triton_tiles import grouped_order, product
 from pallas_kernels.panel.config import StageConfig
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, Lists
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists
 
-_GROUP_M = 8
 _WGMMA_ROWS = 64
-
-
-# -- gate ----------------------------------------------------------------------------------------------------
-
-
-def gate_panel(
-    x: jax.Array,
-    w_gate: jax.Array,
-    *,
-    panel: int,
-    config: StageConfig,
-    rule: Rule = RELU,
-    interpret: bool = False,
-) -> GatePanel:
-    """The active gates of ``x Wg^T`` by panels of ``panel`` tokens: x (M, D), w_gate (F, D) of one type."""
-    tokens, d_ff = x.shape[0], w_gate.shape[0]
-    n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
-    width = n_tiles * config.tile
-    values, hits, nnz = pl.pallas_call(
-        partial(_gate_kernel, panel=panel, config=config, rule=rule),
-        out_shape=(
-            varying_axes.output(x, (n_panels, width, panel), x.dtype),
-            varying_axes.output(x, (n_panels, width), jnp.uint8),
-            varying_axes.output(x, (n_tiles, n_panels * panel), jnp.int32),
-        ),
-        grid=(n_panels * n_tiles,),
-        interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        name="panel_gate",
-    )(x, w_gate)
-    return GatePanel(values, hits, nnz)
-
-
-def _gate_kernel(x_ref, w_ref, values_ref, hits_ref, nnz_ref, *, panel, config, rule):
-    tokens, d_ff = x_ref.shape[0], w_ref.shape[0]
-    n_panels, n_tiles = pl.cdiv(tokens, panel), pl.cdiv(d_ff, config.tile)
-    which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
-    rows = which * panel + lax.iota(jnp.int32, panel)
-    columns = tile_id * config.tile + lax.iota(jnp.int32, config.tile)
-    gate = product(w_ref, jnp.minimum(columns, d_ff - 1), x_ref, jnp.minimum(rows, tokens - 1), config.tile_k)
-    mask = rule.active(gate.astype(jnp.float32), gate.dtype)
-    if tokens % panel:
-        mask &= (rows < tokens)[None, :]
-    if d_ff % config.tile:
-        mask &= (columns < d_ff)[:, None]
-    counted = mask.astype(jnp.int32)
-    hits = jnp.sum(counted, axis=1)
-    plt.store(hits_ref.at[which, columns], hits.astype(jnp.uint8))
-    plt.store(nnz_ref.at[tile_id, rows], jnp.sum(counted, axis=0))
-    place = values_ref.at[which, columns[:, None], lax.iota(jnp.int32, panel)[None, :]]
-    kept = jnp.broadcast_to((hits > 0)[:, None], mask.shape)
-    plt.store(place, jnp.where(mask, gate, jnp.zeros_like(gate)), mask=kept)
-
-
-def product(a_ref, a_rows, b_ref, b_rows, tile_k, dtype=None):
-    """Rows of a (., D) times rows of b (., D), summed over D in f32 and rounded to ``dtype``, by default
-    their own: (len(a_rows), len(b_rows))."""
-    depth = a_ref.shape[1]
-    # At least two slices. Triton removes a one-iteration loop and then pipelines the enclosing loop instead,
-    # which needs more shared memory than the device has.
-    tile_k = min(tile_k, max(16, pl.next_power_of_2(depth // 2 + 1) // 2))
-
-    def step(k, acc, masked):
-        columns = (k + lax.iota(jnp.int32, tile_k))[None, :]
-
-        def load(ref, rows):
-            place = ref.at[rows[:, None], columns]
-            if not masked:
-                return plt.load(place)
-            inside = jnp.broadcast_to(columns < depth, (rows.shape[0], tile_k))
-            return plt.load(place, mask=inside, other=0)
-
-        return acc + dot(load(a_ref, a_rows), load(b_ref, b_rows), CONTRACT_LAST)
-
-    acc = jnp.zeros((a_rows.shape[0], b_rows.shape[0]), jnp.float32)
-    whole = depth // tile_k
-    acc = lax.fori_loop(0, whole, lambda i, acc: step(i * tile_k, acc, False), acc)
-    if depth % tile_k:
-        acc = step(whole * tile_k, acc, True)
-    return acc.astype(a_ref.dtype if dtype is None else dtype)
-
-
-def _grouped_order(program, n_rows, n_columns):
-    """Programs in bands of row blocks, so that those running at one time share operands in L2."""
-    band = program // (_GROUP_M * n_columns)
-    height = jnp.minimum(n_rows - band * _GROUP_M, _GROUP_M)
-    within = program % (_GROUP_M * n_columns)
-    return band * _GROUP_M + within % height, within // height
 
 
 # -- up ------------------------------------------------------------------------------------------------------
@@ -152,7 +62,7 @@ class Hidden(NamedTuple):
 
 def panel_up(
     gate: GatePanel,
-    lists: Lists,
+    lists: NeuronLists,
     x: jax.Array,
     w_up: jax.Array | None,
     *,
@@ -190,7 +100,7 @@ def panel_up(
     return Hidden(h, l1, gate_and_up[0] if gate_and_up else h, None)
 
 
-def _token_l1(l1: jax.Array, lists: Lists, *, interpret: bool) -> jax.Array:
+def _token_l1(l1: jax.Array, lists: NeuronLists, *, interpret: bool) -> jax.Array:
     """(n_panels * P,) f32, the sum over a panel's chunks of each token's part (n_chunks, P)."""
     n_panels, panel = lists.counts.shape[0], l1.shape[1]
     return pl.pallas_call(
@@ -214,7 +124,7 @@ def _token_l1_kernel(l1_ref, offsets_ref, sums_ref, *, chunk):
     plt.store(sums_ref.at[which * within.shape[0] + within], total)
 
 
-def programs(lists: Lists, config: StageConfig) -> int:
+def programs(lists: NeuronLists, config: StageConfig) -> int:
     """Programs that share the list of chunks.
 
     One for every chunk that there is room for would be simplest, but those past the list's end cost a launch
@@ -224,7 +134,7 @@ def programs(lists: Lists, config: StageConfig) -> int:
     return min(chunks, cores * config.per_core) if cores and config.per_core else chunks
 
 
-def work_list(lists: Lists) -> tuple[jax.Array, ...]:
+def work_list(lists: NeuronLists) -> tuple[jax.Array, ...]:
     """The operands that `over_chunks` reads."""
     return lists.neurons, lists.owner, lists.pairs, lists.n_pairs, lists.offsets
 
@@ -339,7 +249,7 @@ def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule) -> jax.Array:
 
 def panel_down(
     terms: list[tuple[jax.Array, jax.Array]],
-    lists: Lists,
+    lists: NeuronLists,
     *,
     tokens: int,
     config: StageConfig,
@@ -367,7 +277,7 @@ def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
     n_panels, n_tiles = counts_ref.shape[0], pl.cdiv(d_model, config.tile)
     # Neighbouring panels share most of their neurons, at much the same place of their lists: programs that
     # run side by side on the same columns ask L2 for the same rows at the same time.
-    which, tile_id = _grouped_order(pl.program_id(0), n_panels, n_tiles)
+    which, tile_id = grouped_order(pl.program_id(0), n_panels, n_tiles)
     start, count = offsets_ref[which], counts_ref[which]
     within = lax.iota(jnp.int32, panel)
     columns = (tile_id * config.tile + lax.iota(jnp.int32, config.tile))[None, :]

@@ -23,7 +23,7 @@ from pallas_kernels.activations import RELU, Rule, stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton import gathered_product, hidden, over_chunks, programs, work_list
-from pallas_kernels.panel.pallas_triton_lists import Lists
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 
 class Gradients(NamedTuple):
@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
 def panel_dh(
     gate: jax.Array,
     up: jax.Array | None,
-    lists: Lists,
+    lists: NeuronLists,
     dy: jax.Array,
     w_down: jax.Array,
     scale: jax.Array | None,

@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import varying_axes
+from pallas_kernels.common.triton_tiles import scatter_index
 
-OUT_OF_RANGE = 1 << 30
-"""An index for masked lanes: the interpreter's masked scatter would write old values back through them."""
 _LIST_BLOCK = 8192
 
 
@@ -59,7 +58,7 @@ class Counts(NamedTuple):
     hits: jax.Array
 
 
-class Lists(NamedTuple):
+class NeuronLists(NamedTuple):
     """Which neurons each panel has, as one array of slots that all panels share.
 
     Panel p owns the slots ``offsets[p]`` to ``offsets[p + 1]``, a multiple of the chunk; the first
@@ -94,7 +93,7 @@ class Lists(NamedTuple):
         """What a panel's slots are a multiple of."""
         return self.neurons.shape[0] // self.owner.shape[0]
 
-    def only_if(self, fits: jax.Array) -> "Lists":
+    def only_if(self, fits: jax.Array) -> "NeuronLists":
         """The lists, or lists without a neuron: what a stage that runs all the same can walk in bounds.
 
         Under ``vmap`` both branches of a conditional run.
@@ -161,17 +160,17 @@ def _over_neurons(d_ff, body):
 
 def _put(ref, place, value, mask):
     """Stores a vector's masked elements at places of an array."""
-    plt.store(ref.at[jnp.where(mask, place, OUT_OF_RANGE)], value, mask=mask)
+    plt.store(ref.at[scatter_index(place, mask)], value, mask=mask)
 
 
 def build_lists(
     gate: GatePanel, counts: Counts, *, chunk: int, room: int | None = None, interpret: bool = False
-) -> tuple[Lists, jax.Array]:
+) -> tuple[NeuronLists, jax.Array]:
     """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
 
     Returns:
       The lists, and () int32 how many chunks are needed: with more than ``room``, only ``hits`` means
-      something, and a stage may have no other lists than `Lists.only_if` this fits.
+      something, and a stage may have no other lists than `NeuronLists.only_if` this fits.
     """
     n_panels, d_ff = counts.hits.shape
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
@@ -191,7 +190,7 @@ def build_lists(
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
     )(gate.hits, counts.neurons)
-    lists = Lists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
+    lists = NeuronLists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
     return lists, offsets[-1] // chunk
 
 

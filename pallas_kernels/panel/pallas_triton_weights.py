@@ -40,9 +40,10 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.activations import stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import dot
-from pallas_kernels.panel.config import RareConfig, WeightsConfig
+from pallas_kernels.common.triton_tiles import scatter_index
+from pallas_kernels.panel.config import HotConfig, RareConfig
 from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import OUT_OF_RANGE, Lists
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _LIST_TILE = 32
 _SHORTEST_LIMIT = 16
@@ -53,11 +54,11 @@ _ORDER_BLOCK = 8192
 def panel_dw(
     gradients: Gradients,
     gate: jax.Array,
-    lists: Lists,
+    lists: NeuronLists,
     x: jax.Array,
     dy: jax.Array,
     *,
-    hot_config: WeightsConfig,
+    hot_config: HotConfig,
     rare_config: RareConfig,
     dtype: jax.typing.DTypeLike,
     interpret: bool = False,
@@ -107,7 +108,7 @@ def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
             if above is not None:
                 here &= totals <= above
             counted = here.astype(jnp.int32)
-            place = jnp.where(here, found + jnp.cumsum(counted) - counted, OUT_OF_RANGE)
+            place = scatter_index(found + jnp.cumsum(counted) - counted, here)
             plt.store(order_ref.at[place], neuron, mask=here)
             return found + jnp.sum(counted)
 
@@ -162,7 +163,7 @@ def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
         steps = jnp.int32(slots_ref.shape[0] * slices)
         acc = lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((config.tile, config.tile_d), jnp.float32))
         mask = jnp.broadcast_to(hot[:, None] & (columns < d_model), acc.shape)
-        target = jnp.where(hot, neurons, OUT_OF_RANGE)[:, None]  # the interpreter rewrites masked lanes
+        target = scatter_index(neurons, hot)[:, None]
         plt.store(out_ref.at[target, columns], acc.astype(out_ref.dtype), mask=mask)
 
     for nth, (z_ref, out_ref) in enumerate(zip(z_refs, outputs, strict=True)):
@@ -193,7 +194,7 @@ class TokenLists(NamedTuple):
 
 
 def token_lists(
-    gate: jax.Array, lists: Lists, totals: jax.Array, *, limit: int, interpret: bool = False
+    gate: jax.Array, lists: NeuronLists, totals: jax.Array, *, limit: int, interpret: bool = False
 ) -> TokenLists:
     """The panels' lists transposed for the neurons of at most ``limit`` tokens:
     gate (n_slots, P), totals (F,)."""
@@ -249,7 +250,7 @@ def _token_lists_kernel(
             mask = stored_active(gate.astype(jnp.float32)) & (begin >= 0)[:, None]
             counted = mask.astype(jnp.int32)
             place = begin[:, None] + jnp.cumsum(counted, axis=1) - counted
-            target = jnp.where(mask, neurons[:, None], OUT_OF_RANGE)
+            target = scatter_index(neurons[:, None], mask)
             for ref, value in ((rows_ref, which * panel + within), (slots_ref, slots[:, None])):
                 plt.store(ref.at[target, place], jnp.broadcast_to(value, mask.shape), mask=mask)
 

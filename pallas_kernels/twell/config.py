@@ -14,10 +14,13 @@ import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import tuning
+from pallas_kernels.common import powers_of_2
+from pallas_kernels.common.row_config import RowsConfig
 from pallas_kernels.device import Device
 from pallas_kernels.options import Twell
 
 _WARP = 32
+_ROWS_OF_WARP = 8
 _REGISTERS = 65536
 _REGISTERS_OF_THREAD = 255
 _REGISTERS_BESIDE_TILE = 55
@@ -47,7 +50,8 @@ class GatePackConfig:
     group_m: int = 8
 
     def __post_init__(self) -> None:
-        _check_powers_of_2(self, tile_m=(16, 128), tile_k=(16, 256), num_warps=(1, 16))
+        why = {"tile_m": "hit counts of a tile are bytes"}
+        powers_of_2.check(self, why=why, tile_m=(16, 128), tile_k=(16, 256), num_warps=(1, 16))
         for name in ("num_stages", "group_m"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GatePackConfig.{name} must be at least 1; got {getattr(self, name)}")
@@ -79,38 +83,34 @@ class GatePackConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class UpDownConfig:
-    """How `up_down` and `down` walk a token's non-zeros.
-
-    Attributes:
-      entries: non-zeros, and so rows of each weight, that are in flight together.
-      num_warps: warps of a program, which is one token.
+class WordPackConfig:
+    """How `pack_words` cuts the gates: a program of ``num_warps`` warps packs 8 rows a warp of one tile.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
     """
 
-    entries: int = 2
-    num_warps: int = 2
+    num_warps: int = 4
 
     def __post_init__(self) -> None:
-        _check_powers_of_2(self, entries=(1, 32), num_warps=(1, 32))
+        powers_of_2.check(self, num_warps=(1, 16))
 
-    def registers(self, d_model: int, itemsize: int) -> int:
-        """Registers of a thread for x, y and the weight rows in flight."""
-        columns = -(-_power_of_2_above(d_model) // (self.num_warps * _WARP))
-        return columns * (2 + 2 * self.entries * itemsize // 4)
+    @property
+    def tile_m(self) -> int:
+        """Rows of a program."""
+        return _ROWS_OF_WARP * self.num_warps
 
 
 @dataclasses.dataclass(frozen=True)
 class TwELLConfig:
-    """Configs of the two kernels of a call."""
+    """Configs of the kernels of a call: of the gate stage's, of which one runs, and of what comes after."""
 
     gate_pack: GatePackConfig
-    up_down: UpDownConfig
+    up_down: RowsConfig
+    word_pack: WordPackConfig = WordPackConfig()
 
 
-Config = TypeVar("Config", GatePackConfig, UpDownConfig)
+Config = TypeVar("Config", GatePackConfig, RowsConfig)
 
 
 def choose(x: jax.Array, w: jax.Array, layout: Twell, device: Device | None = None) -> TwELLConfig:
@@ -125,7 +125,7 @@ def choose(x: jax.Array, w: jax.Array, layout: Twell, device: Device | None = No
     gate_pack, up_down = (tuning.lookup(device.table_name, op, key) for op, key in ops)
     return TwELLConfig(
         GatePackConfig(**gate_pack) if gate_pack else _gate_pack_heuristic(x, w, layout.tile, device),
-        UpDownConfig(**up_down) if up_down else _up_down_heuristic(x),
+        RowsConfig(**up_down) if up_down else _up_down_heuristic(x),
     )
 
 
@@ -144,10 +144,10 @@ def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) 
     itemsize = x.dtype.itemsize
     wide = itemsize == 4  # multiplied without tensor cores: a thread also keeps its operands in registers
     cores = device.cores or _UNKNOWN_CORES
-    tile_m = min(32 if wide else 128, max(16, _power_of_2_above(tokens)))
+    tile_m = min(32 if wide else 128, max(16, powers_of_2.at_least(tokens)))
     while tile_m > 16 and -(-tokens // tile_m) * -(-w.shape[0] // tile) < cores:
         tile_m //= 2
-    tile_k = min(16 if wide else 64, max(16, _power_of_2_above(d_model)))
+    tile_k = min(16 if wide else 64, max(16, powers_of_2.at_least(d_model)))
     depths = ((k, stages) for k in (64, 32, 16) if k <= tile_k for stages in (3, 2))
     heights = [height for height in (128, 64, 32, 16) if height <= tile_m]
     candidates = (
@@ -162,17 +162,13 @@ def _gate_pack_heuristic(x: jax.Array, w: jax.Array, tile: int, device: Device) 
     raise ValueError(f"Twell.tile={tile} is too wide for {device.kind}, choose a smaller one: {reason}")
 
 
-def _up_down_heuristic(x: jax.Array) -> UpDownConfig:
-    """Two rows of each weight in flight and few enough columns a thread that x, y and those rows
-    stay in registers."""
-    columns_of_thread = 32 if x.dtype.itemsize == 2 else 16
-    num_warps = min(max(_power_of_2_above(x.shape[1]) // (columns_of_thread * _WARP), 1), 32)
-    return UpDownConfig(entries=2, num_warps=num_warps)
+def _up_down_heuristic(x: jax.Array) -> RowsConfig:
+    return RowsConfig.for_columns(x.shape[1], x.dtype.itemsize, columns_of_thread=32)
 
 
 def search_space(
     x: jax.Array, w: jax.Array, layout: Twell, device: Device
-) -> tuple[list[GatePackConfig], list[UpDownConfig]]:
+) -> tuple[list[GatePackConfig], list[RowsConfig]]:
     """What the tuner tries for x (M, D) and weights like w (F, D): configs that the device can hold."""
     itemsize, tile = x.dtype.itemsize, layout.tile
     gate_packs = _product(
@@ -183,9 +179,9 @@ def search_space(
         num_stages=(2, 3, 4),
         group_m=(8, 16),
     )
-    up_downs = _product(UpDownConfig, entries=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8, 16, 32))
+    up_downs = _product(RowsConfig, entries=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8, 16, 32))
     usual = _up_down_heuristic(x)
-    highest = max(16, _power_of_2_above(x.shape[0]))
+    highest = max(16, powers_of_2.at_least(x.shape[0]))
     return (
         [
             config
@@ -206,18 +202,3 @@ def _product(kind: type[Config], **choices: Iterable[int]) -> list[Config]:
     return [
         kind(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
     ]
-
-
-def _power_of_2_above(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _check_powers_of_2(config: GatePackConfig | UpDownConfig, **ranges: tuple[int, int]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if not low <= value <= high or value & (value - 1):
-            why = "; hit counts of a tile are bytes" if name == "tile_m" else ""
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be a power of two from {low} to {high}{why}; "
-                f"got {value}"
-            )

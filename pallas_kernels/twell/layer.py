@@ -6,18 +6,17 @@ many rounds as there are rows left: none for most inputs, all rows if every row 
 layer cut into blocks of rows. No result depends on the tile, the slots or the bound.
 """
 
-from typing import Any
-
 import jax
 from jax.typing import DTypeLike
 
 from pallas_kernels import dense
 from pallas_kernels.common.groups import Groups
+from pallas_kernels.common.row_kernel import up_down
 from pallas_kernels.dense import backup_rows, token_hits
 from pallas_kernels.options import FFNOptions, FFNStats, Twell
 from pallas_kernels.reference import Weights
 from pallas_kernels.twell import config as configs
-from pallas_kernels.twell.pallas_triton import down, gate_pack, up_down
+from pallas_kernels.twell import gate
 
 
 def infer(
@@ -38,20 +37,27 @@ def infer(
     assert isinstance(layout, Twell)
     if tokens == 0:
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
-    config = configs.choose(x, w_up, layout)
-    rule, interpret = options.rule, backend == "interpret"
-    gate_weight = w_up if w_gate is None else w_gate
-    tiles: dict[str, Any] = {"tile": layout.tile, "slots": layout.slots, "rule": rule}
-    if backend == "mosaic_gpu":
-        from pallas_kernels.twell import pallas_mosaic_gpu
-
-        packed, hits = pallas_mosaic_gpu.gate_pack(x, gate_weight, **tiles)
-    else:
-        packed, hits = gate_pack(x, gate_weight, **tiles, config=config.gate_pack, interpret=interpret)
-    if w_gate is None:
-        rows = down(packed, w_down, config=config.up_down, rule=rule, interpret=interpret)
-    else:
-        rows = up_down(packed, x, w_up, w_down, config=config.up_down, rule=rule, interpret=interpret)
+    config, rule = configs.choose(x, w_up, layout), options.rule
+    gate_weight, up_weight = (w_up, None) if w_gate is None else (w_gate, w_up)
+    stage = gate.stage(
+        backend,
+        tile=layout.tile,
+        slots=layout.slots,
+        fused=config.gate_pack,
+        pack=config.word_pack,
+        rule=rule,
+    )
+    packed, hits = stage(x, gate_weight)
+    rows = up_down(
+        packed,
+        x,
+        up_weight,
+        w_down,
+        config=config.up_down,
+        name="twell_down" if up_weight is None else "twell_up_down",
+        rule=rule,
+        interpret=backend == "interpret",
+    )
     bound = min(layout.backup_rows or backup_rows.bound(tokens), tokens)
     y, l1 = backup_rows.mend(rows.y, rows.l1, rows.overflows, bound, x, w_gate, w_up, w_down, rule)
     if groups is not None:

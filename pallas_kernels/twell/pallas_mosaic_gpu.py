@@ -29,13 +29,13 @@ from pallas_kernels.formats import TwELL
 _STAGES = {128: 5, 256: 3}  # of T: what shared memory holds beside the epilogue's
 
 
-def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, tile: int) -> str | None:
+def unsupported_reason(d_model: int, d_ff: int, dtype: jnp.dtype, tile: int) -> str | None:
     """What of a call's shape this kernel cannot do, in one sentence; None if it can."""
     if tile not in _STAGES:
         return (
             f"backend='mosaic_gpu' packs tiles of {' or '.join(map(str, _STAGES))} columns; got tile={tile}"
         )
-    return hopper_gemm.unsupported_reason(tokens, d_model, d_ff, dtype)
+    return hopper_gemm.unsupported_reason(d_model, d_ff, dtype)
 
 
 def gate_pack(

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Twell, tuning
+from pallas_kernels.common.row_config import RowsConfig
 from pallas_kernels.dense import backup_rows
 from pallas_kernels.device import Device
 from pallas_kernels.twell import config as configs
-from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
+from pallas_kernels.twell.config import GatePackConfig
 
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
 DEVICES = (
@@ -43,8 +44,8 @@ def problem(tokens=65536, d_model=2048, d_ff=5632, dtype=jnp.bfloat16) -> tuple[
         (GatePackConfig, {"num_warps": 6}, "num_warps must be a power of two"),
         (GatePackConfig, {"num_stages": 0}, "num_stages must be at least 1; got 0"),
         (GatePackConfig, {"group_m": 0}, "group_m must be at least 1; got 0"),
-        (UpDownConfig, {"entries": 3}, "entries must be a power of two from 1 to 32; got 3"),
-        (UpDownConfig, {"num_warps": 64}, "num_warps must be a power of two from 1 to 32; got 64"),
+        (RowsConfig, {"entries": 3}, "entries must be a power of two from 1 to 32; got 3"),
+        (RowsConfig, {"num_warps": 64}, "num_warps must be a power of two from 1 to 32; got 64"),
     ],
 )
 def test_fields_outside_their_range_are_errors(kind, fields, law):
@@ -62,7 +63,7 @@ def test_misfit_counts_shared_memory_and_registers():
 def test_hopper_gets_what_was_measured_to_be_fastest():
     chosen = configs.choose(*problem(), Twell(), H200)
     assert chosen.gate_pack == GatePackConfig(128, 64, 8, 3, 8)
-    assert chosen.up_down == UpDownConfig(2, 2)
+    assert chosen.up_down == RowsConfig(2, 2)
     assert configs.choose(*problem(), Twell(tile=128), H200).gate_pack == GatePackConfig(128, 64, 8, 3, 16)
 
 
@@ -99,7 +100,7 @@ def test_a_tuned_entry_goes_before_the_heuristic():
     tuning.save(H200.table_name, "twell_gate_pack", {ops["twell_gate_pack"]: {"config": tuned, "ms": 1.0}})
     chosen = configs.choose(x, w, Twell(), H200)
     assert chosen.gate_pack == GatePackConfig(**tuned)
-    assert chosen.up_down == UpDownConfig()
+    assert chosen.up_down == RowsConfig()
     assert configs.choose(*problem(60000), Twell(), H200) == chosen
     assert configs.choose(x, w, Twell(tile=128), H200).gate_pack != chosen.gate_pack
     assert configs.choose(x, w, Twell(), DEVICES[1]).gate_pack != chosen.gate_pack

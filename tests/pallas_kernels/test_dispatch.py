@@ -56,7 +56,7 @@ def test_mosaic_says_what_it_misses(found):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": jnp.dtype("float32")}, {"tokens": 7}, {"d_ff": 5633}, {"d_model": 100}],
+    [{"dtype": jnp.dtype("float32")}, {"d_ff": 5633}, {"d_model": 100}],
     ids=str,
 )
 def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
@@ -64,6 +64,11 @@ def test_mosaic_refuses_what_its_tiles_cannot_hold(changes):
     (value,) = changes.values()
     assert sentence.startswith("backend='mosaic_gpu'")
     assert str(value) in sentence
+
+
+@pytest.mark.parametrize(("format", "tokens"), [("twell", 7), ("panel", 1031), ("auto", 65537)])
+def test_mosaic_takes_any_number_of_tokens(format, tokens):
+    assert reason(format, "mosaic_gpu", H200, tokens=tokens) is None
 
 
 @pytest.mark.parametrize("found", [CPU, H200, V100, AMD], ids=lambda d: d.kind)
@@ -122,15 +127,17 @@ def test_auto_is_dense_where_its_probe_would_not_pay(changes):
 def test_explain_tells_what_would_run_and_why():
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 2048, 2048), (5632, 2048)))
     with on(H200):
-        auto, small = (
+        auto, small, few = (
             dispatch.explain(x, weight),
+            dispatch.explain(jax.ShapeDtypeStruct((700, 2048), x.dtype), weight),
             dispatch.explain(jax.ShapeDtypeStruct((7, 2048), x.dtype), weight),
         )
         named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
     assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
     assert "runs auto on mosaic_gpu: a probe inside the program" in auto
-    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 7" in small
+    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 700" in small
     assert "runs dense on xla" in small
+    assert "runs decode on triton: the gate's rows" in few
     assert "runs twell on triton" in named
     with on(CPU):
         refused = dispatch.explain(x, weight, FFNOptions(format="panel"))
@@ -150,7 +157,7 @@ def test_auto_backend_is_the_first_that_can():
     auto = FFNOptions(format="twell")
     with on(H200):
         assert dispatch.choose(auto, PLAIN) == (Twell(), "mosaic_gpu")
-        assert dispatch.choose(auto, PLAIN._replace(tokens=7)) == (Twell(), "triton")
+        assert dispatch.choose(auto, PLAIN._replace(d_ff=5633)) == (Twell(), "triton")
         assert dispatch.choose(FFNOptions(format="twell", backend="triton"), PLAIN) == (Twell(), "triton")
         assert dispatch.choose(FFNOptions(format="twell", backend="interpret"), PLAIN) == (
             Twell(),

@@ -148,7 +148,7 @@ def test_the_gate_is_rounded_before_its_sign_is_read():
 def test_no_tokens(kind):
     inputs = draw(kind)
     inputs["x"] = inputs["x"][:0]
-    y, stats = ffn(inputs)
+    y, stats = jitted(inputs)
     assert y.shape == (0, D)
     assert stats.l1 == stats.l0 == stats.max_nnz == 0
     assert not stats.neuron_hits.any()

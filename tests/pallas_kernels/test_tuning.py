@@ -13,13 +13,14 @@ from pallas_kernels import FFNOptions, Panel, Twell, tuning
 from pallas_kernels.bench import tune_twell as search
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.bench.timing import Timing
+from pallas_kernels.common.row_config import RowsConfig
 from pallas_kernels.device import Device
 from pallas_kernels.panel import config as panel_configs
 from pallas_kernels.twell import config as configs
-from pallas_kernels.twell.config import GatePackConfig, UpDownConfig
+from pallas_kernels.twell.config import GatePackConfig
 
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3", 90, 132)
-KINDS = {"twell_gate_pack": GatePackConfig, "twell_up_down": UpDownConfig}
+KINDS = {"twell_gate_pack": GatePackConfig, "twell_up_down": RowsConfig}
 
 
 def test_buckets_round_to_the_nearest_power_of_two():
@@ -79,7 +80,7 @@ OPTIONS = FFNOptions(format=Twell(tile=64, compression=2), backend="interpret")
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_search_writes_a_table_for_each_kernel(tmp_path, monkeypatch, gated):
-    only: dict[str, Any] = {"twell_gate_pack": GatePackConfig(32, 16), "twell_up_down": UpDownConfig(2)}
+    only: dict[str, Any] = {"twell_gate_pack": GatePackConfig(32, 16), "twell_up_down": RowsConfig(2)}
     monkeypatch.setattr(configs, "search_space", lambda *arguments: [[config] for config in only.values()])
     monkeypatch.setattr(search, "_ROUNDS", 1)
     line = search.tune_twell(partial(MAKE_INPUTS, gated=gated), OPTIONS, directory=tmp_path)

@@ -1,15 +1,13 @@
 """Generation: the cache, the batch, the end of a row, the draws and the refusals."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from sparse_lm import SparseLM
-from sparse_lm.generate import GREEDY, Sampling, _inference_state, generate, sample, stream
+from sparse_lm.generate import GREEDY, Sampling, _grow, generate, sample, stream
+from sparse_lm.inference import InferenceModel
 
 WARM = Sampling(temperature=2.0, top_k=20, top_p=0.9)
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
@@ -65,26 +63,30 @@ def test_decoding_is_compiled_once(model, monkeypatch):
     """One trace for the prompt and one for every token after it, whatever their number;
     none the second time."""
     traces = []
-    original = SparseLM.hidden_states
-    monkeypatch.setattr(
-        SparseLM, "hidden_states", lambda *args, **kwargs: traces.append(1) or original(*args, **kwargs)
-    )
+    for name in ("prefill", "extend"):
+        original = getattr(InferenceModel, name)
+
+        def counted(*args, name=name, original=original):
+            traces.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(InferenceModel, name, counted)
     fresh = Sampling(temperature=0.0, top_k=59)  # a static argument no other test uses
     generate(model, PROMPTS, max_new_tokens=8, sampling=fresh)
-    assert len(traces) == 2
+    assert traces == ["prefill", "extend"]
     generate(model, [[3, 4], [5], [6, 6, 6]], max_new_tokens=7, sampling=fresh)
-    assert len(traces) == 2
+    assert traces == ["prefill", "extend"]
 
 
-def test_casting_the_weights_once_changes_no_bit(config, forward):
-    model = SparseLM(dataclasses.replace(config, dtype="bfloat16"), rngs=nnx.Rngs(0))
-    graphdef, state = _inference_state(model)
-    assert state["blocks"]["ffn"]["w_up"][...].dtype == jnp.bfloat16
-    assert state["final_norm"]["scale"][...].dtype == jnp.float32
-    tokens = jnp.arange(8, dtype=jnp.int32)[None]
-    got, _ = forward(graphdef, state, tokens)
-    want, _ = forward(*nnx.split(model), tokens)
-    np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_neither_blocks_nor_the_growth_of_the_cache_change_a_token(model, continued, block, monkeypatch):
+    monkeypatch.setattr("sparse_lm.generate._BLOCK", block)
+    monkeypatch.setattr("sparse_lm.generate._CAPACITY_STEP", 2)
+    monkeypatch.setattr("sparse_lm.generate._SMALLEST_SHAPE", 4)
+    sizes = []
+    monkeypatch.setattr("sparse_lm.generate._grow", lambda *args: sizes.append(args[0]) or _grow(*args))
+    assert generate(model, PROMPTS[1:2], max_new_tokens=8) == continued[1:2]
+    assert sizes == [8, 16]
 
 
 def draws(logits: list[float], sampling: Sampling, count: int = 4000) -> np.ndarray:

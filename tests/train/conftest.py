@@ -1,6 +1,7 @@
 """One whole tiny run, shared by the tests that look at a run from outside."""
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 import pytest
 import tiny_runs
 
+from train.run import background_errors
 from train.run.hooks import Hook
 from train.run.loop import run
 
@@ -33,6 +35,14 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     for name, value in before.items():
         jax.config.update(name, value)
         del os.environ[name.upper()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def errors_in_the_background() -> Iterator[None]:
+    """Tests hold on to errors for longer than the program does, and so to what the errors have cut off."""
+    with background_errors.kept_quiet():
+        yield
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

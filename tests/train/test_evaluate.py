@@ -41,7 +41,7 @@ def test_figures_are_what_they_are_called(finished, report):
     assert report.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / size, rel=1e-5)
     np.testing.assert_allclose(report.l0_per_layer, stats.l0, rtol=1e-5)
     np.testing.assert_array_equal(report.max_nnz_per_layer, stats.max_nnz)
-    np.testing.assert_allclose(report.dead_fraction_per_layer, np.mean(stats.neuron_hits == 0, axis=-1))
+    np.testing.assert_allclose(report.silent_fraction_per_layer, np.mean(stats.neuron_hits == 0, axis=-1))
 
 
 def test_run_evaluates_its_last_step_the_same_way(finished, report):
@@ -54,7 +54,7 @@ def test_json_has_every_figure(report):
     values = json.loads(report.to_json())
     assert values["ce"] == report.ce
     assert values["l0"] == pytest.approx(np.mean(report.l0_per_layer))
-    assert {"step", "tokens", "perplexity", "bits_per_byte", "dead_fraction", "max_nnz_per_layer"} <= set(
+    assert {"step", "tokens", "perplexity", "bits_per_byte", "silent_fraction", "max_nnz_per_layer"} <= set(
         values
     )
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.bench import timing
+from pallas_kernels.errors import RequestError
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from sparse_lm.config import RematPolicy
@@ -78,11 +79,11 @@ class BenchStepOptions:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
+            raise RequestError(f"steps must be at least 1; got {self.steps}")
         if not self.formats or not self.remats:
-            raise ValueError("formats and remats must each name at least one; got none")
+            raise RequestError("formats and remats must each name at least one; got none")
         if not self.nnz > 0:
-            raise ValueError(f"nnz must be above 0; got {self.nnz}")
+            raise RequestError(f"nnz must be above 0; got {self.nnz}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _alone(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
 def _peak(options: BenchStepOptions, case: Case) -> Row:
     try:
         (row,) = measure(options, [case])
-    except ValueError as error:  # a sentence of ours, whose origin is lost on the way to the other process
+    except RequestError as error:
         raise UserError(str(error)) from error
     statistics = jax.local_devices()[0].memory_stats()
     if statistics is None:

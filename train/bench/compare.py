@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.errors import RequestError
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from train import parallel
@@ -76,11 +77,11 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         if not self.formats:
-            raise ValueError("formats must name at least one; got none")
+            raise RequestError("formats must name at least one; got none")
         if self.controls < 3:
-            raise ValueError(f"controls must be at least 3, to have a spread; got {self.controls}")
+            raise RequestError(f"controls must be at least 3, to have a spread; got {self.controls}")
         if not self.nnz >= 0:
-            raise ValueError(f"nnz must be at least 0; got {self.nnz}")
+            raise RequestError(f"nnz must be at least 0; got {self.nnz}")
         self.run_with("dense")
 
     @classmethod

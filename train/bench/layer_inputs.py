@@ -118,7 +118,7 @@ def table(found: Sequence[LayerFigures]) -> Table:
         "mean nnz": ("mean_nnz", "{:.1f}"),
         "p99": ("p99_nnz", "{:.0f}"),
         "max": ("max_nnz", "{:.0f}"),
-        "dead": ("dead_fraction", "{:.1%}"),
+        "silent": ("dead_fraction", "{:.1%}"),
         "in 32 tokens": ("union_32", "{:.0f}"),
         "in 128 tokens": ("union_128", "{:.0f}"),
     }

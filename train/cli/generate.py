@@ -3,7 +3,8 @@
 import dataclasses
 import io
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import tyro
@@ -12,8 +13,6 @@ from train.cli.options import UsageError, parse_options
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from sparse_lm import SparseLM
-    from sparse_lm.generate import Sampling
     from train.data.tokenizer import Tokenizer
 
 
@@ -29,6 +28,7 @@ class GenerateOptions:
       top_k: draw from the k most likely tokens only.
       top_p: draw from the fewest most likely tokens that have this probability together.
       seed: of the draws; the same seed says the same.
+      stop: text that ends a continuation and is not part of it; give the option several times for several.
       debug: show the traceback of an error.
     """
 
@@ -39,6 +39,7 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float = 0.95
     seed: int = 0
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     debug: bool = False
 
 
@@ -47,9 +48,10 @@ def run(argv: list[str]) -> None:
     if not options.prompt:
         raise UsageError("generate needs at least one --prompt TEXT; got none")
     _check_prompts_are_text(options.prompt)
+    if not all(options.stop):
+        raise UsageError("--stop must have a character; got none")
 
-    from sparse_lm.generate import Sampling, generate
-    from train.data.tokenizer import decode_continuation
+    from sparse_lm.generate import Sampling, stream
     from train.run.checkpoint import load_for_inference
 
     try:
@@ -62,10 +64,7 @@ def run(argv: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows a question mark for what it cannot, and the program goes on.
         sys.stdout.reconfigure(errors="replace")
-    if len(prompts) == 1:
-        _print_stream(model, tokenizer, options, prompts[0], new_tokens, sampling)
-        return
-    rows = generate(
+    steps = stream(
         model,
         prompts,
         max_new_tokens=new_tokens,
@@ -73,37 +72,95 @@ def run(argv: list[str]) -> None:
         eos_id=tokenizer.eos_id,
         seed=options.seed,
     )
-    for number, (prompt, ids, row) in enumerate(zip(options.prompt, prompts, rows, strict=True), start=1):
-        print(f"[{number}/{len(rows)}] {prompt}{decode_continuation(tokenizer, ids, row)}")
+    rows = [_Row(tokenizer, prompt, options.stop) for prompt in prompts]
+    speed = _Speed()
+    if len(rows) == 1:
+        print(options.prompt[0], end="", flush=True)
+        try:
+            for text in _texts(speed.watch(steps), rows):
+                print(text, end="", flush=True)
+        finally:
+            print()
+    else:
+        for _ in _texts(speed.watch(steps), rows):
+            pass
+        for number, (prompt, row) in enumerate(zip(options.prompt, rows, strict=True), start=1):
+            print(f"[{number}/{len(rows)}] {prompt}{row.text}")
+    print(speed, file=sys.stderr)
 
 
-def _print_stream(
-    model: "SparseLM",
-    tokenizer: "Tokenizer",
-    options: GenerateOptions,
-    prompt: list[int],
-    new_tokens: int,
-    sampling: "Sampling",
-) -> None:
-    from sparse_lm.generate import stream
-    from train.data.tokenizer import TextStream
+class _Row:
+    """One continuation as text, up to the first of the strings that end it."""
 
-    steps = stream(
-        model,
-        [prompt],
-        max_new_tokens=new_tokens,
-        sampling=sampling,
-        eos_id=tokenizer.eos_id,
-        seed=options.seed,
-    )
-    print(options.prompt[0], end="", flush=True)
-    text = TextStream(tokenizer, prompt)
-    try:
-        for (token,) in steps:
-            if token is not None:
-                print(text.feed(token), end="", flush=True)
-    finally:
-        print()
+    def __init__(self, tokenizer: "Tokenizer", prompt: list[int], stops: Sequence[str]) -> None:
+        from train.data.tokenizer import TextStream
+
+        self._stream = TextStream(tokenizer, prompt)
+        self._stops = stops
+        self._held = ""
+        self.text = ""
+        self.ended = False
+
+    def feed(self, token: int) -> str:
+        """What there is to show once a token has come: no part of a string that may yet end the text."""
+        pending = self._held + self._stream.feed(token)
+        places = [place for stop in self._stops if (place := pending.find(stop)) >= 0]
+        if places:
+            self.ended, self._held = True, ""
+            return self._show(pending[: min(places)])
+        held = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if pending.endswith(stop[:n])), default=0
+        )
+        self._held = pending[len(pending) - held :]
+        return self._show(pending[: len(pending) - held])
+
+    def finish(self) -> str:
+        """What was held back when no further token comes."""
+        held, self._held = self._held, ""
+        return self._show(held)
+
+    def _show(self, text: str) -> str:
+        self.text += text
+        return text
+
+
+def _texts(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[str]:
+    """What each token adds to its row; asks for no further step once every row has ended."""
+    for step in steps:
+        for token, row in zip(step, rows, strict=True):
+            if token is not None and not row.ended:
+                yield row.feed(token)
+        if all(token is None or row.ended for token, row in zip(step, rows, strict=True)):
+            break
+    for row in rows:
+        yield row.finish()
+
+
+class _Speed:
+    """How long the first token took, and how fast the others came."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first = self._last = self._start
+        self._tokens = self._later = 0
+
+    def watch(self, steps: Iterable[list[int | None]]) -> Iterator[list[int | None]]:
+        """The steps themselves, counted as they come."""
+        for step in steps:
+            self._last = time.perf_counter()
+            count = sum(token is not None for token in step)
+            if not self._tokens:
+                self._first = self._last
+            else:
+                self._later += count
+            self._tokens += count
+            yield step
+
+    def __str__(self) -> str:
+        first = f"{self._tokens} tokens, the first after {self._first - self._start:.2f} s"
+        seconds = self._last - self._first
+        later = f", then {self._later / seconds:,.1f} tokens/s" if self._later and seconds else ""
+        return f"{first}{later} (compilation included)"
 
 
 def _encoded(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:

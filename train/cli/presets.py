@@ -1,4 +1,4 @@
-"""The preset that a command line names, which gives every option below its default."""
+"""The preset or file that a command line names, which gives every option below its default."""
 
 import itertools
 from typing import TYPE_CHECKING
@@ -20,6 +20,10 @@ def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
         if option == "--config":
             name = value if equals else following
     try:
+        if name.endswith(".json") or "/" in name:
+            from train.config_file import read_config
+
+            return name, read_config(name)
         return name, configs.load(name)
     except UserError as error:
         raise UsageError(str(error)) from error

@@ -4,6 +4,7 @@ Whatever a user can mend is one sentence on stderr and a status of 2 (the comman
 only surprises, and ``--debug``, show a traceback. Nothing heavy is imported before a command needs it.
 """
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -24,6 +25,8 @@ from train.cli import (
 from train.cli.mistakes import sentence_of
 from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
+from train.errors import LostProcessError
+from train.run import background_errors
 
 _HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -38,7 +41,7 @@ commands:
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
-  bench      measure a trained model: bench order
+  bench      count or time what the name says: bench order, bench decode
   bench-step   time training steps with sparse and dense feed-forward layers, and measure their memory
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
@@ -48,7 +51,14 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with background_errors.kept_quiet():
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        if status:
+            gc.collect()  # Python complains of tasks that an error cut off once it collects them
+        return status
+
+
+def _main(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except SystemExit as exit:  # how tyro ends after --help
@@ -63,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = sentence_of(error)
         if sentence is None or "--debug" in argv:
             raise
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError):
+            # At an orderly exit JAX would wait for the lost process, and then abort with a stack dump.
+            sys.stdout.flush()
+            os._exit(1)
         return 2 if isinstance(error, UsageError) else 1
 
 

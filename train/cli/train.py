@@ -9,6 +9,32 @@ from train.cli.options import parse_options
 from train.cli.presets import preset_of
 
 DEFAULT_PRESET = "tiny"
+ALIASES = {
+    "--data": "--data.paths",
+    "--tokenizer": "--data.tokenizer",
+    "--lr": "--optimizer.learning-rate",
+    "--learning-rate": "--optimizer.learning-rate",
+    "--warmup": "--optimizer.warmup-steps",
+    "--accumulation": "--optimizer.accumulation",
+    "--l1": "--model.sparsity.l1",
+    "--context": "--model.context-length",
+    "--dtype": "--model.dtype",
+    "--remat": "--model.remat",
+    "--tensorboard": "--report.tensorboard",
+    "--wandb": "--report.wandb",
+    "--samples": "--report.samples",
+    "--profile": "--report.profile",
+}
+_EXPLAINED = {
+    "--resume": "a run goes on by itself from the newest checkpoint in its --workdir",
+    "--epochs": "the length of a run is --steps; --dry-run shows how many epochs they are",
+    "--output-dir": "a run keeps everything in its --workdir",
+}
+_DESCRIPTION = f"""Trains a model, or takes up the run of the same --workdir where it stopped.
+
+The common options are --config PRESET or FILE.json, --steps, --batch-size, --workdir, --dry-run, and these
+short names: {", ".join(f"{short} ({name})" for short, name in ALIASES.items())}.
+"""
 
 
 def run(argv: list[str]) -> None:
@@ -18,19 +44,30 @@ def run(argv: list[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
-        """Trains a model, or takes up the run of the same work directory where it stopped.
+        """Trains a model.
 
         Attributes:
-          config: the preset that gives every option below its default.
+          config: the preset, or the JSON file such as a run's own config.json, that gives every option below
+            its default.
+          dry_run: check everything, show what the run would be, and stop there.
           debug: show the traceback of an error.
         """
 
         run: Annotated[TrainConfig, tyro.conf.arg(name="")]
         config: str = preset
+        dry_run: bool = False
         debug: bool = False
 
-    options = parse_options(TrainOptions, argv, "train", TrainOptions(run=config))
+    options = parse_options(
+        TrainOptions,
+        argv,
+        "train",
+        TrainOptions(run=config),
+        aliases=ALIASES,
+        explained=_EXPLAINED,
+        description=_DESCRIPTION,
+    )
 
     from train.run import loop
 
-    loop.run(options.run)
+    loop.run(options.run, dry_run=options.dry_run)

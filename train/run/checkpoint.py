@@ -19,12 +19,13 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm import SparseLM
-from train.config import CheckpointConfig, TrainConfig, from_dict, to_dict
+from train.config import CheckpointConfig, TrainConfig, changed_fields, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from train.errors import UserError
+from train.errors import UserError, short_reason
+from train.parallel import check_devices
 from train.run import converted
-from train.run.checkpoint_errors import making, reading, short_reason, writing
+from train.run.checkpoint_errors import making, reading, writing
 from train.state import TrainState, build_program
 
 SUBDIRECTORY = "checkpoints"
@@ -205,7 +206,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state saved at ``step``, placed as ``abstract``'s shardings say."""
         variables, rest = _split_state(abstract)
-        with reading(self.path(step)):
+        with reading(self.path(step), _before(self.path(step))):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -217,13 +218,22 @@ class Checkpoints:
         return TrainState(params=items.params, buffers=buffers, **items.rest)
 
 
+def check_local(option: str, directory: str | Path) -> None:
+    """Raises UserError for the address of a bucket, which is no directory of this machine."""
+    scheme, separator, _ = str(directory).partition("://")
+    if separator:
+        raise UserError(
+            f"{option} must be a directory that this machine has mounted; got {directory}: mount the bucket "
+            f"and name the place where it is mounted, for a run appends to its files and {scheme}:// cannot"
+        )
+
+
 def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
     """Raises UserError naming each field in which ``given`` cannot resume what ``saved`` began."""
-    old, new = _flatten(to_dict(saved)), _flatten(to_dict(given))
     differing = [
-        f"{name.replace('_', '-')} is {old.get(name)!r} there and {value!r} here"
-        for name, value in new.items()
-        if old.get(name) != value and not name.startswith((*MAY_CHANGE, _TOKENIZER_FIELD))
+        f"{name.replace('_', '-')} is {there!r} there and {here!r} here"
+        for name, (there, here) in changed_fields(saved, given).items()
+        if not name.startswith((*MAY_CHANGE, _TOKENIZER_FIELD))
     ]
     if differing:
         raise UserError(
@@ -272,6 +282,7 @@ def find_checkpoint(directory: str | Path) -> Path:
     Raises:
       UserError: there is no such directory, or no complete checkpoint in it.
     """
+    check_local("checkpoint", directory)
     given = Path(directory).expanduser().absolute()
     if not given.is_dir():
         raise UserError(f"a checkpoint must be a directory; there is none at {given}")
@@ -302,7 +313,12 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
       UserError: no checkpoint there, or it cannot be read, or its tokenizer is not the model's.
     """
     path = find_checkpoint(directory)
+    check_devices()
     config, step = read_run(path)
+    if config.model.dtype == "float16" and jax.default_backend() == "cpu":
+        raise UserError(
+            f"{path} computes in float16, whose matrix products a CPU does not have: run it on a GPU"
+        )
     program = build_program(config)
     tokenizer = load_tokenizer(path / "tokenizer")
     check_vocabulary(tokenizer, config.model.vocab_size)
@@ -314,9 +330,15 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         program.abstract_state().variables,
     )
-    with reading(path), ocp.StandardCheckpointer() as checkpointer:
+    with reading(path, _before(path)), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
     return nnx.merge(program.graphdef, params), tokenizer, config, step
+
+
+def _before(path: Path) -> Path | None:
+    """The complete checkpoint of the same run that comes before ``path``, if there is one."""
+    earlier = [s for s in complete_steps(path.parent) if path.name.isdecimal() and s < int(path.name)]
+    return path.with_name(str(earlier[-1])) if earlier else None
 
 
 def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -328,7 +350,7 @@ def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
 
 def read_run(path: Path) -> tuple[TrainConfig, int]:
     """The configuration and the step of one checkpoint's directory. Raises UserError if it cannot be read."""
-    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with reading(path, _before(path)), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "run")
     try:
         return from_dict(TrainConfig, saved["config"]), saved["step"]
@@ -353,13 +375,6 @@ def read_corpus(path: Path) -> CorpusIdentity | None:
 
 def _heldout_ce(metrics: dict[str, float]) -> float:
     return metrics[_CE]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _entries(directory: Path) -> list[Path]:

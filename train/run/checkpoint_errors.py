@@ -1,17 +1,15 @@
 """What orbax, TensorStore and the file system raise around a checkpoint, as one sentence each."""
 
 import errno
-import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from train.errors import UserError
+from train.errors import UserError, short_reason
+from train.parallel import lost_process
 
 
 @contextmanager
@@ -41,7 +39,6 @@ def check_writable(directory: Path) -> None:
 @contextmanager
 def writing(where: Path) -> Iterator[None]:
     """Turns what orbax and the file system raise of a save, here or in the background, into one sentence."""
-    _silence_what_is_raised_too()
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -51,6 +48,9 @@ def writing(where: Path) -> Iterator[None]:
                 f"the disk is full: {where} had no room for a checkpoint{reason}, earlier ones are intact: "
                 "free some space and run the same command again"
             ) from error
+        if jax.process_count() > 1 and not isinstance(error, OSError):
+            # Processes wait for each other around a save.
+            raise lost_process(error) from error
         raise UserError(
             f"{where} must be a directory that can be written to; a checkpoint could not be saved "
             f"({short_reason(error)}), earlier ones are intact: mend that and run the same command again"
@@ -58,52 +58,27 @@ def writing(where: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(where: Path) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint makes orbax raise, bare ``Exception`` too, into one sentence."""
-    _silence_what_is_raised_too()
+def reading(where: Path, instead: Path | None = None) -> Iterator[None]:
+    """Turns what a damaged checkpoint makes orbax raise into one sentence; the device's faults pass.
+
+    Args:
+      where: what is read.
+      instead: the checkpoint before it, if there is one.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # the device's fault, not the checkpoint's
-        raise
     except Exception as error:
+        # Orbax wraps some failed reads in a bare Exception. What else is raised, as for want of a device or
+        # of memory on it, says nothing of the checkpoint.
+        if type(error) is not Exception and not isinstance(
+            error, OSError | ValueError | KeyError | TypeError
+        ):
+            raise
         raise UserError(
             f"{where} must be a whole checkpoint; found a part of it missing, damaged or of another shape "
-            f"({short_reason(error)}): move it away, and the one before it is taken"
+            f"({short_reason(error)}); it was left as it is: "
+            + (f"choose the one before it, {instead}" if instead else "there is none before it to choose")
         ) from error
-
-
-def _silence_what_is_raised_too() -> None:
-    """Keeps tracebacks off the terminal that orbax's background tasks print of errors that it also raises."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_worth_logging)
-    previous = sys.unraisablehook
-    if getattr(previous, "__module__", None) == __name__:
-        return
-
-    def hook(unraisable: Any) -> None:
-        # Reads and writes still under way when the first error ends orbax's event loop: some notice that it
-        # is closed, others are cut off (GeneratorExit) when they are collected.
-        error = unraisable.exc_value
-        if str(error) != "Event loop is closed" and not isinstance(
-            getattr(error, "__cause__", None), GeneratorExit
-        ):
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs of exceptions that it also raises, and of checkpoints without a held-out CE."""
-    message = record.getMessage()
-    if record.name == "asyncio":
-        return "exception was never retrieved" not in message
-    return not ("orbax" in record.pathname and (record.exc_info or "did not provide metrics" in message))
-
-
-def short_reason(error: Exception) -> str:
-    """One short line of a message that may have many."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:120]
 
 
 def is_disk_full(error: BaseException | None) -> bool:

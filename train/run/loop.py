@@ -1,35 +1,44 @@
 """The training run: builds everything, resumes, steps, reports, saves."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
+from flax import nnx
 
+from sparse_lm.generate import Sampling, generate
 from train import parallel
-from train.config import TrainConfig
+from train.config import TrainConfig, changed_fields
 from train.data.batches import TrainBatches, heldout_batches
-from train.data.corpus import Corpus, choose_tokenizer, open_corpus
-from train.data.tokenizer import Tokenizer
+from train.data.corpus import Corpus
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
+from train.run import background_errors
+from train.run.begin import check_trainable, held, run_corpus, run_tokenizer
 from train.run.checkpoint import (
     Checkpoints,
     SavedData,
-    check_same_corpus,
+    check_local,
     check_same_run,
-    check_same_split,
-    check_same_tokenizer,
 )
 from train.run.checkpoint_errors import check_writable, is_disk_full, making
-from train.run.hooks import Hook, StopSignal
+from train.run.hooks import Clock, Hook, StopSignal
+from train.run.manifest import Manifest, schedule_jumps, steers_anew
+from train.run.manifest import write as write_manifest
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
+from train.run.profile import DIRECTORY as PROFILE
+from train.run.profile import ProfileWindow
 from train.run.report import Reporter
+from train.run.wandb_sink import WandbSink
 from train.state import Program, TrainState, build_program
 from train.step import Metrics
 
 CACHE = "cache"  # directory in the workdir of what is made from text
+_SAMPLED_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,39 +46,46 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-      outcome: ``"finished"``, ``"stopped"`` by a signal, or ``"already-finished"`` before it began.
+      outcome: ``"finished"``, ``"stopped"`` by a signal, or ``"already-finished"`` or a ``"dry-run"`` before
+        it began.
       step: optimizer steps done in all.
-      checkpoint: the newest checkpoint; None if a signal came before the first step.
+      checkpoint: the newest checkpoint, if there is one.
       evaluation: held-out figures after the last step.
     """
 
-    outcome: Literal["finished", "stopped", "already-finished"]
+    outcome: Literal["finished", "stopped", "already-finished", "dry-run"]
     step: int
     checkpoint: Path | None
     evaluation: EvaluationReport | None = None
 
 
-def run(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> RunResult:
+def run(config: TrainConfig, *, hooks: Sequence[Hook] = (), dry_run: bool = False) -> RunResult:
     """Trains until ``config.steps``, from the newest complete checkpoint of the workdir if it has one.
 
     Args:
       config: the run.
       hooks: called besides the run's own (evaluation, checkpoints), before them.
+      dry_run: stop where the first step would be: everything is checked and shown, and no run is begun.
 
     Raises:
       UserError: the configuration does not fit the machine, the corpus or the checkpoint; the loss is not
         finite; the disk is full. What was saved before stands.
     """
+    check_local("workdir", config.workdir)
+    check_trainable(config)
     config = dataclasses.replace(config, data=config.data.absolute())
     parallel.initialize_processes()
+    parallel.check_devices()
     parallel.check_batch(config)
     reporter = Reporter(config, primary=jax.process_index() == 0)
     try:
-        checkpoints = Checkpoints(config.workdir, config.checkpoint)
-        try:
-            return _run(config, hooks, reporter, checkpoints)
-        finally:
-            checkpoints.close()
+        holding = contextlib.nullcontext() if dry_run else held(config, reporter)
+        with background_errors.kept_quiet(), parallel.losing_no_process(), holding:
+            checkpoints = Checkpoints(config.workdir, config.checkpoint)
+            try:
+                return _run(config, hooks, reporter, checkpoints, dry_run)
+            finally:
+                checkpoints.close()
     except OSError as error:
         if is_disk_full(error):
             raise UserError(
@@ -80,7 +96,11 @@ def run(config: TrainConfig, *, hooks: Sequence[Hook] = ()) -> RunResult:
 
 
 def _run(
-    config: TrainConfig, hooks: Sequence[Hook], reporter: Reporter, checkpoints: Checkpoints
+    config: TrainConfig,
+    hooks: Sequence[Hook],
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    dry_run: bool,
 ) -> RunResult:
     if checkpoints.ignored:
         reporter.say(f"ignoring half-written checkpoints: {', '.join(checkpoints.ignored)}")
@@ -90,58 +110,21 @@ def _run(
     cache = checkpoints.directory.parent / CACHE
     with making(cache.parent):
         check_writable(cache.parent)  # before the corpus is read
-        tokenizer = _tokenizer(config, checkpoints, start, cache, reporter)
+        tokenizer = run_tokenizer(config, checkpoints, start, cache, reporter)
         if start >= config.steps:
             reporter.say(
                 f"this run is finished: {start} of {config.steps} steps are done; --steps asks for more"
             )
             reporter.next_commands()
             return RunResult("already-finished", start, checkpoints.path(start))
-        corpus = _corpus(config, checkpoints, start, tokenizer, cache, reporter)
+        corpus = run_corpus(config, checkpoints, start, tokenizer, cache, reporter)
     run = _Run(config, hooks, reporter, checkpoints, corpus, start)
-    try:
+    if dry_run:
+        run.show()
+        reporter.say("dry run: no step was taken")
+        return RunResult("dry-run", start, checkpoints.path(start) if start else None)
+    with contextlib.closing(run.open()):
         return run.train()
-    finally:
-        run.writer.close()
-
-
-def _tokenizer(
-    config: TrainConfig, checkpoints: Checkpoints, start: int, cache: Path, reporter: Reporter
-) -> Tokenizer:
-    """The tokenizer of the run; a resumed one must go on with the same one."""
-    if not start:
-        return choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
-    saved = checkpoints.tokenizer(start)
-    # A BPE fitted on the same data for the same vocabulary size is the same one: no need to fit it again.
-    if (config.data.tokenizer, checkpoints.config(start).data.tokenizer) != ("bpe", "bpe"):
-        given = choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
-        check_same_tokenizer(saved, given, checkpoints.path(start))
-    return saved
-
-
-def _corpus(
-    config: TrainConfig,
-    checkpoints: Checkpoints,
-    start: int,
-    tokenizer: Tokenizer,
-    cache: Path,
-    reporter: Reporter,
-) -> Corpus:
-    """The corpus of the run; a resumed one must go on with the same one, unless it may change."""
-    with reporter.tokenizing() as on_progress:
-        corpus = open_corpus(config.data, tokenizer, cache, on_progress=on_progress, say=reporter.say)
-        if start:
-            saved = checkpoints.data(start).corpus
-            if not config.data.accept_change:
-                check_same_corpus(saved, corpus.identity, checkpoints.path(start))
-            elif saved.threshold != corpus.identity.threshold:
-                # What was trained on must not become held out.
-                corpus = open_corpus(
-                    config.data, tokenizer, cache, threshold=saved.threshold,
-                    on_progress=on_progress, say=reporter.say,
-                )  # fmt: skip
-                check_same_split(saved, corpus.identity, checkpoints.path(start))
-    return corpus
 
 
 class _Run:
@@ -172,8 +155,7 @@ class _Run:
             devices=jax.device_count(),
             **share,
         )
-        # No checkpoint is made before the configuration, corpus and tokenizer have proved good.
-        checkpoints.open()
+        self._check_samples()
         self.layout = parallel.Layout.over_all_devices(config.parallel)
         self.program: Program = build_program(config)
         self.evaluator = make_evaluator(self.program.graphdef)
@@ -181,32 +163,77 @@ class _Run:
         self.hooks = (
             *hooks,
             Hook(self.evaluate, config.report.evaluate_every),
-            Hook(self.save, config.checkpoint.every, on_stop=True),
+            *([Hook(self.sample, config.report.evaluate_every)] if config.report.samples else []),
+            Hook(
+                self.save,
+                config.checkpoint.every,
+                clock=Clock(config.checkpoint.minutes, agree_every=config.report.every),
+                on_stop=True,
+            ),
         )
-        self.writer = MetricsWriter(
-            Path(config.workdir).expanduser(),
-            start=start,
-            tensorboard=config.report.tensorboard,
-            primary=jax.process_index() == 0,
-        )
+        self.skipped = 0  # steps in a row
         self.speed = Speed(
             start=start, steps=config.steps, tokens_per_step=config.batch_size * context_length
         )
 
+        self.manifest = Manifest.of(
+            self.program, corpus.identity, start=start,
+            evaluated_tokens=sum(int(batch["rows"]) for batch in self.heldout) * context_length,
+        )  # fmt: skip
+        before = checkpoints.config(start) if start else config
+        self.changes = changed_fields(before, config)
+        self.jumps = schedule_jumps(before, config, start)
+
+    def _check_samples(self) -> None:
+        encode, texts = self.corpus.tokenizer.encode, self.config.report.samples
+        longest = max((len(encode(text)) for text in texts), default=0)
+        if longest >= self.config.model.context_length:
+            raise UserError(
+                "report.samples must leave room in the model's context of "
+                f"{self.config.model.context_length} tokens; got one of {longest}: shorten it"
+            )
+        if texts and jax.process_count() > 1:
+            raise UserError(
+                f"report.samples needs a run of one process; got {jax.process_count()}: leave the option out"
+            )
+
+    def show(self) -> None:
+        """Says what the run is, before its first step."""
+        self.reporter.begin(self.manifest, self.changes, self.jumps)
+
+    def open(self) -> MetricsWriter:
+        """Makes what the run writes into; only now have configuration, corpus and tokenizer proved good."""
+        workdir, primary = Path(self.config.workdir).expanduser(), jax.process_index() == 0
+        self.checkpoints.open()
+        sinks = []
+        if primary:
+            run_id = write_manifest(workdir, self.manifest, self.changes)
+            if self.config.report.wandb:
+                sinks = [WandbSink(self.config, workdir, run_id)]
+        self.writer = MetricsWriter(
+            workdir,
+            start=self.start,
+            tensorboard=self.config.report.tensorboard,
+            primary=primary,
+            sinks=sinks,
+        )
+        return self.writer
+
     def train(self) -> RunResult:
         """All steps that are left. Dispatches each before it reads the one before."""
         config = self.config
-        self.reporter.begin(
-            start=self.start, devices=jax.device_count(), device_kind=jax.devices()[0].device_kind
-        )
+        self.show()
         state = self._first_state()
         train_step = self.layout.compile_step(self.program)
         refresh_order = self.layout.order_refresh(self.program)
         pending: tuple[int, Metrics] | None = None
-        with self.layout.step_scope(), StopSignal() as stop:
+        window = ProfileWindow(config.report.profile_steps, Path(config.workdir).expanduser() / PROFILE)
+        with self.layout.step_scope(), StopSignal() as stop, window:
             for step in range(self.start + 1, config.steps + 1):
+                window.before(step)
                 tokens = self.layout.place(next(self.batches)["tokens"])
                 state, metrics = train_step(refresh_order(step, state, tokens), tokens)
+                window.after(step, metrics)
                 if pending is not None:
                     self._read(*pending)
                 pending = step, metrics
@@ -219,7 +246,7 @@ class _Run:
                     pending = None
                     with self.speed.pause():
                         for hook in due:
-                            hook.action(step, state)
+                            hook.call(step, state)
                 self.checkpoints.check()
                 if stopping:
                     break
@@ -235,19 +262,38 @@ class _Run:
             self.layout.state_shardings(abstract),
         )
         self.batches.seek(self.checkpoints.data(self.start).position)
-        return self.checkpoints.restore(self.start, placed)
+        state = self.checkpoints.restore(self.start, placed)
+        if steers_anew(self.changes, self.config):
+            coefficient = np.float32(self.config.model.sparsity.l1)
+            state = dataclasses.replace(
+                state, l1_coefficient=jax.device_put(coefficient, placed.l1_coefficient.sharding)
+            )
+        return state
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""
         record = to_record(step, metrics)
-        if not is_finite(record):
-            self._stop_at_bad_loss(record)
+        if is_finite(record):
+            self.skipped = 0
+        else:
+            self._skip_or_stop(record)
         self.speed.done(step)
         if step % self.config.report.every == 0 or step in (self.start + 1, self.config.steps):
             rate = self.speed.tokens_per_second(step)
             record |= {} if rate is None else {"tokens_per_second": rate}
             self.reporter.progress(record, tokens_per_second=rate, seconds_left=self.speed.seconds_left(step))
         self.writer.write(record)
+
+    def _skip_or_stop(self, record: Record) -> None:
+        """Says that the step was left out, or stops the run if too many were in a row."""
+        self.skipped += 1
+        most = self.config.optimizer.skip_nonfinite
+        if self.skipped > most:
+            self._stop_at_bad_loss(record)
+        self.reporter.say(
+            f"step {record['step']} is left out: the loss is {record['loss']} and the gradient norm "
+            f"{record['grad_norm']} (in a row: {self.skipped} of at most {most})"
+        )
 
     def _stop_at_bad_loss(self, record: Record) -> None:
         self.checkpoints.wait()
@@ -273,6 +319,22 @@ class _Run:
             f"step {step}: held-out ce {report.ce:.4f}, perplexity {report.perplexity:.2f}, "
             f"{report.bits_per_byte:.3f} bits per byte, l0 {report.l0:.1f} ({report.l0 / report.d_ff:.1%})"
         )
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Continues ``report.samples`` with the model as it is, into the metrics file and a line each."""
+        tokenizer, prompts = self.corpus.tokenizer, self.config.report.samples
+        ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+        room = self.config.model.context_length - max(map(len, ids))
+        with self.layout.scope():
+            model = nnx.merge(self.program.graphdef, state.variables)
+            rows = generate(
+                model, ids, max_new_tokens=min(_SAMPLED_TOKENS, room),
+                sampling=Sampling(temperature=0.8, top_p=0.95), eos_id=tokenizer.eos_id, seed=step,
+            )  # fmt: skip
+        texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
+        self.writer.write({"step": step, "samples": texts})
+        for text in texts:
+            self.reporter.say(f"step {step}: {text}")
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint of ``state``, with its held-out CE if it has just been evaluated."""

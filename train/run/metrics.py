@@ -5,9 +5,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -47,6 +47,14 @@ def is_finite(record: Record) -> bool:
     return all(math.isfinite(record[name]) for name in ("loss", "grad_norm"))
 
 
+class Sink(Protocol):
+    """Takes the records of a run."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` in the workdir, and to TensorBoard event files if asked.
 
@@ -57,13 +65,23 @@ class MetricsWriter:
       start: the step that the run resumes from; 0 for a new one.
       tensorboard: also write event files.
       primary: false for the processes that write nothing.
+      sinks: what else gets every record; closed with this.
 
     Raises:
       UserError: TensorBoard files are wanted and tensorboardX is not installed.
     """
 
-    def __init__(self, workdir: Path, *, start: int, tensorboard: bool, primary: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start: int,
+        tensorboard: bool,
+        primary: bool = True,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self._file = self._events = None
+        self._sinks = sinks
         if primary:
             workdir.mkdir(parents=True, exist_ok=True)
             if tensorboard:
@@ -75,14 +93,16 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Appends one record, whose ``step`` is an int and whose other values are numbers, lists or dicts."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_json_numbers(record)) + "\n")
             self._file.flush()
         if self._events is not None:
-            for name, value in _scalars(record):
+            for name, value in scalars(record):
                 self._events.add_scalar(name, value, record["step"])
+        for sink in self._sinks:
+            sink.write(record)
 
     def close(self) -> None:
-        for sink in (self._file, self._events):
+        for sink in (self._file, self._events, *self._sinks):
             if sink is not None:
                 sink.close()
 
@@ -150,6 +170,15 @@ def model_flops_utilisation(config: ModelConfig, tokens_per_second: float) -> fl
     return achieved / (peak * jax.device_count())
 
 
+def _json_numbers(value: Any) -> Any:
+    """``value`` with null for what is not finite, for which JSON has no number."""
+    if isinstance(value, Mapping):
+        return {name: _json_numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep_until(path: Path, start: int) -> None:
     """Drops records of steps after ``start``, and lines that are no record,
     as a last one that was cut off."""
@@ -176,11 +205,12 @@ def _event_writer(directory: Path, start: int) -> Any:
     return tensorboardX.SummaryWriter(str(directory), purge_step=start + 1)
 
 
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Each number in a record but its step, under a name with slashes."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
+            yield from scalars(value, f"{prefix}{name}/")
         elif isinstance(value, list):
-            yield from _scalars({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}/")
+            yield from scalars({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
             yield prefix + name, value

@@ -1,22 +1,46 @@
 """What a run says to people, through rich: plain lines where the output is no terminal."""
 
+import contextlib
 import datetime
+import errno
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
 from sparse_lm import ModelConfig
-from sparse_lm.model import num_parameters
 from train.cli.options import PROGRAM
 from train.config import TrainConfig
 from train.data.tokenize import Progress
 from train.output import tokenize_bar
+from train.run.manifest import Manifest, quantity
 from train.run.metrics import Record, model_flops_utilisation
+
+
+class RunConsole(Console):
+    """A console whose reader may leave: the run goes on without it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal that hung up
+                raise
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Silences this console, and what Python itself would still flush into the pipe at its exit."""
+        self.quiet = True
+        if self.file is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            os.write(2, b"standard output is closed: the run goes on, and metrics.jsonl has its figures\n")
 
 
 class Reporter:
@@ -30,7 +54,7 @@ class Reporter:
 
     def __init__(self, config: TrainConfig, *, console: Console | None = None, primary: bool = True) -> None:
         self._config = config
-        self._console = console or Console(quiet=not primary, highlight=False, soft_wrap=True)
+        self._console = console or RunConsole(quiet=not primary, highlight=False, soft_wrap=True)
 
     def say(self, what: RenderableType) -> None:
         """Prints one sentence, or a table."""
@@ -40,16 +64,15 @@ class Reporter:
         """Shows how far tokenizing is, on a terminal."""
         return tokenize_bar(self._console)
 
-    def begin(self, *, start: int, devices: int, device_kind: str) -> None:
-        """The lines before the first step: model, batch, devices, where it starts."""
-        config, model = self._config, self._config.model
-        self.say(
-            f"{model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
-            f"{_quantity(num_parameters(model))} parameters; {devices} × {device_kind}; "
-            f"{config.batch_size} × {model.context_length} tokens a step"
-        )
-        if start:
-            self.say(f"resuming after step {start} of {config.steps}")
+    def begin(self, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]], jumps: Sequence[str]) -> None:
+        """The lines before the first step: what runs, where it starts, what has changed on resume."""
+        self.say(manifest.lines())
+        if manifest.start:
+            self.say(f"resuming after step {manifest.start} of {self._config.steps}")
+        for name, (before, now) in changes.items():
+            self.say(f"changed on resume: {name.replace('_', '-')} is {now!r}, was {before!r}")
+        for sentence in jumps:
+            self.say(sentence)
 
     def progress(
         self, record: Record, *, tokens_per_second: float | None, seconds_left: float | None
@@ -103,10 +126,10 @@ def progress_line(
         f"ce {record['ce']:.4f}",
         f"l1 {record['l1']:.4g}",
         f"l0 {record['l0']:.1f} ({record['l0'] / model.d_ff:.1%} of {model.d_ff})",
-        f"live {record['live_neurons'] / neurons:.1%}",
+        f"dead {sum(record['dead_per_layer']) / neurons:.1%}",
     ]
     if tokens_per_second is not None:
-        parts.append(f"{_quantity(tokens_per_second)} tokens/s")
+        parts.append(f"{quantity(tokens_per_second)} tokens/s")
         parts += _utilisation(model, tokens_per_second)
     if seconds_left is not None:
         parts.append(f"eta {datetime.timedelta(seconds=round(seconds_left))}")
@@ -116,10 +139,3 @@ def progress_line(
 def _utilisation(model: ModelConfig, tokens_per_second: float) -> list[str]:
     share = model_flops_utilisation(model, tokens_per_second)
     return [] if share is None else [f"mfu {share:.1%}"]
-
-
-def _quantity(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.0f}"

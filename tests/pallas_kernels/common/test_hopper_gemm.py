@@ -28,7 +28,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-@pytest.mark.parametrize(("tokens", "d_model"), [(65536, 2048), (1032, 64)], ids=str)
+@pytest.mark.parametrize(("tokens", "d_model"), [(65536, 2048), (1031, 64)], ids=str)
 def test_lowers(gate, tokens, d_model):
     x, w = (jax.ShapeDtypeStruct((n, d_model), jnp.bfloat16) for n in (tokens, 5640))
     assert lowered(gate, x, w).count("custom_call @mosaic_gpu_v2") == 1
@@ -36,10 +36,10 @@ def test_lowers(gate, tokens, d_model):
 
 @pytest.mark.skipif(VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on")
 @pytest.mark.parametrize("stages", [2, 4])
-@pytest.mark.parametrize("sizes", [(392, 192, 264), (264, 64, 128)], ids=str)
+@pytest.mark.parametrize("sizes", [(389, 192, 264), (264, 64, 128)], ids=str)
 def test_every_row_and_column(monkeypatch, sizes, stages):
     """More tiles than programs, so that a ring goes around them; two rounds of programs; a D of one slice;
-    a cut row block."""
+    a cut row block, of a number of rows that copies do not count in."""
     tokens, d_model, d_ff = sizes
     tile, cores = 128, 4
     rows, columns = (pl.cdiv(n, m) * m for n, m in ((tokens, TILE_M), (d_ff, tile)))

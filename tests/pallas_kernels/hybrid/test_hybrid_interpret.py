@@ -23,9 +23,11 @@ from op_contract import call as sparse_call
 from truth import judge, rounding_to
 
 from pallas_kernels import FFNOptions, Hybrid, HybridELL
+from pallas_kernels.common.row_config import RowsConfig
+from pallas_kernels.common.row_kernel import up_down
 from pallas_kernels.hybrid import config as configs
 from pallas_kernels.hybrid import pallas_triton_backward as backward
-from pallas_kernels.hybrid.pallas_triton import gate_pack, up_down
+from pallas_kernels.hybrid.layer import gate_stage
 from pallas_kernels.reference import project
 
 
@@ -93,7 +95,7 @@ def stored(inputs):
     """The residuals of a call, and its gate."""
     x, weight = inputs["x"], inputs.get("w_gate", inputs["w_up"])
     config = configs.choose(x, weight, PATH.options.layout)
-    packed, _ = gate_pack(x, weight, config=config, interpret=True)
+    packed, _ = gate_stage(config, "interpret", PATH.options.rule)(x, weight)
     up = inputs["w_up"] if "w_gate" in inputs else None
     rows = up_down(
         packed,
@@ -103,6 +105,7 @@ def stored(inputs):
         width=PATH.options.layout.width,
         keep=True,
         config=config.up_down,
+        name="hybrid_up_down",
         interpret=True,
     )
     return rows.ell, project(x, weight), None if up is None else project(x, up)
@@ -260,10 +263,10 @@ def test_inference_keeps_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: configs.RowsConfig(entries=3), "RowsConfig.entries must be a power of two from 1"),
-        (lambda: configs.RowsConfig(num_warps=64), "num_warps must be a power of two from 1 to 32; got 64"),
-        (lambda: configs.WeightsConfig(slice_d=8), "WeightsConfig.slice_d must be a power of two from 16"),
-        (lambda: configs.WeightsConfig(hot=-1), "WeightsConfig.hot must be at least 0; got -1"),
+        (lambda: RowsConfig(entries=3), "RowsConfig.entries must be a power of two from 1"),
+        (lambda: RowsConfig(num_warps=64), "num_warps must be a power of two from 1 to 32; got 64"),
+        (lambda: configs.NeuronSumConfig(slice_d=8), "slice_d must be a power of two from 16 to 4096; got 8"),
+        (lambda: configs.NeuronSumConfig(hot=-1), "NeuronSumConfig.hot must be at least 0; got -1"),
     ],
 )  # fmt: skip
 def test_laws_of_configs(make, message):

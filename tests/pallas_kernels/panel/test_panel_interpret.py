@@ -15,6 +15,7 @@ from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_gate import gate_panel
 
 
 class TestPanelInterpreted(Contract):
@@ -47,7 +48,7 @@ def listed(gate, d_ff, **sizes):
 def written(x, weight):
     """A call's lists, how many chunks they need, and its values."""
     config = configs.choose(x, weight, PANEL)
-    gate = kernels.gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
+    gate = gate_panel(x, weight, panel=config.panel, config=config.gate, interpret=True)
     lists, needed = listed(gate, len(weight), chunk=config.chunk)
     return lists, needed, kernels.panel_up(gate, lists, x, None, config=config.up, interpret=True).h
 
@@ -86,7 +87,7 @@ def test_the_kernels_write_the_format(pattern, tokens):
         ),
         ({"dh": configs.StageConfig(16, 16, 4, 2)}, "dh.tile must be up_keep.tile=32"),
         ({"down": configs.StageConfig(32, 64, 4, 2)}, "down.tile_k must divide up_keep.tile=32"),
-        ({"dw": configs.WeightsConfig(32, 32, 32, 4, 2)}, "dw.tile_k must divide panel=16"),
+        ({"dw": configs.HotConfig(32, 32, 32, 4, 2)}, "dw.tile_k must divide panel=16"),
     ],
 )
 def test_the_laws_of_a_config(changes, sentence):
@@ -106,7 +107,7 @@ def test_lists_that_do_not_fit_have_no_neuron():
     """Whatever walks them stays in bounds."""
     inputs, _ = TestPanelInterpreted.path.layer("fully-dense", 64, "float32")
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
-    gate = kernels.gate_panel(x, weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
+    gate = gate_panel(x, weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
     lists, needed = listed(gate, len(weight), chunk=32, room=2)
     assert int(needed) > 2
     assert int(lists.slots.max()) < len(lists.neurons)
@@ -188,9 +189,7 @@ def test_chunks_in_pairs_give_the_same_values(pattern, kind):
     inputs = {name: jnp.asarray(value) for name, value in inputs.items()}
     gate_weight = inputs.get("w_gate", inputs["w_up"])
     up_weight = inputs["w_up"] if kind == "gated" else None
-    gate = kernels.gate_panel(
-        inputs["x"], gate_weight, panel=16, config=configs._for_f32(16).gate, interpret=True
-    )
+    gate = gate_panel(inputs["x"], gate_weight, panel=16, config=configs._for_f32(16).gate, interpret=True)
     lists, needed = listed(gate, len(gate_weight), chunk=16)
     used = int(needed) * 16
 
@@ -218,7 +217,7 @@ def test_slots_on_the_wide_side(d_model):
     x, w_gate, w_up = (
         jax.random.normal(key, (n, d_model)) for key, n in zip(keys, (70, 200, 200), strict=True)
     )
-    gate = kernels.gate_panel(x, w_gate, panel=64, config=configs.StageConfig(64, 16, 4, 2), interpret=True)
+    gate = gate_panel(x, w_gate, panel=64, config=configs.StageConfig(64, 16, 4, 2), interpret=True)
     lists, needed = listed(gate, 200, chunk=64)
     square, wide = (
         kernels.panel_up(gate, lists, x, w_up, config=configs.StageConfig(t, 16, 4, 2), interpret=True)

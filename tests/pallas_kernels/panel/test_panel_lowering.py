@@ -17,7 +17,7 @@ from pallas_kernels.bench.shapes import SHAPES
 from pallas_kernels.panel import layer
 
 OPTIONS = FFNOptions(format="panel", backend="triton")
-FORWARD = ("panel_gate", "panel_lists", "panel_up", "panel_down")
+FORWARD = ("panel_pack", "panel_lists", "panel_up", "panel_down")
 BACKWARD = ("panel_dh", "panel_dx", "panel_dw_hot", "panel_token_lists", "panel_dw_rare")
 
 
@@ -50,7 +50,8 @@ def test_shapes_of_published_models(name, backend):
 
 def test_the_largest_sizes():
     """M of 2^20: x, the values and the slots pass 2^31 elements."""
-    assert_kernels(lowered(partial(call, options=OPTIONS), shapes(2**20, 4096, 14336)), FORWARD)
+    text = lowered(partial(call, options=OPTIONS), shapes(2**20, 4096, 14336))
+    assert_kernels(text, ("panel_gate", *FORWARD[1:]))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -119,7 +120,7 @@ def test_remat_keeps_the_residuals_by_name():
 
 def test_no_dense_intermediate_in_the_gradient():
     """Beside the branch for calls that do not fit, nothing of shape (M, F) exists."""
-    options = FFNOptions(format=Panel(capacity=1.0), backend="triton")
+    options = FFNOptions(format=Panel(capacity=1.0), backend="mosaic_gpu")
     text = lowered(step(options), shapes(16384, 2048, 5632), jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
     assert not re.search(r"tensor<16384x(5632|5888)x", text)
     assert np.all([name in text for name in BACKWARD])

@@ -50,20 +50,20 @@ class TestTwELLOnGPUAtThePapersTile(Contract):
 
 
 class TestTwELLOnHopper(Contract):
-    """The Mosaic GPU gate, which takes only sizes that its tiles divide:
-    all else is skipped with its reason."""
+    """The Mosaic GPU gate, which takes only a D and an F that its tiles divide: all else is skipped with its
+    reason."""
 
     path = Path(
         FFNOptions(format=Twell(tile=256, compression=8), backend="mosaic_gpu"),
         d_model=128,
         d_ff=520,
-        many_tokens=1032,
+        many_tokens=1031,
         variants=(
             Twell(tile=128, compression=16),
             Twell(tile=256, compression=1),
             Twell(tile=256, compression=128, backup_rows=2),
         ),
-        tokens=64,
+        tokens=61,
         dtype="bfloat16",
         partial=True,
         tile=256,
@@ -229,8 +229,11 @@ def test_without_jit():
 
 
 def test_peak_memory():
-    """At C = 8 a call's temporaries are under 15 % of the dense layer's three (M, F) intermediates."""
-    options = FFNOptions(format="twell", backend="triton")
+    """At C = 8, where the gate packs its own product, a call's temporaries are under 15 % of the dense
+    layer's three (M, F) intermediates."""
+    if device.current().capability > 90:
+        pytest.skip("the gate is XLA's product, an (M, F) array, before it is packed")
+    options = FFNOptions(format="twell")
     tokens, d_model, d_ff = 65536, 2048, 5632
     weight = jax.ShapeDtypeStruct((d_ff, d_model), jnp.bfloat16)
     inputs = {"x": jax.ShapeDtypeStruct((tokens, d_model), jnp.bfloat16)}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -50,9 +51,13 @@ def complaint(capsys, *argv):
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
         ("train --model.stepz=4 --steps 3", "unknown option --model.stepz"),
-        ("train --learning_rate 1",
-         "unknown option --learning-rate; did you mean --optimizer.learning-rate?"),
-        ("train --l1 1", "unknown option --l1; did you mean --model.sparsity.l1?"),
+        ("train --weight_decay 1", "unknown option --weight-decay; did you mean --optimizer.weight-decay?"),
+        ("train --beta1 1", "unknown option --beta1; did you mean --optimizer.beta1?"),
+        ("train --lr x", "--optimizer.learning-rate must be a number; got 'x'"),
+        ("train --l1=-1", "model.sparsity.l1 must be a finite number of at least 0; got -1.0"),
+        ("train --resume", "there is no --resume: a run goes on by itself from the newest checkpoint in its"),
+        ("train --profile 9:3", "report.profile must be two steps FIRST:LAST, the first no later; got '9:3'"),
+        ("plot . x.json --out y.png", "plot draws either runs or a benchmark's files; got both"),
         ("train --zzz", "unknown option --zzz: see sparse-lm train --help"),
         ("train extra", "unexpected argument 'extra': sparse-lm train takes options only, see its --help"),
         ("train --steps", "--steps needs a value; got none"),
@@ -61,7 +66,7 @@ def complaint(capsys, *argv):
         ("train --optimizer.eps x", "--optimizer.eps must be a number; got 'x'"),
         ("generate --checkpoint x --top-k y", "--top-k must be a whole number or None; got 'y'"),
         ("train --model.ffn.format panl",
-         "FFNOptions.format must be one of auto, panel, hybrid, twell, dense; got 'panl'"),
+         "FFNOptions.format must be one of auto, panel, hybrid, twell, decode, dense; got 'panl'"),
         ("train --model.ffn.format=panel(tokens=65)",
          "Panel.tokens must be a power of two from 16 to 128; got 65"),
         ("train --model.ffn.format=panel(width=64)",
@@ -97,7 +102,7 @@ def complaint(capsys, *argv):
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
         ("plot x.json", "plot needs --out; got none"),
-        ("plot --out x.png", "plot needs at least one file of results; got none"),
+        ("plot --out x.png", "plot needs at least one work directory or file of results; got none"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, command, sentence):
@@ -146,7 +151,7 @@ def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command,
 
 
 def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
-    def run(config):
+    def run(config, *, dry_run):
         x, weight = jnp.ones((2, 4)), jnp.ones((8, 4))
         jax.jit(lambda x: sparse_ffn(x, weight, weight, weight, options=config.model.ffn))(x)
 
@@ -161,11 +166,11 @@ def test_debug_shows_the_traceback(tmp_path):
         cli.main(["evaluate", "--checkpoint", str(tmp_path / "none"), "--debug"])
 
 
-def surprise_of_the_interpreter(config):
+def surprise_of_the_interpreter(config, *, dry_run):
     int("x")
 
 
-def surprise_of_a_library(config):
+def surprise_of_a_library(config, *, dry_run):
     json.loads("{")
 
 
@@ -179,7 +184,7 @@ def test_a_surprise_keeps_its_traceback(monkeypatch, surprise):
 
 def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", seen.append)
+    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
     assert cli.main(["train"]) == 0
     assert (
         cli.main(
@@ -197,7 +202,7 @@ def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
 @pytest.mark.parametrize("text", ["panel", "panel(tokens=64)", "panel(tokens=64, capacity=0.5)"])
 def test_a_format_is_one_text(monkeypatch, text):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", seen.append)
+    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
     assert cli.main(["train", "--model.ffn.format", text]) == 0
     assert seen[0].model.ffn == FFNOptions(format=text)
 
@@ -213,7 +218,7 @@ def test_a_format_of_a_preset_is_a_default_as_text(capsys):
 
 
 def test_interrupts_end_quietly(capsys, monkeypatch):
-    def interrupted(config):
+    def interrupted(config, *, dry_run):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.run.loop.run", interrupted)
@@ -227,13 +232,13 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("--help", ["train", "generate", "evaluate", "layer-inputs", "plot"]),
         (
             "train --help",
-            ["--config", "--steps", "--optimizer.learning-rate", "--model.sparsity.l1", "--workdir"],
+            ["--config", "--steps", "--lr (--optimizer.learning-rate)", "--model.sparsity.l1", "--workdir"],
         ),
         ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("evaluate --help", ["--checkpoint", "--json", "--tokens", "--data.paths"]),
         ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
-        ("plot --help", ["--out", "bench layers"]),
+        ("plot --help", ["--out", "bench layers", "work directories of runs"]),
     ],
 )
 def test_help_names_the_options(capsys, command, names):
@@ -304,6 +309,31 @@ def test_generate_takes_several_prompts(capsys, finished):
     assert out.removeprefix("[1/2] ").replace("\ufffd", "").startswith(alone.rstrip())
 
 
+@pytest.mark.parametrize(
+    ("stops", "shown"),
+    [
+        (["lamp"], "the "),
+        (["mps", "wi"], "the lamp "),
+        (["harbour"], "the lamp wind"),
+        (["d", "nd"], "the lamp wi"),
+    ],
+)
+def test_a_string_to_stop_at_ends_the_text_and_is_never_shown(capsys, monkeypatch, finished, stops, shown):
+    """Nor a beginning of it; what only began like it is shown in the end."""
+    letters = ByteTokenizer().encode("the lamp wind")
+    monkeypatch.setattr("sparse_lm.generate.stream", lambda *a, **k: ([letter] for letter in letters))
+    options = [word for stop in stops for word in ("--stop", stop)]
+    assert cli.main(["generate", "--checkpoint", str(finished.workdir), "--prompt", "> ", *options]) == 0
+    assert capsys.readouterr().out == f"> {shown}\n"
+
+
+def test_generate_says_how_fast_it_was(capsys, finished):
+    options = ["--checkpoint", str(finished.workdir), "--max-new-tokens", "4", "--prompt", "x", "--seed", "3"]
+    assert cli.main(["generate", *options]) == 0
+    pattern = r"\d tokens?, the first after \d+\.\d\d s(, then [\d,.]+ tokens/s)? \(compilation included\)"
+    assert re.search(pattern, capsys.readouterr().err)
+
+
 def test_a_character_of_several_tokens_is_never_broken_on_its_way(capsys, monkeypatch, finished):
     letters = ByteTokenizer().encode("é🙂 東")
     monkeypatch.setattr("sparse_lm.generate.stream", lambda *a, **k: ([letter] for letter in letters))
@@ -342,7 +372,7 @@ def test_an_error_of_the_system_is_a_sentence(capsys, evaluated, tmp_path):
 
 
 def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
-    def run(config):
+    def run(config, *, dry_run):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
     monkeypatch.setattr("train.run.loop.run", run)

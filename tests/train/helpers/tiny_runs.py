@@ -29,7 +29,8 @@ MODEL = ModelConfig(
     context_length=16,
     dtype="float32",
     init_std=0.2,
-    sparsity=SparsityConfig(l1=1e-3),
+    # λ and the neurons brought back both follow from state that a resumed run must find again.
+    sparsity=SparsityConfig(l1=1e-3, schedule="target", target_l0=16, dead_after=256, revive="reset"),
 )
 # A large eps keeps Adam's update smooth: with 1e-8 a gradient of pure rounding noise moves a weight by the
 # whole learning rate, and two exact computations in another order of sums would look different.

@@ -2,8 +2,8 @@
 
 import dataclasses
 import errno
-import gc
 import json
+import re
 import shutil
 import types
 from pathlib import Path
@@ -16,6 +16,7 @@ import tiny_runs
 from flax import nnx
 
 from pallas_kernels import FFNOptions, Hybrid, Panel
+from train import cli
 from train.config import CheckpointConfig, TrainConfig
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import ByteTokenizer, fit_bpe
@@ -165,16 +166,14 @@ def largest_file(directory: Path) -> Path:
 @pytest.mark.parametrize("find", [lambda params: params / "_METADATA", largest_file])
 def test_damaged_parameters_are_one_sentence(copy, find, capfd):
     cut(find(copy / "checkpoints" / "8" / "params"))
-    with pytest.raises(
-        UserError, match=r"checkpoints/8 must be a whole checkpoint; .* \(.*\): move it away"
-    ) as error:
-        load_for_inference(copy)
-    assert "\n" not in str(error.value)
-    # Reads that the error cut off are complained of when they are collected, which is now and not in
-    # a later test.
-    del error
-    gc.collect()
-    assert capfd.readouterr().err == ""
+    assert cli.main(["generate", "--checkpoint", str(copy), "--prompt", "x"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"sparse-lm: .*checkpoints/8 must be a whole checkpoint; .* \(.*\); it was left as it is: choose the "
+        r"one before it, .*checkpoints/6\n",
+        err,
+    )
 
 
 def edit_config(directory: Path, name: str, value: object) -> None:
@@ -184,10 +183,18 @@ def edit_config(directory: Path, name: str, value: object) -> None:
     file.write_text(json.dumps(saved))
 
 
-def test_parameters_of_another_shape_are_one_sentence(copy):
+def test_parameters_of_another_shape_are_one_sentence(copy, capsys):
     edit_config(copy / "checkpoints" / "8", "d_ff", 96)
-    with pytest.raises(UserError, match=r"damaged or of another shape \(Requested shape: .*96"):
-        load_for_inference(copy)
+    assert cli.main(["generate", "--checkpoint", str(copy), "--prompt", "x"]) == 1
+    assert re.search(r"damaged or of another shape \(Requested shape: .*96", capsys.readouterr().err)
+
+
+def test_float16_on_a_cpu_is_one_sentence(copy, capsys):
+    edit_config(copy / "checkpoints" / "8", "dtype", "float16")
+    assert cli.main(["generate", "--checkpoint", str(copy), "--prompt", "x"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "/checkpoints/8 computes in float16, whose matrix products a CPU does not have: run it on a GPU\n"
+    )
 
 
 def test_configuration_of_another_version_is_one_sentence(copy):

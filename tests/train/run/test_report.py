@@ -10,7 +10,7 @@ from rich.console import Console
 from train.run import report
 from train.run.report import Reporter, progress_line
 
-RECORD = {"step": 3, "ce": 2.34567, "l1": 0.25, "l0": 16.0, "live_neurons": 96, "loss": 2.4}
+RECORD = {"step": 3, "ce": 2.34567, "l1": 0.25, "l0": 16.0, "dead_per_layer": [32, 0], "loss": 2.4}
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def config():
 
 def test_progress_line_shows_what_is_known(config, monkeypatch):
     assert progress_line(config, RECORD, None, None) == (
-        "step 3/8  ce 2.3457  l1 0.25  l0 16.0 (25.0% of 64)  live 75.0%"
+        "step 3/8  ce 2.3457  l1 0.25  l0 16.0 (25.0% of 64)  dead 25.0%"
     )
     monkeypatch.setattr(report, "model_flops_utilisation", lambda model, rate: 0.4321)
     assert progress_line(config, RECORD, 12_345.6, 3725.4).endswith(
-        "live 75.0%  12.3k tokens/s  mfu 43.2%  eta 1:02:05"
+        "dead 25.0%  12.3k tokens/s  mfu 43.2%  eta 1:02:05"
     )
 
 
@@ -33,7 +33,7 @@ def test_line_is_plain_and_whole_where_there_is_no_terminal(config):
     console = Console(file=output, width=40, highlight=False, soft_wrap=True)
     Reporter(config, console=console).progress(RECORD, tokens_per_second=1e6, seconds_left=1.0)
     assert output.getvalue() == (
-        "step 3/8  ce 2.3457  l1 0.25  l0 16.0 (25.0% of 64)  live 75.0%  1.0M tokens/s  eta 0:00:01\n"
+        "step 3/8  ce 2.3457  l1 0.25  l0 16.0 (25.0% of 64)  dead 25.0%  1.0M tokens/s  eta 0:00:01\n"
     )
 
 

@@ -11,7 +11,10 @@ import pytest
 import tiny_runs
 
 from sparse_lm import model_order
-from train.config import ParallelConfig
+from sparse_lm.convert import load_params, open_hf
+from train.config import ParallelConfig, ReportConfig
+from train.evaluate import evaluate_checkpoint
+from train.run import convert
 from train.run.checkpoint import load_for_inference
 from train.run.hooks import Hook
 from train.run.loop import run
@@ -35,7 +38,8 @@ def config(corpus, workdir, **changes):
 def ordered(corpus, tmp_path_factory):
     """The workdir of a whole run, and its state after every step."""
     workdir = tmp_path_factory.mktemp("ordered")
-    result, states = tiny_runs.run_recording(config(corpus, workdir))
+    report = ReportConfig(every=1, evaluate_every=4, evaluate_tokens=128, samples=("the sum",))
+    result, states = tiny_runs.run_recording(config(corpus, workdir, report=report))
     assert result.outcome == "finished"
     return workdir, states
 
@@ -60,6 +64,20 @@ def test_a_checkpoint_gives_the_centroids_to_inference(ordered):
     saved = states[step].buffers["token_order"]
     np.testing.assert_array_equal(model.token_order.centroids[...], saved["centroids"])
     np.testing.assert_array_equal(model.token_order.weights[...], saved["weights"])
+
+
+def test_what_is_done_with_a_trained_model(ordered, tmp_path):
+    """It is sampled from during the run, and evaluated and exported from its checkpoint."""
+    workdir, states = ordered
+    records = tiny_runs.read_records(workdir)
+    samples = [record["samples"] for record in records if "samples" in record]
+    assert [text.startswith("the sum") for (text,) in samples] == [True, True]
+    evaluations = [record["evaluation"] for record in records if "evaluation" in record]
+    assert evaluate_checkpoint(workdir).ce == pytest.approx(evaluations[-1]["ce"], rel=1e-6)
+    convert.to_hf(str(workdir), tmp_path / "out")
+    with open_hf(tmp_path / "out") as weights:
+        exported = load_params(weights)
+    jax.tree.map(np.testing.assert_array_equal, exported, states[tiny_runs.STEPS].params)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(ordered, corpus, tmp_path):

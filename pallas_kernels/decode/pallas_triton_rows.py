@@ -1,0 +1,167 @@
+"""The decode kernels of one or two tokens in Pallas Triton: rows of weights times vectors, no tensor cores.
+
+Why they exist. A tile for tensor cores reaches its operands through shared memory, slice by slice with a
+barrier each, for sixteen tokens of which most are padding. Here a program has its rows of a weight in flight
+at once, whole, in registers, and multiplies them with each token as they come. Of an active neuron the up and
+the down row are asked for together, so that the way from the gate to the share of y is one wait for memory.
+
+**`rows_hidden`**: a tile of neurons a program: gate, and for each active neuron in turn the up projection and
+the share of y. The result is that of `decode_hidden` without splits, to the order of sums.
+**`rows_project`**: a tile of outputs a program.
+
+**Numerics.** Products and sums are f32, rounded where those of the kernels for more tokens are.
+
+**Limits.** An NVIDIA GPU of compute capability 8.0 or newer.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+
+from pallas_kernels.activations import Rule
+from pallas_kernels.common import varying_axes
+from pallas_kernels.decode.config import RowsConfig
+
+
+def rows_hidden(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    rule: Rule,
+    config: RowsConfig,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """The fields of a `Hidden` without splits for x (M, D), M a handful, and weights (F, D)."""
+    (tokens, d_model), d_ff = x.shape, w_up.shape[0]
+    n_tiles = pl.cdiv(d_ff, config.tile)
+    operands = [w_up, w_down] if w_gate is None else [w_gate, w_up, w_down]
+    return pl.pallas_call(
+        partial(_hidden_kernel, gated=w_gate is not None, rule=rule, config=config),
+        out_shape=(
+            varying_axes.output(x, (1, d_ff), jnp.int32),
+            varying_axes.output(x, (1, n_tiles), jnp.int32),
+            varying_axes.output(x, (n_tiles, tokens), jnp.int32),
+            varying_axes.output(x, (n_tiles, tokens), jnp.float32),
+            varying_axes.output(x, (n_tiles, tokens, d_model), jnp.float32),
+        ),
+        grid=(n_tiles,),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="decode_rows_hidden",
+    )(x, *operands)
+
+
+def _hidden_kernel(x_ref, *refs, gated, rule, config):
+    weight_refs, (hits_ref, active_ref, nnz_ref, l1_ref, shares_ref) = refs[:-5], refs[-5:]
+    gate_ref, up_ref, down_ref = weight_refs[0], weight_refs[1] if gated else None, weight_refs[-1]
+    (tokens, d_model), d_ff, dtype = x_ref.shape, gate_ref.shape[0], x_ref.dtype
+    tile_id, within = pl.program_id(0), lax.iota(jnp.int32, config.tile)
+    neurons = tile_id * config.tile + within
+    neuron_here = neurons < d_ff
+
+    gates = [gate.astype(dtype) for gate in _products(gate_ref, neurons, neuron_here, x_ref, config.slice_d)]
+    masks = [rule.active(gate.astype(jnp.float32), dtype) & neuron_here for gate in gates]
+    hits = jnp.zeros((config.tile,), jnp.int32)
+    for mask in masks:
+        hits += mask.astype(jnp.int32)
+    needed = (hits > 0).astype(jnp.int32)
+    plt.store(hits_ref.at[0, neurons], hits, mask=neuron_here)
+    for token, mask in enumerate(masks):
+        nnz_ref[tile_id, token] = jnp.sum(mask.astype(jnp.int32))
+    active_ref[0, tile_id] = jnp.sum(needed << within)
+    count, rank = jnp.sum(needed), jnp.cumsum(needed) - needed
+
+    @pl.when(count == 0)
+    def nothing():
+        for token in range(tokens):
+            l1_ref[tile_id, token] = jnp.float32(0)
+
+    @pl.when(count > 0)
+    def share():
+        starts = range(0, d_model, config.slice_d)
+
+        def one(nth, state):
+            sums, shares = state[:tokens], state[tokens:]
+            which = jnp.sum(jnp.where((rank == nth) & (needed > 0), within, 0))
+            neuron = tile_id * config.tile + which
+            rows = [_row(down_ref, neuron, start, config.slice_d) for start in starts]
+            ups = [_row(up_ref, neuron, start, config.slice_d) for start in starts] if gated else []
+            following, following_sums = [], []
+            for token, (gate, mask) in enumerate(zip(gates, masks, strict=True)):
+                chosen = within == which
+                g = jnp.sum(jnp.where(chosen, gate.astype(jnp.float32), 0))
+                active = jnp.sum((chosen & mask).astype(jnp.int32)) > 0
+                h = rule.value(g).astype(dtype).astype(jnp.float32)
+                if gated:
+                    products = [
+                        jnp.sum(row * _row(x_ref, token, start, config.slice_d))
+                        for row, start in zip(ups, starts, strict=True)
+                    ]
+                    up = jnp.asarray(sum(products)).astype(dtype).astype(jnp.float32)
+                    h = (h * rule.up(up)).astype(dtype)
+                h = jnp.where(active, h.astype(jnp.float32), 0)
+                following_sums.append(sums[token] + jnp.abs(h))
+                following += [
+                    old + h * row
+                    for old, row in zip(shares[token * len(rows) :][: len(rows)], rows, strict=True)
+                ]
+            return *following_sums, *following
+
+        zeros = [jnp.zeros((config.slice_d,), jnp.float32)] * (tokens * len(starts))
+        state = lax.fori_loop(jnp.int32(0), count, one, (*[jnp.float32(0)] * tokens, *zeros))
+        sums, shares = state[:tokens], state[tokens:]
+        for token, l1 in enumerate(sums):
+            l1_ref[tile_id, token] = l1
+        for nth, total in enumerate(shares):
+            token, start = nth // len(starts), starts[nth % len(starts)]
+            columns = start + lax.iota(jnp.int32, config.slice_d)
+            plt.store(shares_ref.at[tile_id, token, columns], total, mask=columns < d_model)
+
+
+def _row(ref, row, start, size):
+    """A slice of a matrix's row, in f32; zero beyond its end."""
+    columns = start + lax.iota(jnp.int32, size)
+    return plt.load(ref.at[row, columns], mask=columns < ref.shape[1], other=0).astype(jnp.float32)
+
+
+def _products(w_ref, rows, row_here, x_ref, slice_d):
+    """For each of x's tokens (M, D), (len(rows),) f32: its products with rows of a weight (., D)."""
+    tokens, d_model = x_ref.shape
+    totals = [jnp.zeros(rows.shape, jnp.float32) for _ in range(tokens)]
+    for start in range(0, d_model, slice_d):
+        columns = start + lax.iota(jnp.int32, slice_d)
+        mask = row_here[:, None] & (columns < d_model)[None, :]
+        weight = plt.load(w_ref.at[rows[:, None], columns[None, :]], mask=mask, other=0).astype(jnp.float32)
+        for token in range(tokens):
+            x = _row(x_ref, token, start, slice_d)
+            totals[token] += jnp.sum(weight * x[None, :], axis=1)
+    return totals
+
+
+def rows_project(
+    x: jax.Array, weight: jax.Array, *, dtype: DTypeLike, config: RowsConfig, interpret: bool = False
+) -> jax.Array:
+    """``x W^T`` for x (M, D), M a handful, and W (O, D): (M, O) in ``dtype``."""
+    outputs = weight.shape[0]
+    return pl.pallas_call(
+        partial(_project_kernel, config=config),
+        out_shape=varying_axes.output(x, (x.shape[0], outputs), dtype),
+        grid=(pl.cdiv(outputs, config.tile),),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="decode_rows_project",
+    )(x, weight)
+
+
+def _project_kernel(x_ref, w_ref, y_ref, *, config):
+    outputs = pl.program_id(0) * config.tile + lax.iota(jnp.int32, config.tile)
+    here = outputs < w_ref.shape[0]
+    for token, y in enumerate(_products(w_ref, outputs, here, x_ref, config.slice_d)):
+        plt.store(y_ref.at[token, outputs], y.astype(y_ref.dtype), mask=here)

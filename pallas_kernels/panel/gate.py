@@ -1,0 +1,35 @@
+"""The gate stage of PanelELL: one of three implementations, for all of which the lists are built alike."""
+
+import jax
+
+from pallas_kernels import device
+from pallas_kernels.activations import Rule
+from pallas_kernels.common import gate_stage
+from pallas_kernels.common.gate_stage import GateStage
+from pallas_kernels.panel.config import PanelConfig
+from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
+from pallas_kernels.panel.pallas_triton_lists import GatePanel
+
+
+def stage(config: PanelConfig, backend: str, rule: Rule) -> GateStage[GatePanel]:
+    """The gate stage on a backend: the active gates of ``x Wg^T`` by panels."""
+
+    def gate(x: jax.Array, w_gate: jax.Array) -> GatePanel:
+        match gate_stage.implementation(backend, x, w_gate, device.current()):
+            case "mosaic_gpu":
+                from pallas_kernels.panel import pallas_mosaic_gpu
+
+                return pallas_mosaic_gpu.gate_panel(x, w_gate, rule)
+            case "triton":
+                return gate_panel(x, w_gate, panel=config.panel, config=config.gate, rule=rule)
+            case "xla":
+                return pack_panel(
+                    gate_stage.xla_product(x, w_gate),
+                    d_ff=w_gate.shape[0],
+                    panel=config.panel,
+                    config=config.pack,
+                    rule=rule,
+                    interpret=backend == "interpret",
+                )
+
+    return gate

@@ -1,0 +1,49 @@
+"""The contract on the decode kernels, and the kernels around them, on an NVIDIA GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from op_contract import Contract, Path
+from step_parts import check_add_norm, check_attention, check_project
+
+from pallas_kernels import FFNOptions, sparse_ffn
+from pallas_kernels.bench.inputs import Activity, ffn_inputs
+
+pytestmark = pytest.mark.gpu
+
+
+class TestDecodeOnGPU(Contract):
+    path = Path(
+        FFNOptions(format="decode", backend="triton"),
+        d_model=300,
+        d_ff=1000,
+        tile=64,
+        many_tokens=301,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64])
+def test_the_papers_layer(tokens):
+    inputs = ffn_inputs(jax.random.key(0), Activity(45, 0.8, 2.0), tokens=tokens, d_model=2048, d_ff=5632)
+    y, stats = jax.jit(lambda inputs: sparse_ffn(**inputs, options=FFNOptions(format="decode")))(inputs)
+    want, expected = jax.jit(lambda inputs: sparse_ffn(**inputs, options=FFNOptions(format="dense")))(inputs)
+    scale = float(jnp.abs(want.astype(jnp.float32)).max())
+    np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), atol=0.02 * scale)
+    np.testing.assert_allclose(stats.l0, expected.l0, rtol=0.01)  # gates about zero round either way
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 32, 64), (32, 4, 64), (8, 2, 128), (3, 1, 32)]
+)
+def test_attention(heads, kv_heads, head_dim, dtype):
+    check_attention(heads, kv_heads, head_dim, capacity=700, dtype=dtype, interpret=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 64, 70])
+def test_projections_and_norms(tokens, dtype):
+    check_project(tokens, d_model=1000, outputs=777, dtype=dtype, interpret=False)
+    check_add_norm(tokens, d_model=1000, dtype=dtype, interpret=False)

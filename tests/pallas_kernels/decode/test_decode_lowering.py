@@ -1,0 +1,56 @@
+"""The decode kernels lowered for CUDA with no GPU at hand, through an abstract H200."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from lowering import lowered, shapes
+from op_contract import DTYPES, LAYERS, call
+
+from pallas_kernels import FFNOptions, decode
+
+OPTIONS = FFNOptions(format="decode", backend="triton")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 40, 200), (8, 40, 200), (9, 129, 65), (64, 1000, 5633), (300, 64, 96)], ids=str
+)
+def test_types_and_odd_sizes(sizes, dtype, kind):
+    text = lowered(partial(call, options=OPTIONS), shapes(*sizes, dtype, kind))
+    first = "decode_rows_hidden" if sizes[0] <= 2 else "decode_hidden"
+    assert first in text
+    assert "decode_sum" in text
+    assert ("decode_down" in text) == (sizes[0] > 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65])
+def test_auto_takes_the_decode_kernels_up_to_64_tokens(tokens):
+    text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 2048, 5632))
+    assert ("decode_sum" in text) == (tokens <= 64)
+
+
+def test_auto_leaves_float32_to_xla():
+    assert "decode_sum" not in lowered(partial(call, options=FFNOptions()), shapes(1, 256, 512, "float32"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", decode.HEAD_DIMS)
+def test_the_kernels_around_the_layer(head_dim, dtype):
+    batch, kv_heads, heads, capacity = 3, 2, 10, 100
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    cache = shape(batch, capacity, kv_heads, head_dim)
+    angles = shape(batch, head_dim // 2, dtype=jnp.float32)
+    qkv, lengths = shape(batch, (heads + 2 * kv_heads) * head_dim), shape(batch, dtype=jnp.int32)
+    text = lowered(decode.attention, qkv, cache, cache, lengths, angles, angles)
+    assert re.search(r"output_operand_aliases?", text)
+    x, scale = shape(batch, 100), shape(100, dtype=jnp.float32)
+    assert "decode_project" in lowered(decode.project, x, shape(33, 100))
+    assert "decode_rows_project" in lowered(decode.project, shape(2, 100), shape(33, 100))
+    assert "decode_add_norm" in lowered(partial(decode.add_norm, eps=1e-5), x, x, scale)

@@ -1,0 +1,89 @@
+"""Checks of the kernels around a decode step's feed-forward layers, on any backend, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import decode
+
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def check_attention(heads, kv_heads, head_dim, *, capacity, dtype, interpret):
+    """Rows of an empty, a half-filled, an all but full and a full cache."""
+    lengths = np.array([0, capacity // 2, capacity - 1, capacity], np.int32)
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    qkv = draw(len(lengths), (heads + 2 * kv_heads) * head_dim)
+    keys, values = (draw(len(lengths), capacity, kv_heads, head_dim) for _ in range(2))
+    angles = rng.uniform(0, 6, (len(lengths), head_dim // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    step = jax.jit(lambda *arguments: decode.attention(*arguments, interpret=interpret))
+    with jax.default_matmul_precision("highest"):
+        y, new_keys, new_values = step(qkv, keys, values, jnp.asarray(lengths), cos, sin)
+
+    parts = np.asarray(qkv, np.float64).reshape(len(lengths), -1, head_dim)
+    query, key, value = np.split(parts, (heads, heads + kv_heads), axis=1)
+    query, key = (_rounded(_rotated(part, cos[:, None], sin[:, None]), dtype) for part in (query, key))
+    for row, length in enumerate(lengths):
+        old = [np.asarray(cache[row, :length], np.float64) for cache in (keys, values)]
+        all_keys, all_values = (
+            np.concatenate([old[0], key[row, None]]),
+            np.concatenate([old[1], value[row, None]]),
+        )
+        of_head = np.arange(heads) // (heads // kv_heads)
+        scores = np.einsum("nh,cnh->nc", query[row], all_keys[:, of_head]) / np.sqrt(head_dim)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        want = np.einsum("nc,cnh->nh", weights, all_values[:, of_head])
+        _close(y[row], want.ravel(), dtype)
+        for new, cache, entry in ((new_keys, keys, key), (new_values, values, value)):
+            expected = np.array(cache[row], np.float64)
+            if length < capacity:
+                expected[length] = entry[row]
+            _close(new[row], expected, dtype)
+            np.testing.assert_array_equal(new[row, :length], cache[row, :length])
+
+
+def check_project(tokens, *, d_model, outputs, dtype, interpret):
+    """Also that a row's result does not depend on how many others there are, among 3 to 16."""
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal((n, d_model)), dtype) for n in (tokens, outputs))
+    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    got = decode.project(x, weight, interpret=interpret)
+    assert got.dtype == x.dtype
+    _close(got, want, dtype)
+    wide = decode.project(x, weight, dtype=jnp.float32, interpret=interpret)
+    assert wide.dtype == jnp.float32
+    _close(wide, want, "float32")
+    if 3 < tokens <= 16:
+        fewer = decode.project(x[-3:], weight, interpret=interpret)
+        np.testing.assert_array_equal(fewer, got[-3:])
+
+
+def check_add_norm(tokens, *, d_model, dtype, interpret):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((tokens, d_model)), dtype) for _ in range(2))
+    scale = rng.uniform(0.5, 2, d_model).astype(np.float32)
+    total, normed = decode.add_norm(x, y, jnp.asarray(scale), eps=1e-5, interpret=interpret)
+    np.testing.assert_array_equal(total, x + y)
+    wide = np.asarray(total, np.float64)
+    want = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-5) * scale
+    _close(normed, want, dtype)
+
+
+def _rotated(part, cos, sin):
+    first, second = np.split(part, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rounded(values, dtype):
+    return np.asarray(jnp.asarray(values, dtype), np.float64)
+
+
+def _close(got, want, dtype):
+    got = np.asarray(got, np.float64)
+    np.testing.assert_allclose(got, want, rtol=0, atol=_TOLERANCE[dtype] * max(1e-30, np.abs(want).max()))

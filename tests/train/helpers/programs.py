@@ -1,0 +1,57 @@
+"""The program as a user starts it, for runs of a few milliseconds a step."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TINY = (
+    "--batch-size", "4", "--data.tokenizer", "byte", "--model.vocab-size", "257", "--model.d-model", "16",
+    "--model.d-ff", "32", "--model.num-layers", "1", "--model.num-heads", "2", "--model.num-kv-heads", "1",
+    "--model.context-length", "16", "--report.evaluate-tokens", "64", "--optimizer.warmup-steps", "1",
+)  # fmt: skip
+
+
+def train(corpus: Path, workdir: Path, *options: str) -> list[str]:
+    """The words of ``sparse-lm train`` for a tiny run; what ``options`` repeat is theirs."""
+    return ["train", *TINY, "--data.paths", str(corpus), "--workdir", str(workdir), *options]
+
+
+def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    """The program in a process of its own, with its output in a pipe; the caller waits for it."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **environment,
+        },
+    )
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
+    """The lines up to the first that has ``text``."""
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(
+        f"the program ended before it printed {text!r}: {''.join(lines)}{process.stderr.read()}"
+    )
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits until something holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.02)

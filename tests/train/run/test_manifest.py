@@ -1,0 +1,117 @@
+"""What a run says of itself at its start, keeps in its directory, and compares when it is taken up."""
+
+import json
+import os
+
+import programs
+import pytest
+import tiny_runs
+
+from train import cli
+from train.run.metrics import FILE_NAME as METRICS
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+def manifest_of(workdir):
+    return json.loads((workdir / "manifest.json").read_text())
+
+
+def test_a_run_from_its_first_start_to_a_changed_second(corpus, workdir, capsys):
+    words = programs.train(corpus, workdir, "--steps", "4", "--optimizer.warmup-steps", "2")
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    first = manifest_of(workdir)
+    assert first["parameters"] == 257 * 16 + 2 * 16 * (16 + 8) + 3 * 16 * 32 + 2 * 16 + 16
+    assert first["tokens"] == first["tokens_to_come"] == 4 * 4 * 16
+    assert first["epochs"] == pytest.approx(4 * 4 * 16 / first["corpus"]["tokens"])
+    assert first["corpus"]["documents"] == 40
+    # Three f32 copies of the parameters, the silence of 32 neurons, and scalars.
+    assert 3 * 4 * first["parameters"] + 4 * 32 < first["state_bytes"] < 3 * 4 * first["parameters"] + 4 * 64
+    assert f"fingerprint {first['corpus']['fingerprint'][:12]}" in said
+    assert "kernels  runs dense on xla" in said
+    assert first["kernels"][-1] in said
+    assert [(start["step"], start["changes"]) for start in first["history"]] == [(0, {})]
+
+    # The file gives every option its default; what is typed besides is what has changed.
+    again = ["train", "--config", str(workdir / "config.json")]
+    assert cli.main([*again, "--steps", "5", "--optimizer.beta1", "0.5", "--model.sparsity.l1", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 4 of 5\n" in said
+    assert "changed on resume: steps is 5, was 4\n" in said
+    assert "changed on resume: optimizer.beta1 is 0.5, was 0.9\n" in said
+    # A cosine from 2.5e-3 to 5 % of it: over at step 4 of 4, at two thirds of its way at step 4 of 5.
+    assert "the learning rate jumps at step 5: 0.000719, where it was to be 0.000125\n" in said
+    assert "the L1 coefficient λ jumps at step 5: 1, where it was to be 0.002\n" in said
+    second = manifest_of(workdir)
+    assert second["history"][0] == first["history"][0]
+    assert second["history"][1]["step"] == 4
+    assert second["history"][1]["changes"]["optimizer.beta1"] == {"before": 0.9, "now": 0.5}
+    assert second["config"]["steps"] == 5
+
+    # λ is steered on from where it was, unless another one is asked for.
+    target = [*again, "--model.sparsity.schedule", "target", "--model.sparsity.target-l0", "1", "--l1", "0.5"]
+    assert cli.main([*target, "--steps", "6"]) == 0
+    assert "the L1 coefficient λ is steered anew, from 0.5\n" in capsys.readouterr().out
+    assert cli.main([*target, "--steps", "7"]) == 0
+    assert "λ" not in capsys.readouterr().out
+    steered = [record["l1_coefficient"] for record in tiny_runs.read_records(workdir) if "ce" in record][-2:]
+    assert steered[0] == 0.5
+    assert 0.5 < steered[1] <= 0.5 * 1.01**2
+
+    # What would make another run of it is refused, and changes nothing.
+    before = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    assert cli.main([*again, "--steps", "8", "--seed", "1"]) == 1
+    assert "seed is 0 there and 1 here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
+
+
+def test_a_dry_run_shows_the_run_and_begins_none(corpus, workdir, capsys):
+    assert cli.main(programs.train(corpus, workdir, "--steps", "4", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "256 tokens to come" in said
+    assert said.endswith("dry run: no step was taken\n")
+    assert os.listdir(workdir) == ["cache"]
+
+
+def test_kernels_that_cannot_run_are_refused_before_the_first_step(corpus, workdir, capsys):
+    assert cli.main(programs.train(corpus, workdir, "--model.ffn.format", "twell")) == 1
+    assert capsys.readouterr().err.startswith("sparse-lm: backend='triton' needs an NVIDIA GPU of compute")
+    assert os.listdir(workdir) == ["cache"]
+
+
+def test_a_manifest_of_something_else_is_left_alone(corpus, workdir, capsys):
+    workdir.mkdir()
+    (workdir / "manifest.json").write_text('{"name": "an extension"}')
+    assert cli.main(programs.train(corpus, workdir, "--steps", "4")) == 1
+    assert "manifest.json must be the manifest of a run; found another file" in capsys.readouterr().err
+    assert (workdir / "manifest.json").read_text() == '{"name": "an extension"}'
+    assert METRICS not in os.listdir(workdir)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "config must be a preset or a JSON file; {file}: No such file or directory"),
+        ("{", "config must be a preset or a JSON file; {file}: Expecting property name"),
+        ("[]", "{file}: the whole must be an object of fields; got []"),
+        ('{"stepz": 3}', "{file}: a run has no field stepz; did you mean steps?"),
+        ('{"model": {"sparsity": {"l2": 3}}}', "{file}: model.sparsity has no field l2; did you mean l1?"),
+        ('{"steps": "many"}', '{file}: steps must be int; got "many"'),
+        ('{"steps": true}', "{file}: steps must be int; got true"),
+        ('{"data": {"paths": "c.jsonl"}}', '{file}: data.paths must be tuple[str, ...]; got "c.jsonl"'),
+        ('{"parallel": {"mode": "spmd"}}', "{file}: parallel.mode must be Literal['jit', 'pmap']; got"),
+        ('{"steps": 0}', "{file}: steps must be at least 1 and under 2^31; got 0"),
+    ],
+)
+def test_mistakes_in_a_configuration_file(tmp_path, capsys, text, sentence):
+    file = tmp_path / "run.json"
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["train", "--config", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sparse-lm: " + sentence.format(file=file))

@@ -1,0 +1,183 @@
+"""What a run lives through, and what stops it before any work, seen through the program."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import programs
+import pytest
+import tiny_runs
+
+from train import cli
+from train.run import lock
+from train.run.checkpoint import complete_steps
+
+FOR_EVER = ("--steps", "1000000", "--checkpoint.every", "1000000")
+
+
+def complaint(capsys, words):
+    """The sentence of a program that fails before it prints anything else."""
+    status = cli.main(words)
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "")
+    assert err.startswith("sparse-lm: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("sparse-lm: ").rstrip()
+
+
+@pytest.mark.timeout(120)
+def test_a_held_directory_a_reader_that_leaves_and_a_hang_up(corpus, tmp_path, capsys):
+    """One run through all three: it is alone in its directory, outlives its reader, and saves at SIGHUP."""
+    words = programs.train(corpus, tmp_path, *FOR_EVER)
+    with programs.start(words) as first:
+        programs.wait_for_line(first, "step       1/1000000")
+        metrics = tmp_path / "metrics.jsonl"
+        programs.wait_until(lambda: metrics.stat().st_size > 2000)
+        before = metrics.read_bytes()
+
+        said = complaint(capsys, programs.train(corpus, tmp_path, "--seed", "1", "--steps", "2"))
+        assert said.startswith(
+            f"{tmp_path} is held by another run (process {first.pid} on {socket.gethostname()}, "
+        )
+        assert f"--workdir {tmp_path}" in said
+        assert said.endswith("): wait for it to end, or choose another directory with --workdir")
+
+        first.stdout.close()
+        size = metrics.stat().st_size
+        programs.wait_until(lambda: metrics.stat().st_size > size + 20_000)
+        assert metrics.read_bytes().startswith(before)
+
+        first.send_signal(signal.SIGHUP)
+        error = first.stderr.read()
+        assert first.wait(30) == 0, error
+    assert "standard output is closed: the run goes on" in error
+    assert "SIGHUP: saving after this step" in error
+    assert "Traceback" not in error
+    steps = [record["step"] for record in tiny_runs.read_records(tmp_path)]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert complete_steps(tmp_path / "checkpoints") == [steps[-1]]
+    assert not (tmp_path / lock.FILE_NAME).exists()
+
+
+def sign(workdir, host, age):
+    """A lock file as a run on ``host`` leaves it that was killed ``age`` seconds ago."""
+    holder = {"host": host, "pid": 7, "started": "2026-01-02T03:04:05+0000", "command": "sparse-lm train"}
+    path = workdir / lock.FILE_NAME
+    path.write_text(json.dumps(holder))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_a_run_on_another_host_lives_while_it_touches_its_lock(corpus, tmp_path, capsys):
+    sign(tmp_path, "elsewhere", age=10)
+    said = complaint(capsys, programs.train(corpus, tmp_path, "--steps", "1"))
+    assert "is held by another run (process 7 on elsewhere, started 2026-01-02T03:04:05+0000 as: " in said
+    assert said.endswith("; if it has died, try again in 120 seconds")
+    assert os.listdir(tmp_path) == [lock.FILE_NAME]
+
+
+@pytest.mark.parametrize(("host", "age"), [("elsewhere", 200), (socket.gethostname(), 0)])
+def test_a_lock_without_a_living_run_is_taken(corpus, tmp_path, capsys, host, age):
+    sign(tmp_path, host, age)
+    assert cli.main(programs.train(corpus, tmp_path, "--steps", "1")) == 0
+    assert f"the run that held this directory has died (process 7 on {host}, " in capsys.readouterr().out
+    assert not (tmp_path / lock.FILE_NAME).exists()
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path, capsys):
+    said = complaint(capsys, programs.train(tmp_path / "none.jsonl", tmp_path / "a" / "b"))
+    assert "there is no file" in said
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_refused_before_any_work(corpus, tmp_path, capsys, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    said = complaint(capsys, [*programs.train(corpus, tmp_path), "--workdir", workdir])
+    assert said.startswith(f"workdir must be a directory that this machine has mounted; got {workdir}: mount")
+    said = complaint(capsys, ["evaluate", "--checkpoint", workdir])
+    assert said.startswith(f"checkpoint must be a directory that this machine has mounted; got {workdir}: ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_float16_is_not_trained(corpus, tmp_path, capsys):
+    said = complaint(capsys, programs.train(corpus, tmp_path / "run", "--model.dtype", "float16"))
+    assert said.startswith("model.dtype must be bfloat16 or float32 in training; got float16")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_a_device_that_is_not_there_is_one_sentence(corpus, finished, tmp_path, command):
+    words = {
+        "train": programs.train(corpus, tmp_path / "run"),
+        "generate": ["generate", "--checkpoint", str(finished.workdir), "--prompt", "x"],
+    }[command]
+    with programs.start(words, JAX_PLATFORMS="cuda") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith(
+        "sparse-lm: JAX_PLATFORMS=cuda must name a device that is there; JAX found none"
+    )
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(corpus, tmp_path, capsys):
+    """The absurd rate of step 2 leaves a finite state from which no step can go on."""
+    options = ("--steps", "9", "--lr", "1e30", "--optimizer.skip-nonfinite", "2", "--checkpoint.every", "4")
+    assert cli.main(programs.train(corpus, tmp_path, *options)) == 1
+    out, err = capsys.readouterr()
+    left_out = re.findall(r"^step (\d) is left out: .* \(in a row: (\d) of at most 2\)$", out, re.MULTILINE)
+    assert left_out == [("3", "1"), ("4", "2")]
+    assert "training stopped at step 5: the loss is " in err
+    # What was saved after a step that was left out is the state before it.
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / '4'}: lower" in err
+    records = tiny_runs.read_records(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_checkpoints_by_time(corpus, tmp_path):
+    options = (
+        "--steps",
+        "4",
+        "--checkpoint.every",
+        "100",
+        "--checkpoint.minutes",
+        "1e-9",
+        "--checkpoint.keep",
+        "9",
+    )
+    assert cli.main(programs.train(corpus, tmp_path, *options)) == 0
+    assert complete_steps(tmp_path / "checkpoints") == [1, 2, 3, 4]
+
+
+@pytest.mark.timeout(240)
+def test_a_process_that_is_lost_ends_the_others_with_one_sentence(corpus, tmp_path, capsys):
+    """And the run goes on with another number of processes, from what the two have saved."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    words = programs.train(corpus, tmp_path, *FOR_EVER, "--checkpoint.every", "5")
+    with (
+        programs.start(words, **cluster, JAX_PROCESS_ID="0") as first,
+        programs.start(words, **cluster, JAX_PROCESS_ID="1") as second,
+    ):
+        programs.wait_until(lambda: bool(complete_steps(tmp_path / "checkpoints")), seconds=120)
+        second.kill()
+        began = time.monotonic()
+        _, errors = first.communicate(timeout=120)
+        assert time.monotonic() - began < 60
+        second.communicate()
+    assert first.returncode == 1, errors
+    assert errors.splitlines()[-1].startswith(
+        "sparse-lm: process 0 of 2 has lost another process of the run ("
+    )
+    assert "stack trace" not in errors
+    newest = complete_steps(tmp_path / "checkpoints")[-1]
+    assert cli.main(programs.train(corpus, tmp_path, "--steps", str(newest + 1))) == 0
+    assert f"resuming after step {newest} of {newest + 1}\n" in capsys.readouterr().out
