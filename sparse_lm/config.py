@@ -13,6 +13,7 @@ L1Schedule = Literal["constant", "linear", "staged", "target"]
 MAX_SILENCE = (1 << 30) - 1  # tokens of silence are counted up to here, in int32
 RematPolicy = Literal["none", "full", "dots", "sparse"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+TokenOrderName = Literal["text", "auto", "id", "vocabulary", "centroids", "hash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,13 @@ class ModelConfig:
         ``"full"`` (keeps only each layer's input).
       sparsity: the L1 term.
       ffn: how the feed-forward kernels run; its activation is not read.
+      token_order: in which order the feed-forward layers take the tokens of a forward, which decides which
+        tokens share a panel, and no result: ``"text"``, as they come; ``"id"``, by token id;
+        ``"vocabulary"``, by clusters of the embedding, then id; ``"centroids"``, by clusters of what enters
+        the first feed-forward layer, then id; ``"hash"``, by signs of random projections of that, then id;
+        ``"auto"``, ``"centroids"`` where the layers may run in panels, else ``"text"``. Generation and
+        forwards of few tokens leave it out. Clusters follow a training (`SparseLM.refresh_token_order`).
+      token_clusters: K, how many clusters ``"vocabulary"`` and ``"centroids"`` tell apart.
     """
 
     vocab_size: int = 49_152
@@ -175,6 +183,8 @@ class ModelConfig:
     remat: RematPolicy = "none"
     sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     ffn: FFNOptions = dataclasses.field(default_factory=FFNOptions)
+    token_order: TokenOrderName = "text"
+    token_clusters: int = 64
 
     def __post_init__(self) -> None:
         for name in (
@@ -185,6 +195,7 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "context_length",
+            "token_clusters",
         ):
             value = getattr(self, name)
             if value < 1:
@@ -239,6 +250,16 @@ class ModelConfig:
             raise RequestError(f"model.dtype must be bfloat16, float16 or float32; got {self.dtype!r}")
         if self.remat not in get_args(RematPolicy):
             raise RequestError(f"model.remat must be none, full, dots or sparse; got {self.remat!r}")
+        if self.token_order not in get_args(TokenOrderName):
+            raise RequestError(
+                f"model.token-order must be one of {', '.join(get_args(TokenOrderName))}; "
+                f"got {self.token_order!r}"
+            )
+        if self.token_clusters * self.vocab_size >= 2**31:
+            raise RequestError(
+                f"model.token-clusters × model.vocab-size must be below 2^31, so that a cluster and an id "
+                f"share an int32 key; got {self.token_clusters} × {self.vocab_size}"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -1,6 +1,7 @@
 """The drop-in module: a feed-forward layer whose hidden activations an L1 term makes sparse."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import FFNOptions, FFNStats, sparse_ffn, sparse_mlp
 from pallas_kernels.ffn import ffn_on_mesh
+from sparse_lm.order import Permutation
 
 
 class SparseFFN(nnx.Module):
@@ -28,6 +30,13 @@ class SparseFFN(nnx.Module):
     and neurons over the axes that the weights' metadata names for F. Elsewhere the call splits as its arrays
     are. Inside ``shard_map`` or ``pmap`` it is local already, and so are its statistics
     (``FFNStats.all_reduce`` combines them).
+
+    With an ``order`` the layer takes its tokens in that order, and gives ``y`` in their own. Alike tokens
+    side by side activate fewer neurons together, which is what a panel's time depends on; the result is the
+    same up to the order of sums. One order serves all layers of a forward (`sparse_lm.order`):
+
+        order = by_id(tokens)
+        y, stats = ffn(x, order=order)
     """
 
     def __init__(
@@ -91,23 +100,34 @@ class SparseFFN(nnx.Module):
         self.options = FFNOptions() if options is None else options
         self.batch_axes = (batch_axes,) if isinstance(batch_axes, str) else batch_axes
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
+    def __call__(self, x: jax.Array, *, order: Permutation | None = None) -> tuple[jax.Array, FFNStats]:
         """Applies the layer.
 
         Args:
           x: (..., D), cast to ``dtype`` if one was given.
+          order: of the tokens (...), for the kernels. Under an ambient mesh each device's part of it must be
+            an order of that device's tokens: `over_local_tokens` makes one from a function of local arrays.
 
         Returns:
           ``y`` (..., D) in ``dtype`` and the call's statistics.
 
         Raises:
-          ValueError: ``x`` has another width, or ``batch_axes`` or the weights' metadata name what is no
-          axis of
-            the ambient mesh.
+          ValueError: ``x`` has another width, ``order`` is of other tokens, or ``batch_axes`` or the weights'
+            metadata name what is no axis of the ambient mesh.
         """
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"SparseFFN expected x of shape (..., {self.d_model}); got {x.shape}")
-        parameters = [p for p in (self.w_gate, self.w_up, self.w_down) if p is not None]
+        if order is None:
+            return self._apply(x)
+        order.check(x)
+        mesh = jax.sharding.get_abstract_mesh()
+        batch_axes = None if mesh.empty else self._token_axes(mesh)
+        gathered = over_local_tokens(lambda x, order: order.gather(x), x, order, batch_axes=batch_axes)
+        y, stats = self._apply(gathered)
+        return over_local_tokens(lambda y, order: order.scatter(y), y, order, batch_axes=batch_axes), stats
+
+    def _apply(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
+        parameters = self._parameters
         # The layer itself rounds f32 weights, and so can give their gradients in f32.
         x = x.astype(self.dtype or x.dtype)
         weights = [p[...] if p.dtype == jnp.float32 else p[...].astype(x.dtype) for p in parameters]
@@ -120,16 +140,70 @@ class SparseFFN(nnx.Module):
                 x = jax.sharding.reshard(x, PartitionSpec(self.batch_axes))
             return self._call(x, *weights)
         specs = [_partition_spec(mesh, parameter) for parameter in parameters]
-        axes = self.batch_axes
-        if axes is None:
-            neurons = {axis for spec in specs for axis in _axes(spec[0])}
-            axes = tuple(axis for axis in mesh.axis_names if axis not in neurons)
-        split = PartitionSpec(axes) if x.ndim > 1 else PartitionSpec()
+        split = PartitionSpec(self._token_axes(mesh)) if x.ndim > 1 else PartitionSpec()
         return ffn_on_mesh(mesh, (x, split), *zip(weights, specs, strict=True), options=self.options)
+
+    @property
+    def _parameters(self) -> list[nnx.Param]:
+        return [p for p in (self.w_gate, self.w_up, self.w_down) if p is not None]
+
+    def _token_axes(self, mesh: AbstractMesh) -> tuple[str, ...]:
+        """Axes (Auto) of a mesh that split the tokens: those asked for, or all that split no neurons."""
+        if self.batch_axes is not None:
+            return self.batch_axes
+        specs = [_partition_spec(mesh, parameter) for parameter in self._parameters]
+        neurons = {axis for spec in specs for axis in _axes(spec[0])}
+        return tuple(axis for axis in mesh.axis_names if axis not in neurons)
 
     def _call(self, x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, FFNStats]:
         kernel = sparse_mlp if self.w_gate is None else sparse_ffn
         return kernel(x, *weights, options=self.options)
+
+
+def over_local_tokens(
+    function: Callable[..., Any], *arrays: Any, batch_axes: tuple[str, ...] | None = None
+) -> Any:
+    """``function`` of each device's own tokens under an ambient mesh: an order of them, for example.
+
+    Without a mesh, and where arrays are local already, it is just the call.
+
+    Args:
+      function: of arrays whose first axis is the batch, to a tree of such arrays.
+      arrays: all of the same first axis, or trees of them.
+      batch_axes: axes of type Auto that the batch is split over, all by default. Arrays of a mesh of type
+        Explicit say by themselves how they are split, and the first decides.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = _batch_split(mesh, jax.tree.leaves(arrays)[0], batch_axes)
+    if split is None:
+        return function(*arrays)
+    if AxisType.Explicit in mesh.axis_types:
+        arrays = jax.sharding.reshard(arrays, split)
+    return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*arrays)
+
+
+def local_token_count(shape: tuple[int, ...]) -> int:
+    """How many tokens of that shape (...) `over_local_tokens` gives one device, on axes of type Auto."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = _batch_split(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), None)
+    devices = 1 if split is None else math.prod(mesh.shape[axis] for entry in split for axis in _axes(entry))
+    return math.prod(shape) // devices
+
+
+def _batch_split(
+    mesh: AbstractMesh, array: jax.Array | jax.ShapeDtypeStruct, batch_axes: tuple[str, ...] | None
+) -> PartitionSpec | None:
+    """How the first axis is split; not at all where the devices cannot share it evenly."""
+    if mesh.empty or mesh.manual_axes:
+        return None
+    _check_names(mesh, batch_axes or (), "SparseFFN.batch_axes")
+    axes = mesh.axis_names if batch_axes is None else batch_axes
+    if AxisType.Explicit in mesh.axis_types:
+        spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else PartitionSpec()
+        axes = _axes(spec[0]) if len(spec) else ()
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    shared = array.ndim > 0 and array.shape[0] % devices == 0
+    return PartitionSpec(axes) if shared and axes else PartitionSpec()
 
 
 def _partition_spec(mesh: AbstractMesh, parameter: nnx.Param) -> PartitionSpec:

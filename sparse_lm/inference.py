@@ -80,6 +80,9 @@ class LayerCaches:
 class InferenceModel:
     """A `SparseLM` without its gradient; made by `InferenceModel.of`.
 
+    Its feed-forward layers take tokens as they come, whatever ``config.token_order`` says: an order changes
+    no result.
+
     Attributes:
       config: the model's.
       embedding: (V, D) in the compute type.

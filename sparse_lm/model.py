@@ -14,6 +14,8 @@ from sparse_lm.attention import Attention, KVCache
 from sparse_lm.config import ModelConfig, RematPolicy
 from sparse_lm.ffn import SparseFFN
 from sparse_lm.layers import RMSNorm, scaled
+from sparse_lm.model_order import ModelOrder
+from sparse_lm.order import Permutation
 
 
 class Block(nnx.Module):
@@ -40,8 +42,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, FFNStats, KVCache | None]:
         """(B, S, D) to (B, S, D), the feed-forward statistics, and the cache with this layer written."""
         x, entering, cache = self.attend(x, cache=cache, layer=layer)
-        y, stats = self.ffn(entering)
-        return self._add(x, y), stats, cache
+        x, stats = self.feed_forward(x, entering)
+        return x, stats, cache
 
     def attend(
         self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
@@ -51,6 +53,14 @@ class Block(nnx.Module):
         attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
         x = self._add(x, attended)
         return x, self.ffn_norm(x), cache
+
+    def feed_forward(
+        self, x: jax.Array, entering: jax.Array, order: Permutation | None = None
+    ) -> tuple[jax.Array, FFNStats]:
+        """The second half, from what ``attend`` returned: (B, S, D) with the feed-forward part added, which
+        takes its tokens in ``order``, and its statistics."""
+        y, stats = self.ffn(entering, order=order)
+        return self._add(x, y), stats
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + scaled(y, self.residual_scale)
@@ -62,7 +72,7 @@ class SparseLM(nnx.Module):
     Master weights are f32, compute is in ``config.dtype``, logits are f32. Parameters: ``embedding`` (V, D),
     ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head``
     (V, D). All matrices start normal with standard deviation ``config.init_std``, norm scales at 1,
-    biases at 0.
+    biases at 0. ``token_order`` holds what ``config.token_order`` keeps (`OrderState`, no parameters).
 
     Under an ambient mesh (``jax.set_mesh``, axes of type Auto) the feed-forward layers split the batch over
     the mesh themselves and XLA splits everything else, as the placement of parameters and tokens asks.
@@ -77,6 +87,7 @@ class SparseLM(nnx.Module):
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(rngs.split(config.num_layers))
         self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
         self.head = None if config.tied_embeddings else nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.token_order = ModelOrder(config, rngs=rngs)
 
     @overload
     def __call__(self, tokens: jax.Array, *, cache: None = None) -> tuple[jax.Array, FFNStats]: ...
@@ -114,19 +125,52 @@ class SparseLM(nnx.Module):
                 f"SparseLM expected tokens of shape (batch, at most {longest} positions); got {tokens.shape}"
             )
         graphdef, layers = nnx.split(self.blocks)
+        fixed_order = self.token_order.before_layers(tokens)
+        ordered_by_input = self.token_order.needs_input(tokens.shape)
 
         def run_layer(carry, inputs):
-            x, cache = carry
+            x, cache, order = carry
             layer, state = inputs
-            x, stats, cache = nnx.merge(graphdef, state)(x, cache=cache, layer=layer)
-            return (x, cache), stats
+            block = nnx.merge(graphdef, state)
+            x, entering, cache = block.attend(x, cache=cache, layer=layer)
+            if ordered_by_input:
+                order = jax.lax.cond(
+                    layer == 0, lambda: self.token_order.of_input(entering, tokens), lambda: order
+                )
+            x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
+            return (x, cache, order), stats
 
         x = self._embed(tokens)
         inputs = (jnp.arange(self.config.num_layers), layers)
-        (x, cache), stats = jax.lax.scan(_remat(run_layer, self.config.remat), (x, cache), inputs)
+        # Until the first layer has made the order, anything of its shape and type stands in its place.
+        unmade = tokens.astype(jnp.int32)
+        carry = (x, cache, Permutation(unmade, unmade) if ordered_by_input else None)
+        (x, cache, _), stats = jax.lax.scan(_remat(run_layer, self.config.remat), carry, inputs)
         if cache is not None:
             cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
         return self.final_norm(x), stats, cache
+
+    def refresh_token_order(self, tokens: jax.Array, *, axis_name: str | None = None) -> None:
+        """Renews what ``config.token_order`` keeps, from the weights as they are and some tokens.
+
+        In a training, call it at the start and then every fifty steps or so, on the batch at hand: it costs
+        the attention of one layer, with no gradient. Like all that changes a module it belongs inside
+        ``nnx.jit``, or between ``nnx.merge`` and ``nnx.split``. Orders that keep nothing stay as they are.
+
+        Args:
+          tokens: (B, S) int32.
+          axis_name: a mapped axis (``pmap``, ``shard_map``) over which the batch is split.
+        """
+        if self.token_order.follows:
+            x = jax.lax.stop_gradient(self.first_ffn_input(tokens))
+            self.token_order.refresh(x, self.embedding[...], axis_name=axis_name)
+
+    def first_ffn_input(self, tokens: jax.Array) -> jax.Array:
+        """What enters the first layer's feed-forward part: (B, S) int32 tokens to (B, S, D) in
+        the compute type."""
+        graphdef, layers = nnx.split(self.blocks)
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], layers))
+        return block.attend(self._embed(tokens))[1]
 
     def ffn_inputs(self, tokens: jax.Array) -> jax.Array:
         """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in
@@ -140,6 +184,18 @@ class SparseLM(nnx.Module):
 
         x = self._embed(tokens)
         return jax.lax.scan(run_layer, x, layers)[1]
+
+    def residual_streams(self, tokens: jax.Array) -> jax.Array:
+        """What each layer's feed-forward norm reads: (B, S) int32 tokens to (L, B, S, D) in
+        the compute type."""
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run_layer(x, state):
+            block = nnx.merge(graphdef, state)
+            x, entering, _ = block.attend(x)
+            return block.feed_forward(x, entering)[0], x
+
+        return jax.lax.scan(run_layer, self._embed(tokens), layers)[1]
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return scaled(self.embedding[...][tokens].astype(self.config.dtype), self.config.embedding_scale)

@@ -232,12 +232,15 @@ class TrainConfig:
       batch_size: sequences of one optimizer step, over all devices, processes and accumulation steps.
       seed: of the initial weights and of the data order.
       workdir: directory of checkpoints, logs and the tokenizer.
+      refresh_order_every: steps between renewals of what ``model.token-order`` keeps, where it keeps
+        anything; the first comes before the first step.
     """
 
     steps: int = 30_000
     batch_size: int = 512
     seed: int = 0
     workdir: str = "runs/sparse-lm"
+    refresh_order_every: int = 50
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -251,6 +254,10 @@ class TrainConfig:
         _require(0 <= self.seed < 2**32, f"seed must be at least 0 and under 2^32; got {self.seed}")
         _require(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
         _require(bool(self.workdir), "workdir must name a directory; got ''")
+        _require(
+            self.refresh_order_every >= 1,
+            f"refresh-order-every must be at least 1; got {self.refresh_order_every}",
+        )
         _require(
             self.batch_size % self.optimizer.accumulation == 0,
             f"batch-size must be a multiple of optimizer.accumulation={self.optimizer.accumulation}; "

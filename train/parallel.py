@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from train.config import ParallelConfig, TrainConfig
 from train.errors import LostProcessError, UserError, short_reason
 from train.state import Program, TrainState
-from train.step import TrainStep, make_train_step
+from train.step import TrainStep, make_order_refresh, make_train_step
 
 _HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
+OrderRefresh = Callable[[int, TrainState, Any], TrainState]
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
 
 
@@ -165,6 +166,27 @@ class Layout:
             out_shardings=(shardings, self.replicated),
             donate_argnums=0,
         )
+
+    def order_refresh(self, program: Program) -> OrderRefresh:
+        """``(step, state, tokens) -> state``, for every step from 1 before it runs: renews what the model's
+        token order keeps, where there is anything and the step's turn has come. It takes what the step takes.
+        """
+        if not program.abstract_state().buffers:
+            return lambda step, state, tokens: state
+        if self.config.mode == "pmap":
+            refresh: Any = jax.pmap(
+                make_order_refresh(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
+            )
+        else:
+            shardings = self.state_shardings(program.abstract_state())
+            refresh = jax.jit(
+                make_order_refresh(program),
+                in_shardings=(shardings, self.batch),
+                out_shardings=shardings,
+                donate_argnums=0,
+            )
+        every = program.config.refresh_order_every
+        return lambda step, state, tokens: state if (step - 1) % every else refresh(state, tokens)
 
     def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
         """`compile_step`, compiled ahead for what ``place`` returned;

@@ -23,6 +23,8 @@ class TrainState:
 
     Attributes:
       params: nested dict of f32 arrays, the master weights.
+      buffers: nested dict of what else the model holds (`sparse_lm.model_order.OrderState`); no gradient
+        reaches it.
       opt_state: optax's state for ``params``.
       rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use).
       step: () int32, optimizer steps done.
@@ -31,11 +33,17 @@ class TrainState:
     """
 
     params: Params
+    buffers: Params
     opt_state: Any
     rng: jax.Array
     step: jax.Array
     activity: NeuronActivity
     l1_coefficient: jax.Array
+
+    @property
+    def variables(self) -> Params:
+        """All that the model is made of: what evaluation and generation need."""
+        return self.params | self.buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +77,11 @@ def build_program(config: TrainConfig) -> Program:
 
     def init() -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(config.seed))
-        _, variables = nnx.split(SparseLM(config.model, rngs=nnx.Rngs(init_key)))
-        params = nnx.to_pure_dict(variables)
+        model = SparseLM(config.model, rngs=nnx.Rngs(init_key))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return TrainState(
             params=params,
+            buffers=nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))),
             opt_state=optimizer.init(params),
             rng=jax.random.key_data(step_key),
             step=jnp.zeros((), jnp.int32),

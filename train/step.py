@@ -1,5 +1,6 @@
 """One optimizer step as a pure function of state and tokens."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,17 +30,18 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
     config = program.config
 
     def loss_and_statistics(
-        params: Params, tokens: jax.Array, coefficient: jax.Array
+        params: Params, buffers: Params, tokens: jax.Array, coefficient: jax.Array
     ) -> tuple[jax.Array, Any]:
-        logits, stats = nnx.merge(program.graphdef, params)(tokens[:, :-1])
+        logits, stats = nnx.merge(program.graphdef, params | buffers)(tokens[:, :-1])
         loss, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, coefficient)
         return loss, ({"loss": loss, **terms}, stats)
 
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         sparse = config.model.sparsity
         coefficient = sparsity.l1_coefficient(state.step, sparse, state.l1_coefficient)
+        gradient = jax.grad(loss_and_statistics, has_aux=True)
         grads, (terms, stats) = accumulated_gradient(
-            lambda params, micro: jax.grad(loss_and_statistics, has_aux=True)(params, micro, coefficient),
+            lambda params, micro: gradient(params, state.buffers, micro, coefficient),
             state.params,
             tokens,
             config.optimizer.accumulation,
@@ -50,6 +52,7 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             params=optax.apply_updates(state.params, updates),
+            buffers=state.buffers,
             opt_state=opt_state,
             rng=state.rng,
             step=state.step + 1,
@@ -73,6 +76,24 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
         return new_state, metrics
 
     return train_step
+
+
+def make_order_refresh(
+    program: Program, axis_name: str | None = None
+) -> Callable[[TrainState, Any], TrainState]:
+    """``(state, tokens (B, S + 1) int32) -> state`` whose token order has followed the weights and the text.
+
+    It reads one micro-batch. ``axis_name`` is a mapped axis that the batch is split over.
+    """
+    accumulation = program.config.optimizer.accumulation
+
+    def refresh(state: TrainState, tokens: jax.Array) -> TrainState:
+        model = nnx.merge(program.graphdef, state.variables)
+        model.refresh_token_order(tokens[::accumulation, :-1], axis_name=axis_name)
+        buffers = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+        return dataclasses.replace(state, buffers=buffers)
+
+    return refresh
 
 
 def _tokens(tokens: jax.Array, axis_name: str | None) -> int:

@@ -25,6 +25,7 @@ class Case:
     """One layer and its input: a model's shape, M tokens, how active its neurons are, and the type of it all.
 
     ``source`` says in words what the activity is like: cases that differ in it belong to different curves.
+    With ``alike`` the tokens of a topic stand together.
     """
 
     shape: FFNShape
@@ -32,13 +33,14 @@ class Case:
     activity: Activity = Activity()  # noqa: RUF009 - frozen
     dtype: str = "bfloat16"
     source: str = "independent tokens"
+    alike: bool = False
 
     def make_inputs(self) -> Callable[[jax.Array], Arrays]:
         """A function of a random key that gives the layer's arguments by name."""
         shape = self.shape
         return partial(
             ffn_inputs, activity=self.activity, tokens=self.tokens, d_model=shape.d_model, d_ff=shape.d_ff,
-            gated=shape.gated, dtype=jnp.dtype(self.dtype),
+            gated=shape.gated, dtype=jnp.dtype(self.dtype), alike=self.alike,
         )  # fmt: skip
 
     def arrays(self) -> Arrays:

@@ -2,8 +2,10 @@
 
 A gate is ``b_j + s_i + w_j . z_i`` with standard normal z and unit w: neuron j is active with a probability
 that its bias b sets, and the token's shift s makes rows uneven. Neurons' rates are log-normal and a share of
-them is dead. Tokens are independent; at the measured spreads that alone reproduces how many neurons 32 and
-128 neighbouring tokens of a trained model share, to within 12 %.
+them is dead. A token's z is partly its topic's, ``sqrt(r) t + sqrt(1 - r) e``, and topics follow each other
+at random. So neighbours share little more than independent tokens do, which at the measured spreads is what
+32 and 128 neighbouring tokens of a trained model share, to within 12 %; and tokens of one topic share much,
+as do those that a model's order of its tokens puts side by side.
 """
 
 import dataclasses
@@ -33,6 +35,8 @@ class Activity:
       dead: share of the neurons that no token activates.
       rate_spread: standard deviation of the logarithm of the other neurons' rates.
       token_spread: standard deviation of a token's shift, in units of a gate's own.
+      topic_share: r, the share of a gate's variance over tokens that their topics explain.
+      topics: how many topics there are, all as frequent.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
@@ -42,6 +46,8 @@ class Activity:
     dead: float = 0.3
     rate_spread: float = 1.5
     token_spread: float = 0.35
+    topic_share: float = 0.0
+    topics: int = 64
 
     def __post_init__(self) -> None:
         if not self.mean_nnz > 0:
@@ -53,23 +59,35 @@ class Activity:
                 f"Activity.rate_spread and token_spread must be at least 0; got {self.rate_spread}, "
                 f"{self.token_spread}"
             )
+        if not 0 <= self.topic_share <= 1 or self.topics < 1:
+            raise ValueError(
+                f"Activity.topic_share must be from 0 to 1, and topics at least 1; got {self.topic_share}, "
+                f"{self.topics}"
+            )
 
+
+_TOPIC_SHARE = 0.65
 
 PROFILES = {
-    "layer-0": Activity(334, 0.0, 1.6, 0.5),
-    "layer-1": Activity(31, 0.78, 2.0, 0.4),
-    "layer-3": Activity(45, 0.81, 2.0, 0.2),
-    "layer-5": Activity(154, 0.54, 2.0, 0.2),
-    "layer-6": Activity(273, 0.34, 2.0, 0.2),
-    "layer-7": Activity(477, 0.01, 1.6, 0.4),
-    "no-l1": Activity(900, 0.0, 1.0, 0.3),
+    "layer-0": Activity(334, 0.0, 1.6, 0.5, _TOPIC_SHARE),
+    "layer-1": Activity(31, 0.78, 2.0, 0.4, _TOPIC_SHARE),
+    "layer-3": Activity(45, 0.81, 2.0, 0.2, _TOPIC_SHARE),
+    "layer-5": Activity(154, 0.54, 2.0, 0.2, _TOPIC_SHARE),
+    "layer-6": Activity(273, 0.34, 2.0, 0.2, _TOPIC_SHARE),
+    "layer-7": Activity(477, 0.01, 1.6, 0.4, _TOPIC_SHARE),
+    "no-l1": Activity(900, 0.0, 1.0, 0.3, _TOPIC_SHARE),
 }
 """Layers of a trained 8-layer model with F = 5632: mean nnz and dead share as measured, spreads fitted to the
-99th percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together.
+99th percentile of a token's nnz and to the neurons that 32 and 128 consecutive tokens activate together. With
+their topics' share, 128 tokens of one topic activate about half of what as many consecutive ones do.
 ``no-l1`` has the mean nnz of a layer trained without the L1 term, and spreads that nobody measured."""
 
 _PROFILED_D_FF = 5632
-_LADDER = (Activity(5, 0.95, 1.8, 0.3), *(PROFILES[f"layer-{n}"] for n in (1, 3, 5, 6, 7)), PROFILES["no-l1"])
+_LADDER = (
+    Activity(5, 0.95, 1.8, 0.3, _TOPIC_SHARE),
+    *(PROFILES[f"layer-{n}"] for n in (1, 3, 5, 6, 7)),
+    PROFILES["no-l1"],
+)
 """By mean nnz: the sparsest middle layer of the same model under ten times the L1 term (130 neurons in 128
 tokens), the profiles, and no L1. The first layer is left out: it reads embeddings, and shares less than its
 neighbours in nnz do."""
@@ -92,7 +110,7 @@ def like_trained(mean_nnz: float, d_ff: int = _PROFILED_D_FF) -> Activity:
     def at(field: str) -> float:
         return float(np.interp(place, rungs, [getattr(each, field) for each in _LADDER]))
 
-    return Activity(mean_nnz, at("dead"), at("rate_spread"), at("token_spread"))
+    return Activity(mean_nnz, at("dead"), at("rate_spread"), at("token_spread"), at("topic_share"))
 
 
 def ffn_inputs(
@@ -104,11 +122,13 @@ def ffn_inputs(
     d_ff: int,
     gated: bool = True,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    alike: bool = False,
 ) -> dict[str, jax.Array]:
     """Arguments of `sparse_ffn` (or, without ``w_gate``, of `sparse_mlp`): x (M, D) and weights (F, D).
 
-    All but the key is static under ``jit``. The mean nnz is the activity's up to sampling noise, under 5 %
-    from a thousand tokens on.
+    With ``alike`` the tokens of a topic stand together, as a model's order of its tokens puts them. All but
+    the key is static under ``jit``. The mean nnz is the activity's up to sampling noise, under 5 % from a
+    thousand tokens on.
 
     Raises:
       ValueError: no token, D under 4, or more active gates asked for than the live neurons can give.
@@ -133,7 +153,7 @@ def ffn_inputs(
         [
             jnp.ones((tokens, 1)),
             jax.random.permutation(for_shift, shift),
-            jax.random.normal(for_tokens, (tokens, d_model - 2)),
+            token_values(for_tokens, activity, tokens=tokens, width=d_model - 2, alike=alike),
         ],
         axis=1,
     )
@@ -143,6 +163,20 @@ def ffn_inputs(
     if gated:
         inputs |= {"w_gate": gate, "w_up": _WEIGHT_STD * jax.random.normal(for_up, (d_ff, d_model))}
     return {name: value.astype(dtype) for name, value in inputs.items()}
+
+
+def token_values(
+    key: jax.Array, activity: Activity, *, tokens: int, width: int, alike: bool = False
+) -> jax.Array:
+    """z of tokens: (M, width) f32, standard normal, alike where topics are; with ``alike`` topic by topic."""
+    own = jax.random.normal(key, (tokens, width))
+    if not activity.topic_share:
+        return own
+    for_topics, for_choice = jax.random.split(jax.random.fold_in(key, 1))
+    topics = jax.random.normal(for_topics, (activity.topics, width))
+    chosen = jax.random.randint(for_choice, (tokens,), 0, activity.topics)
+    chosen = jnp.sort(chosen) if alike else chosen
+    return math.sqrt(activity.topic_share) * topics[chosen] + math.sqrt(1 - activity.topic_share) * own
 
 
 def measure(x: jax.Array, weight: jax.Array) -> dict[str, float]:

@@ -237,6 +237,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --nnz: as uneven, dead and shared as in trained layers",
     )
+    parser.add_argument(
+        "--alike",
+        action="store_true",
+        help="with --profile or --like-trained: tokens of a topic together, as a model's order puts them",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(bfloat16)")
     parser.add_argument(
         "--inputs", type=Path, metavar="FILE", help="layers recorded by sparse-lm layer-inputs instead"
@@ -265,6 +270,10 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
         raise ValueError(f"--rest must be at least 0 seconds; got {args.rest}")
     if args.like_trained and not args.nnz:
         raise ValueError("--like-trained goes with --nnz, which says how active the layers are; got none")
+    if args.alike and not (args.profile or args.like_trained):
+        raise ValueError(
+            "--alike goes with --profile or --like-trained, whose tokens have topics; got neither"
+        )
     if args.inputs is not None:
         for name in ("shapes", "profile", "nnz", "dtype"):
             if getattr(args, name) is not None:
@@ -273,7 +282,8 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
     if args.layer is not None:
         raise ValueError("--layer goes with --inputs FILE, which holds the layers; got none")
     tokens = args.tokens or [65536 if args.direction == "forward" else 16384]
-    trained, dtype = "like trained layers", args.dtype or "bfloat16"
+    trained = "like trained layers" + (", alike tokens together" if args.alike else "")
+    dtype = args.dtype or "bfloat16"
     cases = []
     for shape in (SHAPES[name] for name in args.shapes or [PAPER.name]):
         chosen = [(PROFILES[name], trained) for name in args.profile or ()]
@@ -282,7 +292,7 @@ def _cases(args: argparse.Namespace) -> list[Case] | list[RecordedCase]:
         else:
             chosen += [(Activity(nnz), Case.source) for nnz in args.nnz or ()]
         for (activity, source), count in itertools.product(chosen or [(Activity(), Case.source)], tokens):
-            cases.append(Case(shape, count, activity, dtype, source))
+            cases.append(Case(shape, count, activity, dtype, source, args.alike))
             cases[-1].input_shapes()
     return cases
 

@@ -22,11 +22,12 @@ SCALED = {
 """Every figure that some family of models has and others do not."""
 
 
-@pytest.mark.parametrize("name", ["model", "tied_model", "scaled"])
+@pytest.mark.parametrize("name", ["model", "tied_model", "scaled", "ordered"])
 def test_logits_equal_the_models(name, request, config, forward, tokens):
     """A prompt, then one token, then several: at every place what the whole forward gives."""
-    if name == "scaled":
-        model = SparseLM(dataclasses.replace(config, **SCALED), rngs=nnx.Rngs(0))
+    changes = {"scaled": SCALED, "ordered": {"token_order": "centroids"}}
+    if name in changes:
+        model = SparseLM(dataclasses.replace(config, **changes[name]), rngs=nnx.Rngs(0))
     else:
         model = request.getfixturevalue(name)
     want, _ = forward(*nnx.split(model), tokens)

@@ -94,10 +94,14 @@ class Case:
     remat: RematPolicy
 
     def program(self, options: BenchStepOptions) -> Program:
-        """The run whose step it is. All cases of the same options have the same initial state."""
+        """The run whose step it is; dense layers take their tokens as they come.
+
+        All cases of the same options and the same order of tokens have the same initial state.
+        """
         backend = "auto" if self.format == "dense" else options.model.ffn.backend
         ffn = options.model.ffn.with_format(self.format, backend)
-        model = dataclasses.replace(options.model, remat=self.remat, ffn=ffn)
+        order = "text" if self.format == "dense" else options.model.token_order
+        model = dataclasses.replace(options.model, remat=self.remat, ffn=ffn, token_order=order)
         config = TrainConfig(
             steps=WARM_UP + options.steps, batch_size=options.batch_size, model=model, optimizer=_UNCHANGING
         )
@@ -187,7 +191,10 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
     programs = [case.program(options) for case in cases]
     parallel.check_batch(programs[0].config)
     tokens = layout.place(synthetic.random_tokens(options.model, options.batch_size))
-    init = layout.compile_init(programs[0])
+    inits = {
+        order: layout.compile_init(build)
+        for order, build in {program.config.model.token_order: program for program in programs}.items()
+    }
 
     def compile_step(program: Program) -> Any:
         try:
@@ -197,7 +204,7 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
         steps = list(pool.map(compile_step, programs))
-    for case, step in zip(cases, steps, strict=True):
+    for case, program, step in zip(cases, programs, steps, strict=True):
         row = Row(case, jax.devices()[0].device_kind)
         if isinstance(step, str):
             yield dataclasses.replace(row, failure=step)
@@ -206,7 +213,9 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
             row, program_bytes=_program_bytes(step), temporary_bytes=timing.temporary_bytes(step)
         )
         try:
-            row = _time(row, step, init(), tokens, options)
+            state = inits[program.config.model.token_order]()
+            state = layout.order_refresh(program)(1, state, tokens)
+            row = _time(row, step, state, tokens, options)
         except jax.errors.JaxRuntimeError as error:
             row = dataclasses.replace(row, failure=_out_of_memory(error))
         gc.collect()  # what a failed step held must be free for the next

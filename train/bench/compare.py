@@ -90,14 +90,16 @@ class CompareOptions:
         return cls(config.model, config.data, config.optimizer, config.steps, config.batch_size, name)
 
     def run_with(self, format: Format) -> TrainConfig:
-        """The run of one format."""
+        """The run of one format; the dense ones take their tokens as they come."""
         backend = "auto" if format == "dense" else self.model.ffn.backend
         ffn = self.model.ffn.with_format(format, backend)
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
             seed=self.seed,
-            model=dataclasses.replace(self.model, ffn=ffn),
+            model=dataclasses.replace(
+                self.model, ffn=ffn, token_order="text" if format == "dense" else self.model.token_order
+            ),
             data=self.data,
             optimizer=self.optimizer,
         )
@@ -166,7 +168,12 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda program: layout.compiled_step(program, first), programs.values())
         steps = dict(zip(formats, compiled, strict=True))
-    init = layout.compile_init(programs["dense"])
+    # Orders keep something beside the parameters, which are the same.
+    inits = {
+        order: layout.compile_init(build)
+        for order, build in {build.config.model.token_order: build for build in programs.values()}.items()
+    }
+    refreshes = {format: layout.order_refresh(program) for format, program in programs.items()}
     reorder = jax.jit(reordered, donate_argnums=0)
 
     controls = tuple(f"dense {number}" for number in range(options.controls))
@@ -174,12 +181,13 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
     runs: list[tuple[str, Format]] = [(name, "dense") for name in controls]
     runs += [(format, format) for format in options.formats]
     for number, (name, format) in enumerate(runs):
+        init = inits[programs[format].config.model.token_order]
         state, rows = init(), np.arange(options.batch_size)
         if 0 < number < len(controls):
             state = reorder(state, jax.random.key(number))
             rows = np.random.default_rng(number).permutation(rows)
         placed = (layout.place(batch[rows]) for batch in batches)
-        curves[name] = _train(steps[format], state, placed, options)
+        curves[name] = _train(steps[format], refreshes[format], state, placed, options)
         console.print(f"{name}: loss {curves[name].loss[0]:.4f} to {curves[name].loss[-1]:.4f}", markup=False)
         file.write(to_dict(options, curves, None))
     verdict = judge({name: curve.loss for name, curve in curves.items()}, controls)
@@ -232,11 +240,17 @@ def reordered(state: TrainState, key: jax.Array) -> TrainState:
     return dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(reorder, state.params))
 
 
-def _train(step: Callable[..., Any], state: Any, batches: Iterable[Any], options: CompareOptions) -> Curve:
+def _train(
+    step: Callable[..., Any],
+    refresh_order: parallel.OrderRefresh,
+    state: Any,
+    batches: Iterable[Any],
+    options: CompareOptions,
+) -> Curve:
     """All steps; nothing is read before the last has been started."""
     history = []
-    for tokens in batches:
-        state, metrics = step(state, tokens)
+    for number, tokens in enumerate(batches, start=1):
+        state, metrics = step(refresh_order(number, state, tokens), tokens)
         history.append({name: metrics[name] for name in ("loss", "l0", "overflow_rows")})
     history = jax.device_get(history)
     pairs = options.batch_size * options.model.context_length * options.model.num_layers

@@ -6,7 +6,7 @@ of every feed-forward layer is what `pallas_kernels.inputs` takes, a constant, a
 standard normal values, and copies that module's gates, whose neurons are then as active as those of a trained
 layer (`like_trained`).
 
-    embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal
+    embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal, partly its topic's
     attention output, w_down:  normal, a hundredth of their usual deviation
 
 The layers then add so little to the residual stream that its norm is σ all the way up, and RMSNorm gives back
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.inputs import Activity, ffn_inputs, like_trained
+from pallas_kernels.bench.inputs import Activity, ffn_inputs, like_trained, token_values
 from sparse_lm import ModelConfig
 from train.state import Params, Program
 
@@ -65,7 +65,7 @@ def _sparse_weights(params: Params, model: ModelConfig, gates: Activity, key: ja
         [
             jnp.ones((model.vocab_size, 1)),
             gates.token_spread * jax.random.normal(for_shift, (model.vocab_size, 1)),
-            jax.random.normal(for_tokens, (model.vocab_size, model.d_model - 2)),
+            token_values(for_tokens, gates, tokens=model.vocab_size, width=model.d_model - 2),
         ],
         axis=1,
     )

@@ -6,6 +6,7 @@ from train.cli.presets import preset_of
 _HELP = f"""usage: {PROGRAM} bench BENCHMARK [OPTIONS]
 
 benchmarks:
+  order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
   decode   time a token of generation, and a feed-forward layer of a few tokens
 
 {PROGRAM} bench BENCHMARK --help lists its options.
@@ -13,7 +14,7 @@ benchmarks:
 
 
 def run(argv: list[str]) -> None:
-    benchmarks = {"decode": _decode}
+    benchmarks = {"order": _order, "decode": _decode}
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
         print(_HELP, end="")
@@ -22,6 +23,12 @@ def run(argv: list[str]) -> None:
     else:
         found = "none" if first is None else f"{first!r}{did_you_mean(first, benchmarks)}"
         raise UsageError(f"bench expects a benchmark, one of {', '.join(benchmarks)}; got {found}")
+
+
+def _order(argv: list[str]) -> None:
+    from train.bench import bench_order
+
+    bench_order.run(parse_options(bench_order.BenchOrderOptions, argv, "bench order"))
 
 
 def _decode(argv: list[str]) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
 
-``<workdir>/checkpoints/<step>/`` has ``params``, ``rest`` (optimizer, RNG, step, neuron counters), ``data``
-(the position in the corpus, and which corpus it is), ``run`` (configuration and step) and ``tokenizer``.
-Orbax writes it under a temporary name and renames it when it is whole, so that a killed save never looks
-like a checkpoint.
+``<workdir>/checkpoints/<step>/`` has ``params`` (the weights, and what the token order keeps), ``rest``
+(optimizer, RNG, step, neuron counters), ``data`` (the position in the corpus, and which corpus it is),
+``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a temporary name and renames it when
+it is whole, so that a killed save never looks like a checkpoint.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _CE = "heldout_ce"
 # What may differ between the run that saved and the run that resumes; everything else must be equal.
 MAY_CHANGE = (
     "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
-    "model.sparsity", "model.ffn", "model.remat", "model.dtype",
+    "model.sparsity", "model.ffn", "model.remat", "model.dtype", "refresh_order_every",
     # The corpus is compared by its content (`check_same_corpus`), not by the names of its files.
     "data.paths", "data.weights", "data.text_field", "data.accept_change",
 )  # fmt: skip
@@ -158,14 +158,14 @@ class Checkpoints:
         Raises:
           UserError: this save, or the one before it, failed. Earlier checkpoints stand.
         """
-        params, rest = _split_state(state)
+        variables, rest = _split_state(state)
         with writing(self.directory):
             self._manager.wait_until_finished()
             _check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
+                    params=ocp.args.StandardSave(variables),
                     rest=ocp.args.StandardSave(rest),
                     data=ocp.args.JsonSave(dataclasses.asdict(data)),
                     run=ocp.args.JsonSave({"step": step, "config": to_dict(config)}),
@@ -205,16 +205,17 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state saved at ``step``, placed as ``abstract``'s shardings say."""
-        params, rest = _split_state(abstract)
+        variables, rest = _split_state(abstract)
         with reading(self.path(step), _before(self.path(step))):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(params),
+                    params=ocp.args.StandardRestore(variables),
                     rest=ocp.args.StandardRestore(rest),
                 ),
             )
-        return TrainState(params=items.params, **items.rest)
+        buffers = {name: items.params.pop(name) for name in abstract.buffers}
+        return TrainState(params=items.params, buffers=buffers, **items.rest)
 
 
 def check_local(option: str, directory: str | Path) -> None:
@@ -327,7 +328,7 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        program.abstract_state().params,
+        program.abstract_state().variables,
     )
     with reading(path, _before(path)), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
@@ -341,9 +342,10 @@ def _before(path: Path) -> Path | None:
 
 
 def _split_state(state: TrainState) -> tuple[Any, dict[str, Any]]:
-    """Parameters, which inference needs alone, and everything else."""
+    """The model's variables, which inference needs alone, and everything else."""
+    model = ("params", "buffers")
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return rest.pop("params"), rest
+    return state.variables, {name: value for name, value in rest.items() if name not in model}
 
 
 def read_run(path: Path) -> tuple[TrainConfig, int]:

@@ -225,12 +225,14 @@ class _Run:
         self.show()
         state = self._first_state()
         train_step = self.layout.compile_step(self.program)
+        refresh_order = self.layout.order_refresh(self.program)
         pending: tuple[int, Metrics] | None = None
         window = ProfileWindow(config.report.profile_steps, Path(config.workdir).expanduser() / PROFILE)
         with self.layout.step_scope(), StopSignal() as stop, window:
             for step in range(self.start + 1, config.steps + 1):
                 window.before(step)
-                state, metrics = train_step(state, self.layout.place(next(self.batches)["tokens"]))
+                tokens = self.layout.place(next(self.batches)["tokens"])
+                state, metrics = train_step(refresh_order(step, state, tokens), tokens)
                 window.after(step, metrics)
                 if pending is not None:
                     self._read(*pending)
@@ -309,7 +311,7 @@ class _Run:
         """Held-out evaluation of ``state``, into the metrics file and one line."""
         with self.layout.scope():
             self.evaluation = report = evaluate(
-                self.evaluator, state.params, self.heldout,
+                self.evaluator, state.variables, self.heldout,
                 step=step, d_ff=self.config.model.d_ff, place=self.layout.place_global,
             )  # fmt: skip
         self.writer.write({"step": step, "evaluation": report.to_dict()})
@@ -324,7 +326,7 @@ class _Run:
         ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
         room = self.config.model.context_length - max(map(len, ids))
         with self.layout.scope():
-            model = nnx.merge(self.program.graphdef, state.params)
+            model = nnx.merge(self.program.graphdef, state.variables)
             rows = generate(
                 model, ids, max_new_tokens=min(_SAMPLED_TOKENS, room),
                 sampling=Sampling(temperature=0.8, top_p=0.95), eos_id=tokenizer.eos_id, seed=step,

@@ -66,7 +66,12 @@ def test_inputs_have_the_type_and_the_arguments_of_the_layer():
 
 @pytest.mark.parametrize(
     ("fields", "law"),
-    [({"mean_nnz": 0}, "above 0"), ({"dead": 1.0}, "under 1"), ({"rate_spread": -1}, "at least 0")],
+    [
+        ({"mean_nnz": 0}, "above 0"),
+        ({"dead": 1.0}, "under 1"),
+        ({"rate_spread": -1}, "at least 0"),
+        ({"topic_share": 1.5}, "from 0 to 1, and topics at least 1; got 1.5, 64"),
+    ],
 )
 def test_an_impossible_activity_is_an_error(fields, law):
     with pytest.raises(ValueError, match=law):

@@ -92,6 +92,7 @@ def pretended_gpu(monkeypatch):
     ("arguments", "sentence"),
     [
         ("--like-trained", "--like-trained goes with --nnz, which says how active the layers are; got none"),
+        ("--alike", "--alike goes with --profile or --like-trained, whose tokens have topics; got neither"),
         ("--layer 3", "--layer goes with --inputs FILE, which holds the layers; got none"),
         ("--inputs x.npz --nnz 30", "--inputs brings shape, activity and type with it: leave out --nnz"),
         ("--inputs none.npz", "there is none at none.npz"),
@@ -135,6 +136,31 @@ def test_like_trained_is_as_active_and_as_shared_as_its_neighbours(nnz):
     assert 0.88 * unions[below] <= found["union_128"] <= 1.12 * unions[above]
     assert found["union_32"] < found["union_128"]
     assert found["mean_nnz"] < found["p99_nnz"] <= found["max_nnz"]
+
+
+@pytest.mark.parametrize("profile", ["layer-1", "layer-6"])
+def test_tokens_of_a_topic_share_neurons_and_neighbours_hardly_do(profile):
+    """An order that puts alike tokens together has about half of the union, as on trained layers."""
+    activity = dataclasses.replace(PROFILES[profile], topics=32)
+    sizes = SIZES | {"tokens": 4096, "d_ff": 5632}
+    independent = dataclasses.replace(activity, topic_share=0.0)
+    found = {
+        name: measure(inputs["x"], inputs["w_gate"])
+        for name, inputs in {
+            "as they come": ffn_inputs(jax.random.key(0), activity, **sizes),
+            "alike together": ffn_inputs(jax.random.key(0), activity, alike=True, **sizes),
+            "independent": ffn_inputs(jax.random.key(0), independent, **sizes),
+        }.items()
+    }
+    together, come = found["alike together"], found["as they come"]
+    assert together["mean_nnz"] == pytest.approx(come["mean_nnz"], rel=0.01)
+    assert 0.45 < together["union_128"] / come["union_128"] < 0.62
+    assert come["union_128"] > 0.88 * found["independent"]["union_128"]
+
+
+def test_cases_of_alike_tokens_are_a_curve_of_their_own():
+    [case] = cases_of("forward", "--profile", "layer-5", "--alike")
+    assert (case.alike, case.source) == (True, "like trained layers, alike tokens together")
 
 
 def test_like_trained_is_the_profile_where_there_is_one():

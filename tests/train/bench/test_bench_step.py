@@ -17,7 +17,8 @@ from train.errors import UserError
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2, context_length=32,
-    ffn=FFNOptions("panel(tokens=16, capacity=1.0)", backend="interpret"),
+    ffn=FFNOptions("panel(tokens=16, capacity=1.0)", backend="interpret"), token_order="vocabulary",
+    token_clusters=4,
 )  # fmt: skip
 
 

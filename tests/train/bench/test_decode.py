@@ -71,6 +71,6 @@ def test_what_does_not_fit_the_context_is_refused(changes, sentence):
 
 def test_the_command_names_its_benchmarks(capsys):
     assert cli.main(["bench"]) == 2
-    assert "bench expects a benchmark, one of decode; got none" in capsys.readouterr().err
+    assert "bench expects a benchmark, one of order, decode; got none" in capsys.readouterr().err
     assert cli.main(["bench", "decod"]) == 2
     assert "got 'decod'; did you mean decode?" in capsys.readouterr().err
