@@ -178,16 +178,19 @@ def _kernel(words_ref, *refs, tile, slots, n_tiles, dtype, gated, width, rule, c
         used = nth < total
         mask = used[:, None] & in_row[None, :]
         following = fetch(step + 1)
+        # Both weights' rows are asked for before the first is waited for: the compiler need not move loads
+        # over the sum's barriers.
+        up_rows = gather_rows(up_ref, neuron, column, mask) if gated else None
+        down_rows = gather_rows(down_ref, neuron, column, mask)
         h, kept = gate, [neuron, gate]
         if rule.squared:
             h = rule.value(h.astype(jnp.float32)).astype(dtype)
         if gated:
-            up = jnp.sum(gather_rows(up_ref, neuron, column, mask) * x[None, :], axis=1).astype(dtype)
-            # The gate is widened here, not before the sum over x: Triton then gives it the sum's layout.
+            up = jnp.sum(up_rows.astype(jnp.float32) * x[None, :], axis=1).astype(dtype)
             h = (h.astype(jnp.float32) * rule.up(up.astype(jnp.float32))).astype(dtype)
             kept.append(up)
         h = jnp.where(used, h.astype(jnp.float32), 0)  # past the end, 0 times an infinite x is not 0
-        y = y + jnp.sum(h[:, None] * gather_rows(down_ref, neuron, column, mask), axis=0)
+        y = y + jnp.sum(h[:, None] * down_rows.astype(jnp.float32), axis=0)
         for ref, value in zip(ell_refs, kept, strict=False):
             store_in_row(ref, row, nth, value.astype(ref.dtype), used)
         return y, l1 + jnp.sum(jnp.abs(h)), *following
@@ -211,8 +214,8 @@ def _offsets(words_ref, row, n_tiles, slots):
 
 
 def gather_rows(ref, rows: jax.Array, columns: jax.Array, mask: jax.Array) -> jax.Array:
-    """(rows, columns) of an array in f32, 0 where masked."""
-    return plt.load(ref.at[rows[:, None], columns[None, :]], mask=mask, other=0).astype(jnp.float32)
+    """(rows, columns) of an array, 0 where masked."""
+    return plt.load(ref.at[rows[:, None], columns[None, :]], mask=mask, other=0)
 
 
 def store_in_row(ref, row: jax.Array, place: jax.Array, value: jax.Array, mask: jax.Array) -> None:
