@@ -131,7 +131,7 @@ class Decode(_Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
-    """Up to 64 tokens `Decode`; for more the program decides for itself, call by call, between `Panel` and
+    """For one or two tokens `Decode`; for more the program decides for itself, call by call, between `Panel` and
     `Dense`.
 
     Attributes:
@@ -196,7 +196,7 @@ class FFNOptions:
     Attributes:
       format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
         `Decode`, `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
-        ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` up to 64 tokens; from 2,048 on it decides inside
+        ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` for one or two tokens; from 2,048 on it decides inside
         the program, call by call, between ``"panel"`` and ``"dense"``; it is ``"dense"`` where that cannot
         be. A format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells what
         would run.
