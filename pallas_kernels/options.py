@@ -131,7 +131,7 @@ class Decode(_Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
-    """For one or two tokens `Decode`; for more the program decides for itself, call by call, between `Panel` and
+    """For one or two tokens `Decode`; for more the program decides, call by call, between `Panel` and
     `Dense`.
 
     Attributes:
