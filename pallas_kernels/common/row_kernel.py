@@ -180,13 +180,13 @@ def _kernel(words_ref, *refs, tile, slots, n_tiles, dtype, gated, width, rule, c
         following = fetch(step + 1)
         # Both weights' rows are asked for before the first is waited for: the compiler need not move loads
         # over the sum's barriers.
-        up_rows = gather_rows(up_ref, neuron, column, mask) if gated else None
-        down_rows = gather_rows(down_ref, neuron, column, mask)
+        weights = [up_ref, down_ref] if gated else [down_ref]
+        *up_rows, down_rows = (gather_rows(ref, neuron, column, mask) for ref in weights)
         h, kept = gate, [neuron, gate]
         if rule.squared:
             h = rule.value(h.astype(jnp.float32)).astype(dtype)
         if gated:
-            up = jnp.sum(up_rows.astype(jnp.float32) * x[None, :], axis=1).astype(dtype)
+            up = jnp.sum(up_rows[0].astype(jnp.float32) * x[None, :], axis=1).astype(dtype)
             h = (h.astype(jnp.float32) * rule.up(up.astype(jnp.float32))).astype(dtype)
             kept.append(up)
         h = jnp.where(used, h.astype(jnp.float32), 0)  # past the end, 0 times an infinite x is not 0
