@@ -1,1 +1,1 @@
-"""The benchmark program of the kernels: ``python -m pallas_kernels.bench layers | twell``."""
+"""The benchmark program of the kernels: ``python -m pallas_kernels.bench layers | stages | twell``."""

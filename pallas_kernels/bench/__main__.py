@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "layers": "whole layers of every format beside the dense one",
+    "stages": "the stages of a PanelELL layer, each alone",
     "twell": "the stages of TwELL beside XLA's products",
 }
 
@@ -15,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest = rest[:-1]
     if command == "layers":
         from pallas_kernels.bench.layers import main as run
+    elif command == "stages":
+        from pallas_kernels.bench.stages import main as run
     elif command == "twell":
         from pallas_kernels.bench.twell import main as run
     else:
