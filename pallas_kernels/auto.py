@@ -4,7 +4,9 @@ A probe computes the gates of one panel of tokens in sixteen, and of four at mos
 each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens. A conditional then runs
 the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer one: both run). Both are
 exact, so the probe decides how long a call takes and never what it gives, and it is part of the compiled
-program.
+program. The host is not asked: XLA records the conditional in a CUDA graph, and in a trace of eight layers on
+one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of 7.4 ms and the device stood still
+for 5 to 12 µs at each conditional, 32 at the first; the same layers without one had no gap above 0.3 µs.
 
 Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
