@@ -1,10 +1,11 @@
 """The program as a user starts it, for runs of a few milliseconds a step."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TINY = (
@@ -19,9 +20,11 @@ def train(corpus: Path, workdir: Path, *options: str) -> list[str]:
     return ["train", *TINY, "--data.paths", str(corpus), "--workdir", str(workdir), *options]
 
 
-def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    """The program in a process of its own, with its output in a pipe; the caller waits for it."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The program in a process of its own, with its output in pipes; at the end of the context it is gone,
+    also where an assertion failed before it was stopped."""
+    process = subprocess.Popen(
         [sys.executable, "-u", "-m", "train", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,6 +37,13 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
             **environment,
         },
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in filter(None, (process.stdout, process.stderr)):
+            stream.close()
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
