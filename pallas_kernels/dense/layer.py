@@ -103,7 +103,7 @@ def recompute_backward(
 def rounded(x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array) -> Weights:
     """The arguments as the layer computes with them: all in x's type."""
     cast = partial(jnp.asarray, dtype=x.dtype)
-    return x, None if w_gate is None else cast(w_gate), cast(w_up), cast(w_down)
+    return cast(x), None if w_gate is None else cast(w_gate), cast(w_up), cast(w_down)
 
 
 def token_hits(x: jax.Array, gate_weight: jax.Array, rule: Rule, groups: Groups) -> jax.Array:

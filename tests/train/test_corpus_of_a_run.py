@@ -193,8 +193,8 @@ def test_prompt_and_continuation_are_one_text(finished, tmp_path, monkeypatch, c
     path = word_tokenizer(tmp_path / "tokenizer.json", model)
     run_copy = shutil.copytree(finished.workdir, tmp_path / "copy")
     shutil.copy(path, run_copy / "checkpoints/8/tokenizer/tokenizer.json")
-    monkeypatch.setattr("sparse_lm.generate.stream", lambda *a, **k: iter([[4], [1]]))
-    monkeypatch.setattr("sparse_lm.generate.generate", lambda *a, **k: [[4, 1], [2]])
+    steps = {1: [[4], [1]], 2: [[4, 2], [1, None]]}
+    monkeypatch.setattr("sparse_lm.generate.stream", lambda model, prompts, **_: iter(steps[len(prompts)]))
     prompts = ["--prompt", "ship harbour lamp"]
     assert cli.main(["generate", "--checkpoint", str(run_copy), *prompts]) == 0
     assert capsys.readouterr().out == "ship harbour lamp wind ship\n"
