@@ -10,6 +10,7 @@ carries the traced layer, whose ``custom_vjp`` its derivative leaves to do the w
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,17 @@ from pallas_kernels.differentiation import LayerCall, layer
 from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
-_layer_p = Primitive("sparse_ffn")
-_layer_p.multiple_results = True
+
+class _Layer(Primitive):
+    multiple_results = True
+
+    def to_lojax(self, *arrays: Any, **params: Any) -> list[jax.Array]:
+        """JAX 0.12 counts a traced ``custom_vjp`` as a high-level operation, and asks whatever holds one how
+        to do without: as the layer itself does."""
+        return _run(*arrays, **params)
+
+
+_layer_p = _Layer("sparse_ffn")
 
 
 def apply(arguments: Weights, options: FFNOptions, groups: Groups = None) -> tuple[jax.Array, FFNStats]:
@@ -85,8 +95,6 @@ def _batch(arrays, axes, *, traced, call, gated):
 
 
 _layer_p.def_impl(_run)
-# JAX 0.12 counts a traced ``custom_vjp`` as a high-level operation, and asks what holds one how to do without.
-_layer_p.to_lojax = _run
 _layer_p.def_abstract_eval(lambda *arrays, traced, call, gated: list(traced.out_avals))
 mlir.register_lowering(_layer_p, mlir.lower_fun(_run, multiple_results=True))
 ad.primitive_jvps[_layer_p] = _jvp
