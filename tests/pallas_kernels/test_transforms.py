@@ -158,6 +158,18 @@ def test_lowers_for_a_gpu_under_64_bit_types(name):
     assert "xla.gpu.triton" in text
 
 
+@pytest.mark.parametrize("activation", ["relu2", "drelu", Threshold(0.01)], ids=str)
+@pytest.mark.parametrize("format", ["twell", "hybrid", "panel", "decode", "auto"])
+def test_every_activation_lowers_for_a_gpu(format, activation):
+    """With gradients, on Triton; TwELL and PanelELL on Hopper's gate as well."""
+    inputs, dy = shapes(2048, 256, 512), jax.ShapeDtypeStruct((2048, 256), jnp.float32)
+    backends = ["triton", "mosaic_gpu"] if format in ("twell", "panel") else ["triton"]
+    for backend in backends:
+        options = FFNOptions(format, activation, backend)
+        step = partial(differentiate, dl1=1.0, apply=partial(call, options=options))
+        assert "custom_call" in lowered(step, inputs, dy)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_exports_for_any_number_of_tokens(gated):
     batch, length = jax.export.symbolic_shape("batch, length")

@@ -207,6 +207,11 @@ def live_kernels(jaxpr) -> int:
     return count
 
 
+def test_a_model_and_its_gradients_where_rank_promotion_is_an_error(model, tokens):
+    with jax.numpy_rank_promotion("raise"):
+        jax.make_jaxpr(gradients, static_argnums=0)(*nnx.split(model), tokens, 0.1)
+
+
 def test_scan_equals_a_python_loop(model, forward, tokens):
     graphdef, layers = nnx.split(model.blocks)
     x, stats = model.embedding[...][tokens], []
