@@ -98,6 +98,11 @@ def pull_rows(
     return Pulled(dx, d_gate, *rest) if gated else Pulled(dx, d_gate, None, rest[0] if rest else ell.gate)
 
 
+def _wide_rows(ref, rows, columns, mask):
+    """`gather_rows` in f32."""
+    return gather_rows(ref, rows, columns, mask).astype(jnp.float32)
+
+
 def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
     kept_refs, refs = (refs[:2], refs[2:]) if gated else (refs[:1], refs[1:])
     dy_ref, refs = refs[0], refs[1:]
@@ -132,7 +137,7 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
         following = fetch(step + 1)
         value = rounded(rule.value(gate)) if rule.squared else gate
         h = rounded(value * rule.up(up[0])) if gated else value
-        dh = jnp.sum(gather_rows(down_ref, neuron, column, mask) * dy[None, :], axis=1)
+        dh = jnp.sum(_wide_rows(down_ref, neuron, column, mask) * dy[None, :], axis=1)
         if scale_ref is not None:
             # d|h|/dh = sign(h), added before the one rounding: in 16 bits it would vanish by itself.
             dh += ((h > 0).astype(jnp.float32) - (h < 0).astype(jnp.float32)) * scale
@@ -143,7 +148,7 @@ def _pull_rows_kernel(nnz_ref, indices_ref, *refs, gated, scaled, rule, config):
         else:
             gradients = [rounded(dh * rule.slope(gate))]
         for gradient, weight_ref in zip(gradients, inner_refs, strict=True):
-            dx = dx + jnp.sum(gradient[:, None] * gather_rows(weight_ref, neuron, column, mask), axis=0)
+            dx = dx + jnp.sum(gradient[:, None] * _wide_rows(weight_ref, neuron, column, mask), axis=0)
         for ref, value in zip(out_refs, [*gradients, h], strict=False):
             store_in_row(ref, row, nth, value.astype(dtype), used)
         return dx, *following
@@ -285,7 +290,7 @@ def _weights_kernel(order_ref, begin_ref, end_ref, places_ref, *refs, width, con
         used = begin + step * entries + lax.iota(jnp.int32, entries) < end
         mask = used[:, None] & inside[None, :]
         following = fetch(step + 1)
-        x, dy = (gather_rows(ref, row, column, mask) for ref in (x_ref, dy_ref))
+        x, dy = (_wide_rows(ref, row, column, mask) for ref in (x_ref, dy_ref))
         values = [x] * (count - 1) + [dy]
         accs = [
             acc + jnp.sum(z[:, None] * value, axis=0) for acc, z, value in zip(accs, zs, values, strict=True)
