@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -291,7 +290,7 @@ def _neuron_hits(byte_counts: jax.Array, tile: int, d_ff: int, run: int) -> jax.
     """(F,) int32 from the programs' byte counts: one row a program, a tile's columns as lanes hold them."""
     each = lax.bitcast_convert_type(byte_counts, jnp.uint8).reshape(byte_counts.shape[0], -1)
     counts = jnp.sum(each, axis=0, dtype=jnp.int32).reshape(-1, tile)
-    quad, lane, byte = np.unravel_index(np.arange(tile), (tile // 16, _LANES, 4))
-    nth = 4 * quad + byte
-    column = run * lane + nth // run * (_LANES * run) + nth % run
-    return counts[:, np.argsort(column)].reshape(-1)[:d_ff]
+    # A lane's columns, in the order in which it counts them, are runs of neighbours.
+    of_lane = counts.reshape(-1, tile // 16, _LANES, 4).swapaxes(2, 3)
+    runs = of_lane.reshape(-1, tile // (_LANES * run), run, _LANES).swapaxes(2, 3)
+    return runs.reshape(-1)[:d_ff]

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from collectives import Collective, collectives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
-from lowering import H200
+from lowering import H200, on_h200, shapes
 from on_meshes import P, check_traffic, check_values, inputs, mesh_of, modes, place, program, run
 
 from pallas_kernels import FFNOptions, Panel, sparse_ffn, sparse_mlp
+from pallas_kernels.partition.layer import Layer
 
 D, F = 8, 32
 MODES = modes(4)
@@ -36,6 +37,20 @@ def test_dense(mode, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_panel(kind):
     run(PANEL, MODES["both"], kind, jax.devices(), directions=(True,))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("format", ["hybrid", "panel", "twell"])
+def test_the_programs_of_a_gpu_hold_no_constant_array(format, backend):
+    # The partitioner takes none that does.
+    layer = Layer(FFNOptions(format=format, backend=backend))
+
+    def call(*arguments):
+        (y, stats), kept = layer.forward(arguments)
+        return layer.infer(arguments), layer.backward(arguments, kept, y, stats.l1, weights=True)
+
+    traced = on_h200(jax.make_jaxpr(call), *shapes(64, D, F).values())
+    assert [constant.shape for constant in traced.consts if constant.ndim] == []
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, jax.set_mesh, lambda mesh: mesh])
