@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from sparse_lm.generate import GREEDY, Sampling, stream
+from sparse_lm.inference import InferenceModel
 from sparse_lm.model import SparseLM
 
 _DECODED_BEFORE = 16  # of a prompt's last tokens: more than any character or word mark reaches over
@@ -32,7 +33,7 @@ class TextTokenizer(Protocol):
 
 
 def generate_until(
-    model: SparseLM,
+    model: SparseLM | InferenceModel,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
     *,
@@ -73,6 +74,8 @@ def generate_until(
         )
     if not all(until):
         raise ValueError("a string to stop at must have a character; got ''")
+    if isinstance(model, SparseLM):
+        model = InferenceModel.of(model)
     encoded = [[*tokenizer.prefix_ids, *tokenizer.encode(text)] or [tokenizer.eos_id] for text in texts]
     prompts = [ids[-(limit - max_new_tokens) :] for ids in encoded]
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))

@@ -6,19 +6,17 @@ contexts into a cache first and then all continuations from there, each with a c
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sparse_lm.attention import KVCache
+from sparse_lm.config import ModelConfig
+from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.model import SparseLM
 
 Tokens = tuple[int, ...]
-_LOGITS_AT_ONCE = 64  # positions of each row, so that logits of a long text never exist all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,10 @@ class Score:
 
 
 def score(
-    model: SparseLM, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 32
+    model: SparseLM | InferenceModel,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 32,
 ) -> list[Score]:
     """The score of each continuation behind its context.
 
@@ -43,7 +44,8 @@ def score(
     once, and so are contexts that are.
 
     Args:
-      model: the language model.
+      model: the language model. A `SparseLM`'s weights are split and cast at every call, those of an
+        `InferenceModel` have been already.
       requests: pairs of context and continuation, token ids; a context has at least one, and a continuation
         no more than the model's context has positions. Without tokens a continuation scores 0 and is greedy.
       batch_size: most continuations of a batch.
@@ -57,12 +59,13 @@ def score(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    pairs = [_fitted(model, context, continuation) for context, continuation in requests]
+    if isinstance(model, SparseLM):
+        model = InferenceModel.of(model)
+    pairs = [_fitted(model.config, context, continuation) for context, continuation in requests]
     scores: dict[tuple[Tokens, Tokens], Score] = {pair: Score(0.0, True) for pair in pairs if not pair[1]}
     wanted = {pair: None for pair in pairs if pair not in scores}  # a set in the order of the requests
-    graphdef, state = nnx.split(model)
     for batch in _batches(list(wanted), batch_size):
-        scores |= zip(batch, _score_batch(model, graphdef, state, batch, batch_size), strict=True)
+        scores |= zip(batch, _score_batch(model, batch, batch_size), strict=True)
     return [scores[pair] for pair in pairs]
 
 
@@ -88,9 +91,11 @@ def rolling_windows(tokens: Sequence[int], prefix: int, context_length: int) -> 
     return windows
 
 
-def _fitted(model: SparseLM, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tokens, Tokens]:
+def _fitted(
+    config: ModelConfig, context: Sequence[int], continuation: Sequence[int]
+) -> tuple[Tokens, Tokens]:
     """The pair with as much of the context's end as has room; the last token is predicted and never read."""
-    limit, vocab_size = model.config.context_length, model.config.vocab_size
+    limit, vocab_size = config.context_length, config.vocab_size
     if not context:
         raise ValueError("a context must have at least one token, such as the end-of-text token; got none")
     if len(continuation) > limit:
@@ -118,13 +123,7 @@ def _batches(pairs: list[tuple[Tokens, Tokens]], size: int) -> Iterator[list[tup
         yield order[start : start + size]
 
 
-def _score_batch(
-    model: SparseLM,
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    batch: list[tuple[Tokens, Tokens]],
-    batch_size: int,
-) -> list[Score]:
+def _score_batch(model: InferenceModel, batch: list[tuple[Tokens, Tokens]], batch_size: int) -> list[Score]:
     limit = model.config.context_length
     contexts = list(dict.fromkeys(context for context, _ in batch))
     rows = _rounded(len(batch), batch_size)
@@ -133,16 +132,15 @@ def _score_batch(
     owners = np.zeros(rows, np.int32)
     owners[: len(batch)] = [contexts.index(context) for context, _ in batch]
     capacity = min(limit, read.shape[1] + said.shape[1])
-    sums, greedy = _scores(graphdef, capacity, state, read, read_counts, owners, said, said_counts)
+    sums, greedy = _scores(capacity, model, read, read_counts, owners, said, said_counts)
     values = zip(np.asarray(sums).tolist(), np.asarray(greedy).tolist(), strict=True)
     return [Score(value, most_likely) for _, (value, most_likely) in zip(batch, values, strict=False)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _scores(
-    graphdef: nnx.GraphDef,
     capacity: int,
-    state: nnx.State,
+    model: InferenceModel,
     contexts: jax.Array,
     context_counts: jax.Array,
     owners: jax.Array,
@@ -152,36 +150,23 @@ def _scores(
     """Sums of log-probabilities (R,) f32 and whether all tokens are the most likely ones (R,) bool.
 
     Args:
-      graphdef, state: the model.
       capacity: positions of the cache.
+      model: the language model.
       contexts: (G, C) int32, the first ``context_counts`` (G,) of each row count.
       owners: (R,) int32, the context of each continuation.
       continuations: (R, S) int32, the first ``counts`` (R,) of each row count.
     """
-    model = nnx.merge(graphdef, state)
-    cache = KVCache.empty(model.config, contexts.shape[0], capacity)
-    hidden, _, cache = model.hidden_states(contexts, cache=cache)
+    last, cache = model.prefill(contexts, context_counts, capacity)
     # The context's last hidden state predicts the first token; each token's own predicts the one behind it.
-    predicting = hidden[jnp.arange(len(contexts)), context_counts - 1][owners][:, None]
+    predicting = last[owners][:, None]
     if continuations.shape[1] > 1:
-        cache = KVCache(cache.keys[:, owners], cache.values[:, owners], context_counts[owners])
-        following, _, _ = model.hidden_states(continuations[:, :-1], cache=cache)
+        keys, values = (tuple(layer[owners] for layer in part) for part in (cache.keys, cache.values))
+        copies = LayerCaches(keys, values, context_counts[owners])
+        following, _ = model.extend(continuations[:, :-1], copies)
         predicting = jnp.concatenate([predicting, following], axis=1)
 
-    def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, tokens = inputs
-        logits = model.logits(states)
-        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
-
-    rows, steps, _ = predicting.shape
-    size = math.gcd(steps, _LOGITS_AT_ONCE)
-
-    def parts(values: jax.Array) -> jax.Array:
-        return jnp.moveaxis(values.reshape(rows, steps // size, size, *values.shape[2:]), 1, 0)
-
-    log_p, most_likely = jax.lax.map(part, (parts(predicting), parts(continuations)))
-    log_p, most_likely = (jnp.moveaxis(values, 0, 1).reshape(rows, steps) for values in (log_p, most_likely))
+    log_p, most_likely = model.log_likelihoods(predicting, continuations)
+    steps = predicting.shape[1]
     counted = jnp.arange(steps)[None] < counts[:, None]
     return jnp.sum(jnp.where(counted, log_p, 0.0), axis=1), jnp.all(most_likely | ~counted, axis=1)
 

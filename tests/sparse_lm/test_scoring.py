@@ -6,7 +6,7 @@ import pytest
 
 from sparse_lm import scoring
 from sparse_lm.generate import generate
-from sparse_lm.model import SparseLM
+from sparse_lm.inference import InferenceModel
 from sparse_lm.scoring import rolling_windows, score
 
 REQUESTS = [
@@ -61,16 +61,26 @@ def test_the_most_likely_continuation_is_greedy(model):
 def test_a_shared_context_is_read_once(model, monkeypatch):
     """Four answers to one question: one row of the question, four of the answers."""
     read = []
-    original = SparseLM.hidden_states
+    for name in ("prefill", "extend"):
+        original = getattr(InferenceModel, name)
 
-    def watched(self, tokens, *, cache=None):
-        read.append(tokens.shape)
-        return original(self, tokens, cache=cache)
+        def watched(self, tokens, *arguments, original=original):
+            read.append(tokens.shape)
+            return original(self, tokens, *arguments)
 
-    monkeypatch.setattr(SparseLM, "hidden_states", watched)
+        monkeypatch.setattr(InferenceModel, name, watched)
     question = (1, 2, 3, 4, 5, 6, 7, 8)
     score(model, [(question, (answer, answer + 1)) for answer in range(4)])
     assert read == [(1, 8), (4, 1)]
+
+
+def test_a_model_that_is_ready_is_not_made_again(model, expected, monkeypatch):
+    ready = InferenceModel.of(model)
+    monkeypatch.delattr(InferenceModel, "of")
+    found = score(ready, REQUESTS)
+    np.testing.assert_allclose(
+        [one.log_likelihood for one in found], [total for total, _ in expected], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 45])
