@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.generate import GREEDY, Sampling
 from sparse_lm.generate_until import TextTokenizer, generate_until
 from sparse_lm.inference import InferenceModel
@@ -90,7 +91,7 @@ class SparseHarness(TemplateLM):
         """Requests with the same arguments are one batch.
 
         Raises:
-          ValueError: arguments that this library does not know.
+          RequestError: arguments that this library does not know.
         """
         results = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -113,7 +114,7 @@ class SparseHarness(TemplateLM):
         sampled = given.pop("do_sample", temperature > 0)
         filters = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
         if given:
-            raise ValueError(
+            raise RequestError(
                 f"generation takes until, do_sample, temperature, top_k, top_p and {', '.join(_NEW_TOKENS)}; "
                 f"got {', '.join(given)} in a task's generation_kwargs"
             )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.config import ModelConfig
 from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.model import SparseLM
@@ -54,11 +55,11 @@ def score(
       One score a request, in the requests' order.
 
     Raises:
-      ValueError: ``batch_size`` under 1, an empty context, a continuation that is too long, or a token
+      RequestError: ``batch_size`` under 1, an empty context, a continuation that is too long, or a token
         outside the vocabulary.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        raise RequestError(f"batch_size must be at least 1; got {batch_size}")
     if isinstance(model, SparseLM):
         model = InferenceModel.of(model)
     pairs = [_fitted(model.config, context, continuation) for context, continuation in requests]
@@ -97,15 +98,15 @@ def _fitted(
     """The pair with as much of the context's end as has room; the last token is predicted and never read."""
     limit, vocab_size = config.context_length, config.vocab_size
     if not context:
-        raise ValueError("a context must have at least one token, such as the end-of-text token; got none")
+        raise RequestError("a context must have at least one token, such as the end-of-text token; got none")
     if len(continuation) > limit:
-        raise ValueError(
+        raise RequestError(
             f"a continuation must fit the model's context of {limit} tokens; got one of {len(continuation)}: "
             "split the text"
         )
     strange = next((token for token in (*context, *continuation) if not 0 <= token < vocab_size), None)
     if strange is not None:
-        raise ValueError(
+        raise RequestError(
             f"tokens must be of the model's vocabulary of {vocab_size}; got {strange}: encode texts with the "
             "tokenizer that the model was trained with"
         )

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.errors import RequestError
 from sparse_lm import scoring
 from sparse_lm.generate import generate
 from sparse_lm.inference import InferenceModel
@@ -109,5 +110,5 @@ def test_rolling_windows_predict_each_token_once(length):
     ],
 )
 def test_what_cannot_be_scored(model, requests, options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RequestError, match=said):
         score(model, requests, **options)
