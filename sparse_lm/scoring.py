@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations, in batches of alike lengths, each shared context computed once.
 
-What a benchmark with multiple choices asks: the same question with every answer behind it. A batch reads its
-contexts into a cache first and then all continuations from there, each with a copy of its context's rows.
+What a benchmark with multiple choices asks: the same question with every answer behind it, and often the same
+examples before every question. A batch reads what all its contexts begin with into a cache first, then each
+context's rest behind a copy of that, and then all continuations, each behind a copy of its context.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.model import SparseLM
 
 Tokens = tuple[int, ...]
+_LEAST_SHARED = 32  # tokens of a beginning that is worth a call of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +130,34 @@ def _score_batch(model: InferenceModel, batch: list[tuple[Tokens, Tokens]], batc
     limit = model.config.context_length
     contexts = list(dict.fromkeys(context for context, _ in batch))
     rows = _rounded(len(batch), batch_size)
-    read, read_counts = _padded(contexts, _rounded(len(contexts), rows), limit)
+    shared = _shared(contexts)
+    rests = [context[shared:] for context in contexts]
+    read, read_counts = _padded(rests, _rounded(len(contexts), rows), limit)
     said, said_counts = _padded([continuation for _, continuation in batch], rows, limit)
     owners = np.zeros(rows, np.int32)
     owners[: len(batch)] = [contexts.index(context) for context, _ in batch]
-    capacity = min(limit, read.shape[1] + said.shape[1])
-    sums, greedy = _scores(capacity, model, read, read_counts, owners, said, said_counts)
+    beginning = _padded([contexts[0][:shared]], 1, limit) if shared else None
+    room = read.shape[1] + said.shape[1] + (beginning[0].shape[1] if beginning else 0)
+    sums, greedy = _scores(min(limit, room), model, beginning, read, read_counts, owners, said, said_counts)
     values = zip(np.asarray(sums).tolist(), np.asarray(greedy).tolist(), strict=True)
     return [Score(value, most_likely) for _, (value, most_likely) in zip(batch, values, strict=False)]
+
+
+def _shared(contexts: list[Tokens]) -> int:
+    """How many tokens all contexts begin with, a token less than the shortest at most; 0 if hardly any."""
+    first, last = min(contexts), max(contexts)  # what these two begin with, all between them do
+    alike = next(
+        (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+    )
+    shared = min(alike, min(map(len, contexts)) - 1)
+    return shared if len(contexts) > 1 and shared >= _LEAST_SHARED else 0
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(
     capacity: int,
     model: InferenceModel,
+    beginning: tuple[jax.Array, jax.Array] | None,
     contexts: jax.Array,
     context_counts: jax.Array,
     owners: jax.Array,
@@ -153,23 +169,35 @@ def _scores(
     Args:
       capacity: positions of the cache.
       model: the language model.
+      beginning: what stands before every context: tokens (1, P) int32, of which so many (1,) count.
       contexts: (G, C) int32, the first ``context_counts`` (G,) of each row count.
       owners: (R,) int32, the context of each continuation.
       continuations: (R, S) int32, the first ``counts`` (R,) of each row count.
     """
-    last, cache = model.prefill(contexts, context_counts, capacity)
+    if beginning is None:
+        last, cache = model.prefill(contexts, context_counts, capacity)
+    else:
+        _, cache = model.prefill(*beginning, capacity)
+        start = _copies(cache, jnp.zeros(len(contexts), jnp.int32))
+        hidden, cache = model.extend(contexts, start)
+        last = hidden[jnp.arange(len(contexts)), context_counts - 1]
+        cache = dataclasses.replace(cache, lengths=start.lengths + context_counts)
     # The context's last hidden state predicts the first token; each token's own predicts the one behind it.
     predicting = last[owners][:, None]
     if continuations.shape[1] > 1:
-        keys, values = (tuple(layer[owners] for layer in part) for part in (cache.keys, cache.values))
-        copies = LayerCaches(keys, values, context_counts[owners])
-        following, _ = model.extend(continuations[:, :-1], copies)
+        following, _ = model.extend(continuations[:, :-1], _copies(cache, owners))
         predicting = jnp.concatenate([predicting, following], axis=1)
 
     log_p, most_likely = model.log_likelihoods(predicting, continuations)
     steps = predicting.shape[1]
     counted = jnp.arange(steps)[None] < counts[:, None]
     return jnp.sum(jnp.where(counted, log_p, 0.0), axis=1), jnp.all(most_likely | ~counted, axis=1)
+
+
+def _copies(cache: LayerCaches, rows: jax.Array) -> LayerCaches:
+    """A cache with copies of the rows (R,) of another."""
+    keys, values = (tuple(layer[rows] for layer in part) for part in (cache.keys, cache.values))
+    return LayerCaches(keys, values, cache.lengths[rows])
 
 
 def _padded(rows: list[Tokens], height: int, limit: int) -> tuple[np.ndarray, np.ndarray]:

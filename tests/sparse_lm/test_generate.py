@@ -90,6 +90,12 @@ def test_neither_blocks_nor_the_growth_of_the_cache_change_a_token(model, contin
     assert sizes == [8, 16]
 
 
+def test_the_first_token_waits_for_nothing_that_follows_it(model, continued, monkeypatch):
+    """Neither for the compilation of a block nor for its steps."""
+    monkeypatch.delattr("sparse_lm.decoding.decode_block")
+    assert next(stream(model, PROMPTS, max_new_tokens=8)) == [row[0] for row in continued]
+
+
 def draws(logits: list[float], sampling: Sampling, count: int = 4000) -> np.ndarray:
     """Shares of each token among ``count`` draws."""
     keys = jax.random.split(jax.random.key(0), count)

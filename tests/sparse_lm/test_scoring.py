@@ -59,20 +59,49 @@ def test_the_most_likely_continuation_is_greedy(model):
     assert not second.is_greedy
 
 
-def test_a_shared_context_is_read_once(model, monkeypatch):
-    """Four answers to one question: one row of the question, four of the answers."""
-    read = []
+@pytest.fixture
+def read(monkeypatch):
+    """Shapes of what the model is given to read while it is traced."""
+    shapes = []
     for name in ("prefill", "extend"):
         original = getattr(InferenceModel, name)
 
         def watched(self, tokens, *arguments, original=original):
-            read.append(tokens.shape)
+            shapes.append(tokens.shape)
             return original(self, tokens, *arguments)
 
         monkeypatch.setattr(InferenceModel, name, watched)
+    return shapes
+
+
+def test_a_shared_context_is_read_once(model, read):
+    """Four answers to one question: one row of the question, four of the answers."""
     question = (1, 2, 3, 4, 5, 6, 7, 8)
     score(model, [(question, (answer, answer + 1)) for answer in range(4)])
     assert read == [(1, 8), (4, 1)]
+
+
+def test_what_all_contexts_begin_with_is_read_once(model, read, monkeypatch):
+    """Three questions behind the same five tokens: one row of these, then three, then one an answer."""
+    monkeypatch.setattr("sparse_lm.scoring._LEAST_SHARED", 4)
+    questions = [(9, 8, 7, 6, 5, *rest) for rest in ((1, 2, 3), (1,), (4, 2))]
+    requests = [(question, answer) for question in questions for answer in ((3, 4), (5, 6, 7))]
+    found = score(model, requests)
+    assert read == [(1, 8), (4, 4), (8, 3)]
+    forward_all = jax.jit(model)
+    totals = [direct(model, forward_all, *request)[0] for request in requests]
+    np.testing.assert_allclose([one.log_likelihood for one in found], totals, rtol=1e-5)
+
+
+def test_a_shared_beginning_leaves_each_context_a_token(model, read, monkeypatch):
+    """One context may be the beginning of another."""
+    monkeypatch.setattr("sparse_lm.scoring._LEAST_SHARED", 2)
+    requests = [((9, 8, 7), (1,)), ((9, 8, 7, 6), (1,))]
+    found = score(model, requests)
+    assert read == [(1, 2), (2, 2)]
+    forward_all = jax.jit(model)
+    totals = [direct(model, forward_all, *request)[0] for request in requests]
+    np.testing.assert_allclose([one.log_likelihood for one in found], totals, rtol=1e-5)
 
 
 def test_a_model_that_is_ready_is_not_made_again(model, expected, monkeypatch):
