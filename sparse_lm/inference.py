@@ -6,6 +6,7 @@ them. The projections of queries, keys and values are one matrix, for they read 
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -19,6 +20,8 @@ from sparse_lm.config import ModelConfig
 from sparse_lm.layers import rms_norm, rotary, scaled
 from sparse_lm.model import SparseLM
 from sparse_lm.rope import frequencies
+
+_LOGITS_AT_ONCE = 64  # positions of each row
 
 
 @jax.tree_util.register_dataclass
@@ -206,6 +209,26 @@ class InferenceModel:
         if backend is not None:
             return decode.project(hidden, weight, dtype=jnp.float32, interpret=backend == "interpret")
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+    def log_likelihoods(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of next tokens (B, S) behind hidden states (B, S, D): ``ln p(target)`` (B, S) f32, and whether the
+        target is the most likely token (B, S). Logits of a long text never exist all at once."""
+
+        def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            states, tokens = inputs
+            logits = self.logits(states)
+            picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+            return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
+
+        rows, steps, _ = hidden.shape
+        size = math.gcd(steps, _LOGITS_AT_ONCE)
+
+        def parts(values: jax.Array) -> jax.Array:
+            return jnp.moveaxis(values.reshape(rows, steps // size, size, *values.shape[2:]), 1, 0)
+
+        both = jax.lax.map(part, (parts(hidden), parts(targets)))
+        log_p, most_likely = (jnp.moveaxis(values, 0, 1).reshape(rows, steps) for values in both)
+        return log_p, most_likely
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return scaled(self.embedding[tokens], self.config.embedding_scale)

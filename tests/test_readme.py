@@ -27,7 +27,7 @@ PUBLIC = {name: getattr(module, name) for module in (pallas_kernels, sparse_lm) 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
 _PROGRAM = re.compile(r"^(\.venv/bin/)?sparse-lm\b|^python -m |^make\b|^pip install ")
-_TRACKED = ("pallas_kernels/", "sparse_lm/", "train/", "configs/", "tests/", "docs/", ".ci/")
+_TRACKED = ("pallas_kernels/", "sparse_lm/", "train/", "configs/", "tests/", "docs/", "examples/", ".ci/")
 
 
 def blocks(path, language):

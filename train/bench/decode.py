@@ -27,8 +27,9 @@ from pallas_kernels.bench import timing
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
-from sparse_lm.generate import GREEDY, decode_block, read_prompts
+from sparse_lm.decoding import decode_block, read_prompts
 from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
+from sparse_lm.sampling import GREEDY
 from train.errors import UserError
 from train.output import JsonFile, print_table
 

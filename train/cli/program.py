@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from train.cli import (
     bench,
     bench_step,
+    chat,
     compare,
     convert,
     evaluate,
@@ -36,6 +37,7 @@ commands:
   train      train a model, or take up a run where it stopped
   tokenize   turn documents into token shards, which train reads in place
   generate   continue prompts with a trained model
+  chat       talk with a converted model that has a chat template
   evaluate   measure a trained model on its held-out text
   convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
@@ -86,6 +88,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": train.run,
         "tokenize": tokenize.run,
         "generate": generate.run,
+        "chat": chat.run,
         "evaluate": evaluate.run,
         "convert": convert.run,
         "layer-inputs": layer_inputs.run,

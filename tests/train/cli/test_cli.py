@@ -41,10 +41,10 @@ def complaint(capsys, *argv):
     ("command", "sentence"),
     [
         ("",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "expected a command, one of train, tokenize, generate, chat, evaluate, convert, layer-inputs, plot, "
          "bench, bench-step, compare; got none: see sparse-lm --help"),
         ("trian",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
+         "expected a command, one of train, tokenize, generate, chat, evaluate, convert, layer-inputs, plot, "
          "bench, bench-step, compare; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
@@ -128,6 +128,8 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("generate --checkpoint {run} --prompt x --max-new-tokens 0",
          "max_new_tokens must be at least 1; got 0"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --speculate 16",
+         "speculate must be from 0 to 15 tokens a step; got 16"),
         ("evaluate --checkpoint {run} --tokens 0", "tokens must be at least 1; got 0"),
         ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
         ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
@@ -332,6 +334,16 @@ def test_generate_says_how_fast_it_was(capsys, finished):
     assert cli.main(["generate", *options]) == 0
     pattern = r"\d tokens?, the first after \d+\.\d\d s(, then [\d,.]+ tokens/s)? \(compilation included\)"
     assert re.search(pattern, capsys.readouterr().err)
+
+
+def test_generate_with_speculation_says_the_same(capsys, finished):
+    options = ["--checkpoint", str(finished.workdir), "--prompt", "we", "--seed", "1"]
+    assert cli.main(["generate", *options]) == 0
+    plain = capsys.readouterr().out
+    assert cli.main(["generate", *options, "--speculate", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert re.search(r", \d\.\d\d tokens a step$", err)
 
 
 def test_a_character_of_several_tokens_is_never_broken_on_its_way(capsys, monkeypatch, finished):
