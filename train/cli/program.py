@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from train.cli import (
+    analyze,
     bench,
     bench_step,
     compare,
@@ -37,6 +38,7 @@ commands:
   tokenize   turn documents into token shards, which train reads in place
   generate   continue prompts with a trained model
   evaluate   measure a trained model on its held-out text
+  analyze    report which neurons a trained model's tokens activate: tables and figures
   convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
@@ -87,6 +89,7 @@ def _dispatch(argv: list[str]) -> int:
         "tokenize": tokenize.run,
         "generate": generate.run,
         "evaluate": evaluate.run,
+        "analyze": analyze.run,
         "convert": convert.run,
         "layer-inputs": layer_inputs.run,
         "plot": plot.run,

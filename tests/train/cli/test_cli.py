@@ -41,11 +41,11 @@ def complaint(capsys, *argv):
     ("command", "sentence"),
     [
         ("",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got none: see sparse-lm --help"),
+         "expected a command, one of train, tokenize, generate, evaluate, analyze, convert, layer-inputs, "
+         "plot, bench, bench-step, compare; got none: see sparse-lm --help"),
         ("trian",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got 'trian'; did you mean train?"),
+         "expected a command, one of train, tokenize, generate, evaluate, analyze, convert, layer-inputs, "
+         "plot, bench, bench-step, compare; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
