@@ -50,6 +50,7 @@ class TextLayers:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.step = load_for_inference(checkpoint)
+        self._rule = self.config.model.ffn_options.rule
         check_sequence_fits(tokens, self.config)
         length = self.config.model.context_length
         found, self.notes = read_heldout(checkpoint, self.config, self.tokenizer, text, tokens=tokens + more)
@@ -91,7 +92,7 @@ class TextLayers:
         """(M, F) bool: the neurons that inputs x (M, D) of a layer activate."""
         ffn = self._blocks[layer].ffn
         gate = ffn.w_up if ffn.w_gate is None else ffn.w_gate
-        return _active(x, gate[...], ffn.options.rule)
+        return _active(x, gate[...], self._rule)
 
     def _run(self, sequences: np.ndarray, part_done: Callable[[int], None]) -> list[jax.Array]:
         graphdef, state = nnx.split(self.model)
