@@ -30,6 +30,7 @@ from sparse_lm import ModelConfig
 from sparse_lm.config import SILU
 from sparse_lm.generate import GREEDY, decode_block, read_prompts
 from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
+from train.bench import results
 from train.errors import UserError
 from train.output import JsonFile, print_table
 
@@ -54,6 +55,8 @@ class DecodeOptions:
       prompt: tokens of the prompt whose first answer is timed; 0 times none.
       rounds: samples of each case.
       json: also write all figures to this file.
+      against: an older file of --json: print how the times compare with those in it.
+      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
       model: sizes and numerics; ``formats`` stand in for its own choice.
       debug: show the traceback of an error.
     """
@@ -68,9 +71,12 @@ class DecodeOptions:
     prompt: int = 1024
     rounds: int = 5
     json: str | None = None
+    against: str | None = None
+    tolerance: float | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
+        results.check_against(self.against, self.tolerance)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
@@ -109,6 +115,11 @@ class Row:
     def median_ms(self) -> float:
         return float(np.median(self.samples_ms))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute, a name and the median, ready for JSON."""
+        name = f"{self.what}, {self.tokens} tokens, {self.format}"
+        return {"name": name, "median_ms": self.median_ms, **dataclasses.asdict(self)}
+
 
 def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
     """Times every case, prints a table, and writes the JSON file asked for.
@@ -133,16 +144,15 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
         else row
         for row in rows
     ]
-    file.write(
-        {
-            "options": dataclasses.asdict(options),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "copy_bytes_per_second": bandwidth,
-            "rows": [dataclasses.asdict(row) | {"median_ms": row.median_ms} for row in rows],
-        }
+    document = results.document(
+        options,
+        [row.to_dict() for row in rows],
+        results.machine_record(),
+        copy_bytes_per_second=bandwidth,
     )
+    file.write(document)
     print_table(console, table(options, rows, bandwidth))
+    results.print_against(console, document, options.against, options.tolerance)
     return rows
 
 
