@@ -15,10 +15,11 @@ from flax import nnx
 
 from pallas_kernels import decode, device, reference, sparse_ffn, sparse_mlp
 from sparse_lm.attention import attend
-from sparse_lm.config import ModelConfig
+from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.layers import rms_norm, rotary, scaled
 from sparse_lm.model import SparseLM
 from sparse_lm.rope import frequencies
+from sparse_lm.silu import silu_ffn
 
 
 @jax.tree_util.register_dataclass
@@ -244,6 +245,8 @@ class InferenceModel:
         return x + scaled(self._feed_forward(layer, self._norm(x, layer.ffn_norm)), scale)
 
     def _feed_forward(self, layer: LayerWeights, x: jax.Array) -> jax.Array:
+        if self.config.activation == SILU:
+            return silu_ffn(x, layer.w_gate, layer.w_up, layer.w_down)[0]
         if layer.w_gate is None:
             return sparse_mlp(x, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]
         return sparse_ffn(x, layer.w_gate, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]

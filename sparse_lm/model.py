@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from flax import nnx
 from pallas_kernels import FFNStats
 from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention, KVCache
-from sparse_lm.config import ModelConfig, RematPolicy
+from sparse_lm.config import SILU, ModelConfig, RematPolicy
 from sparse_lm.ffn import SparseFFN
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
+from sparse_lm.silu import SiluFFN
 
 
 class Block(nnx.Module):
@@ -26,15 +27,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
         self.attention = Attention(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
-        self.ffn = SparseFFN(
-            config.d_model,
-            config.d_ff,
-            rngs=rngs,
-            gated=config.gated,
-            dtype=config.dtype,
-            init_std=config.init_std,
-            options=config.ffn_options,
-        )
+        self.ffn = _feed_forward(config, rngs)
         self.residual_scale = config.residual_scale
 
     def __call__(
@@ -64,6 +57,15 @@ class Block(nnx.Module):
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + scaled(y, self.residual_scale)
+
+
+def _feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> SparseFFN | SiluFFN:
+    sizes: dict[str, Any] = {
+        "gated": config.gated, "dtype": config.dtype, "init_std": config.init_std, "rngs": rngs,
+    }  # fmt: skip
+    if config.activation == SILU:
+        return SiluFFN(config.d_model, config.d_ff, **sizes)
+    return SparseFFN(config.d_model, config.d_ff, options=config.ffn_options, **sizes)
 
 
 class SparseLM(nnx.Module):

@@ -27,6 +27,7 @@ from pallas_kernels.bench import timing
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
+from sparse_lm.config import SILU
 from sparse_lm.generate import GREEDY, decode_block, read_prompts
 from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
 from train.errors import UserError
@@ -78,6 +79,8 @@ class DecodeOptions:
             raise ValueError("batches and tokens must be at least 1")
         if self.nnz < 0:
             raise ValueError(f"nnz must be above 0, or 0 for every neuron; got {self.nnz}")
+        if self.model.activation == SILU:
+            raise ValueError(f"model.activation must have silent neurons; got {SILU}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _layers(options: DecodeOptions) -> list[Row]:
     times = _measure(programs, options.rounds)
     rows = []
     for (format, tokens), timed in times.items():
-        union = _union(inputs[0]["x"][:tokens], weights[0][0], model.ffn.rule)
+        union = _union(inputs[0]["x"][:tokens], weights[0][0], model.ffn_options.rule)
         samples = tuple(ms / (_LAYERS * _REPEATS) for ms in timed.samples_ms)
         rows.append(Row("layer", format, tokens, samples, union, _ffn_bytes(model, format, union)))
     return rows
@@ -248,9 +251,8 @@ def _model(options: DecodeOptions) -> list[Row]:
         step = what == "step"
         entering = _entering(model, tokens[:size, 0] if step else tokens[0])
         first_layer = model.layers[0]
-        union = _union(
-            entering, first_layer.w_up if first_layer.w_gate is None else first_layer.w_gate, config.ffn.rule
-        )
+        gate = first_layer.w_up if first_layer.w_gate is None else first_layer.w_gate
+        union = _union(entering, gate, config.ffn_options.rule)
         matrices = sum(layer.qkv.nbytes + layer.output.nbytes for layer in model.layers)
         head = model.embedding.nbytes
         cache = 2 * size * options.context * config.num_kv_heads * config.head_dim * itemsize

@@ -15,6 +15,7 @@ from rich.table import Table
 from pallas_kernels.bench import recorded
 from pallas_kernels.bench.inputs import measure
 from sparse_lm import SparseLM
+from sparse_lm.config import SILU
 from train.data.batches import heldout_batches
 from train.data.evaluation_text import read_evaluation_text
 from train.data.holdout import usual_threshold
@@ -52,6 +53,8 @@ def save_layer_inputs(
     """
     out = Path(out)
     model, tokenizer, config, _ = load_for_inference(checkpoint)
+    if config.model.activation == SILU:
+        raise UserError(f"checkpoint must be of a model with silent neurons; this one's activation is {SILU}")
     length, count = config.model.context_length, config.model.num_layers
     wanted = sorted(set(layers)) or list(range(count))
     if wanted[0] < 0 or wanted[-1] >= count:

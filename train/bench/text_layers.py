@@ -39,6 +39,7 @@ class TextLayers:
 
     def __init__(self, checkpoint: str, tokens: int, more: int) -> None:
         self.model, tokenizer, config, self.step = load_for_inference(checkpoint)
+        self._rule = config.model.ffn_options.rule
         length = config.model.context_length
         if tokens < length:
             raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
@@ -78,7 +79,7 @@ class TextLayers:
         """(M, F) bool: the neurons that inputs x (M, D) of a layer activate."""
         ffn = self._blocks[layer].ffn
         gate = ffn.w_up if ffn.w_gate is None else ffn.w_gate
-        return _active(x, gate[...], ffn.options.rule)
+        return _active(x, gate[...], self._rule)
 
     def _run(self, sequences: np.ndarray) -> list[jax.Array]:
         graphdef, state = nnx.split(self.model)
