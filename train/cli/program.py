@@ -19,6 +19,7 @@ from train.cli import (
     generate,
     layer_inputs,
     plot,
+    sweep,
     tokenize,
     train,
 )
@@ -40,6 +41,7 @@ commands:
   convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
+  sweep      train a preset for several λ and variants, and set quality beside sparsity and speed
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
   bench      count or time what the name says: bench order, bench decode
   bench-step   time training steps with sparse and dense feed-forward layers, and measure their memory
@@ -93,6 +95,7 @@ def _dispatch(argv: list[str]) -> int:
         "bench": bench.run,
         "bench-step": bench_step.run,
         "compare": compare.run,
+        "sweep": sweep.run,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
