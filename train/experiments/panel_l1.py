@@ -59,7 +59,13 @@ class Point:
         )
 
 
-def run(sweep: Path, strengths: Sequence[float], token_order: TokenOrderName | None = None) -> dict[str, Any]:
+def run(
+    sweep: Path,
+    strengths: Sequence[float],
+    token_order: TokenOrderName | None = None,
+    *,
+    figure: bool = True,
+) -> dict[str, Any]:
     """Trains each strength, and writes ``panel_l1.json``, ``.md`` and ``.png`` into the sweep's directory.
 
     Args:
@@ -67,6 +73,7 @@ def run(sweep: Path, strengths: Sequence[float], token_order: TokenOrderName | N
       strengths: values of λ for the penalty.
       token_order: in which order of the tokens panels are penalised, as ``model.token_order``; the sweep's
         own by default.
+      figure: draw it, with matplotlib.
 
     Raises:
       UserError: there is no sweep with rows of λ.
@@ -93,7 +100,8 @@ def run(sweep: Path, strengths: Sequence[float], token_order: TokenOrderName | N
             found = _document(base, curve, points)
             file.write(found)
             (sweep / f"{NAME}.md").write_text(markdown(curve, points), encoding="utf-8")
-            draw(curve, points, sweep / f"{NAME}.png")
+            if figure:
+                draw(curve, points, sweep / f"{NAME}.png")
     print(markdown(curve, points))
     return found
 
@@ -221,9 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token-order", choices=("text", "centroids"), help="order in which panels are penalised"
     )
+    parser.add_argument("--no-figure", action="store_true", help="draw nothing")
     options = parser.parse_args(argv)
     try:
-        run(options.sweep, options.strengths, options.token_order)
+        run(options.sweep, options.strengths, options.token_order, figure=not options.no_figure)
     except UserError as error:
         print(f"panel_l1: {error}", file=sys.stderr)
         return 1
