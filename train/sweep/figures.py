@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +77,31 @@ def read_quality(workdir: Path, *, d_ff: int) -> Quality:
 
 
 class HeldoutText:
-    """Held-out text of runs that share their corpus and a cache, once the first of them has filled it.
+    """Held-out text of runs that share their corpus and a cache, which is filled where no run has yet.
 
     Args:
       config: any of the runs.
       cache: of `train.run.loop.run`.
+      say: told what takes time.
+
+    Attributes:
+      sequences: (N, C + 1) int32, different windows.
+
+    Raises:
+      UserError: the corpus is missing or bad.
     """
 
-    def __init__(self, config: TrainConfig, cache: Path) -> None:
-        self._config, self._cache = config, cache
-
-    @functools.cached_property
-    def sequences(self) -> np.ndarray:
-        """(N, C + 1) int32, different windows."""
-        data, model = self._config.data.absolute(), self._config.model
-        corpus = open_corpus(data, choose_tokenizer(data, model.vocab_size, self._cache), self._cache)
+    def __init__(
+        self, config: TrainConfig, cache: Path, *, say: Callable[[str], None] = lambda sentence: None
+    ) -> None:
+        data, model = config.data.absolute(), config.model
+        tokenizer = choose_tokenizer(data, model.vocab_size, cache, say=say)
+        corpus = open_corpus(data, tokenizer, cache, say=say)
         batches = heldout_batches(
             corpus.heldout, corpus.weights,
             context_length=model.context_length, tokens=_UNION_TOKENS, batch_size=1,
         )  # fmt: skip
-        return np.concatenate([batch["tokens"] for batch in batches])
+        self.sequences = np.concatenate([batch["tokens"] for batch in batches])
 
     def batch(self, rows: int) -> np.ndarray:
         """(rows, C + 1) int32: the same windows again where there are too few."""

@@ -34,7 +34,7 @@ def label(row: Row) -> str:
 
 def markdown(results: Results) -> str:
     """A table with a row a run, below a sentence on its scale."""
-    finished = results.finished
+    finished = sorted(results.finished, key=lambda r: (r.row.variant != L1, r.row.variant == L1 and r.row.l1))
     dense = next((r.quality for r in finished if r.row.variant == L1 and r.row.l1 == 0), None)
     rows = {label(result.row): _cells(result, dense) for result in finished}
     head = list(dict.fromkeys(name for cells in rows.values() for name in cells))

@@ -19,7 +19,6 @@ from sparse_lm.config import SILU, ModelConfig
 from train import parallel
 from train.config import TrainConfig, changed_fields
 from train.config_file import read_config
-from train.data.corpus import find_groups
 from train.errors import UserError
 from train.run import loop, manifest
 from train.run.checkpoint import SUBDIRECTORY, check_local, complete_steps, load_for_inference
@@ -70,8 +69,9 @@ def run(
     _check(sweep)
     with making(sweep.workdir):
         check_writable(sweep.workdir)
+        text = HeldoutText(sweep.base, sweep.workdir / loop.CACHE, say=console.print)
         sweep.workdir.mkdir(parents=True, exist_ok=True)
-    results, text = Results(sweep, preset), HeldoutText(sweep.base, sweep.workdir / loop.CACHE)
+    results = Results(sweep, preset)
     with compiling_once(sweep.workdir / COMPILED):
         for number, result in enumerate(results.rows, start=1):
             name = report.label(result.row)
@@ -100,7 +100,6 @@ def _check(sweep: Sweep) -> None:
     parallel.check_devices()
     if jax.process_count() > 1:
         raise UserError(f"sweep needs one process; got {jax.process_count()}: start it alone")
-    find_groups(sweep.base.data)
     for row in sweep.rows():
         parallel.check_batch(row.config)
         path = row.workdir / manifest.CONFIG_NAME
