@@ -42,10 +42,10 @@ def complaint(capsys, *argv):
     [
         ("",
          "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got none: see sparse-lm --help"),
+         "bench, bench-step, compare, sweep; got none: see sparse-lm --help"),
         ("trian",
          "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got 'trian'; did you mean train?"),
+         "bench, bench-step, compare, sweep; got 'trian'; did you mean train?"),
         ("train --config tinny",
          "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got 'tinny'; did you mean tiny?"),
         ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got ''"),
