@@ -20,6 +20,7 @@ from train.cli import (
     generate,
     layer_inputs,
     plot,
+    sweep,
     tokenize,
     train,
 )
@@ -43,6 +44,7 @@ commands:
   convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw the curves of runs
+  sweep      train a preset for several λ and variants, and set quality beside sparsity and speed
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
   bench      time layers, models, training steps or generation: bench --help lists the benchmarks
 
@@ -96,6 +98,7 @@ def _dispatch(argv: list[str]) -> int:
         "plot": plot.run,
         "bench": bench.run,
         "compare": compare.run,
+        "sweep": sweep.run,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):

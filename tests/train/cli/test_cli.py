@@ -42,13 +42,13 @@ def complaint(capsys, *argv):
     [
         ("",
          "expected a command, one of train, tokenize, generate, chat, evaluate, analyze, convert, "
-         "layer-inputs, plot, bench, compare; got none: see sparse-lm --help"),
+         "layer-inputs, plot, bench, compare, sweep; got none: see sparse-lm --help"),
         ("trian",
          "expected a command, one of train, tokenize, generate, chat, evaluate, analyze, convert, "
-         "layer-inputs, plot, bench, compare; got 'trian'; did you mean train?"),
+         "layer-inputs, plot, bench, compare, sweep; got 'trian'; did you mean train?"),
         ("train --config tinny",
-         "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
-        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
+         "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got 'tinny'; did you mean tiny?"),
+        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
         ("train --model.stepz=4 --steps 3", "unknown option --model.stepz"),
         ("train --weight_decay 1", "unknown option --weight-decay; did you mean --optimizer.weight-decay?"),
