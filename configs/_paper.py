@@ -25,7 +25,7 @@ def paper(name: str, *, num_layers: int, steps: int) -> TrainConfig:
             dtype="bfloat16",
             sparsity=SparsityConfig(l1=2e-5),
         ),
-        data=DataConfig(tokenizer="bpe"),
+        data=DataConfig(tokenizer="bpe", require_paths=True),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_steps=600, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0
         ),

@@ -10,6 +10,7 @@ from pallas_kernels.errors import RequestError
 from sparse_lm.rope import RopeScaling
 
 L1Schedule = Literal["constant", "linear", "staged", "target"]
+SILU = "silu"
 MAX_SILENCE = (1 << 30) - 1  # tokens of silence are counted up to here, in int32
 RematPolicy = Literal["none", "full", "dots", "sparse"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -132,7 +133,9 @@ class ModelConfig:
       num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
       gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
       activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold(0.01)"``, x where it is over 0.01
-        and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated models only).
+        and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated models only); or
+        ``"silu"``, for a dense baseline: no neuron is ever silent, so that ``ffn`` must be dense or auto,
+        which then is dense, and ``sparsity.l1`` 0.
       tied_embeddings: the output head is the embedding's transpose.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       context_length: longest sequence in tokens.
@@ -213,10 +216,13 @@ class ModelConfig:
             raise RequestError(
                 f"model.d-model / model.num-heads must be even for rotary embeddings; got {self.head_dim}"
             )
-        try:
-            activations.parse(self.activation)
-        except ValueError as error:
-            raise RequestError(f"model.activation: {error}") from error
+        if self.activation == SILU:
+            self._require_dense()
+        else:
+            try:
+                activations.parse(self.activation)
+            except ValueError as error:
+                raise RequestError(f"model.activation: {error}; {SILU} is for a dense baseline") from error
         if self.ffn.activation != FFNOptions().activation:
             raise RequestError(
                 "model.ffn.activation must be left out, model.activation is the model's; got "
@@ -261,11 +267,31 @@ class ModelConfig:
                 f"share an int32 key; got {self.token_clusters} × {self.vocab_size}"
             )
 
+    def _require_dense(self) -> None:
+        """Refuses what is for layers with silent neurons."""
+        for name, value, wanted in (
+            ("ffn.format", self.ffn.layout.name, ("dense", "auto")),
+            ("ffn.backend", self.ffn.backend, ("auto", "xla")),
+            ("sparsity.l1", self.sparsity.l1, (0,)),
+            ("sparsity.revive", self.sparsity.revive, ("off",)),
+        ):
+            if value not in wanted:
+                raise RequestError(
+                    f"model.{name} must be {' or '.join(map(str, wanted))} with model.activation={SILU}, "
+                    f"which is zero for no neuron; got {value}"
+                )
+
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
     @property
     def ffn_options(self) -> FFNOptions:
-        """``ffn`` with the model's activation: what a feed-forward layer of the model is called with."""
+        """``ffn`` with the model's activation: what a feed-forward layer of the model is called with.
+
+        Raises:
+          RequestError: the activation is SiLU, which no sparse layer runs.
+        """
+        if self.activation == SILU:
+            raise RequestError(f"model.activation must have silent neurons for this; got {SILU}")
         return dataclasses.replace(self.ffn, activation=activations.parse(self.activation))

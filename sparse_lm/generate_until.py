@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.generate import GREEDY, Sampling, stream
+from sparse_lm.inference import InferenceModel
 from sparse_lm.model import SparseLM
 
 _DECODED_BEFORE = 16  # of a prompt's last tokens: more than any character or word mark reaches over
@@ -32,7 +34,7 @@ class TextTokenizer(Protocol):
 
 
 def generate_until(
-    model: SparseLM,
+    model: SparseLM | InferenceModel,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
     *,
@@ -60,19 +62,21 @@ def generate_until(
       One continuation a text, in their order.
 
     Raises:
-      ValueError: ``batch_size`` or ``max_new_tokens`` under 1, as many new tokens as the context has
+      RequestError: ``batch_size`` or ``max_new_tokens`` under 1, as many new tokens as the context has
         positions, or an empty string to stop at.
     """
     limit = model.config.context_length
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        raise RequestError(f"batch_size must be at least 1; got {batch_size}")
     if not 1 <= max_new_tokens < limit:
-        raise ValueError(
+        raise RequestError(
             f"the new tokens must be at least 1 and leave room in the model's context of {limit}; got "
             f"{max_new_tokens}: ask for fewer"
         )
     if not all(until):
-        raise ValueError("a string to stop at must have a character; got ''")
+        raise RequestError("a string to stop at must have a character; got ''")
+    if isinstance(model, SparseLM):
+        model = InferenceModel.of(model)
     encoded = [[*tokenizer.prefix_ids, *tokenizer.encode(text)] or [tokenizer.eos_id] for text in texts]
     prompts = [ids[-(limit - max_new_tokens) :] for ids in encoded]
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))

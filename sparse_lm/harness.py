@@ -12,8 +12,10 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.generate import GREEDY, Sampling
 from sparse_lm.generate_until import TextTokenizer, generate_until
+from sparse_lm.inference import InferenceModel
 from sparse_lm.model import SparseLM
 from sparse_lm.scoring import rolling_windows, score
 
@@ -28,17 +30,19 @@ _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 
 
 class SparseHarness(TemplateLM):
-    """Scores and continues texts with a `SparseLM`; hand it to ``lm_eval.simple_evaluate(model=...)``.
+    """Scores and continues texts with a model; hand it to ``lm_eval.simple_evaluate(model=...)``.
 
     Args:
-      model: the language model.
+      model: the language model; of a `SparseLM` it keeps what inference needs.
       tokenizer: that it was trained with.
       batch_size: most texts of a batch; it changes no score.
     """
 
-    def __init__(self, model: SparseLM, tokenizer: TextTokenizer, *, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: SparseLM | InferenceModel, tokenizer: TextTokenizer, *, batch_size: int = 32
+    ) -> None:
         super().__init__()
-        self._model = model
+        self._model = InferenceModel.of(model) if isinstance(model, SparseLM) else model
         self._tokenizer = tokenizer
         self.batch_size = batch_size
 
@@ -87,7 +91,7 @@ class SparseHarness(TemplateLM):
         """Requests with the same arguments are one batch.
 
         Raises:
-          ValueError: arguments that this library does not know.
+          RequestError: arguments that this library does not know.
         """
         results = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -110,7 +114,7 @@ class SparseHarness(TemplateLM):
         sampled = given.pop("do_sample", temperature > 0)
         filters = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
         if given:
-            raise ValueError(
+            raise RequestError(
                 f"generation takes until, do_sample, temperature, top_k, top_p and {', '.join(_NEW_TOKENS)}; "
                 f"got {', '.join(given)} in a task's generation_kwargs"
             )

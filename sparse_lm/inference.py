@@ -6,6 +6,7 @@ them. The projections of queries, keys and values are one matrix, for they read 
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -15,10 +16,13 @@ from flax import nnx
 
 from pallas_kernels import decode, device, reference, sparse_ffn, sparse_mlp
 from sparse_lm.attention import attend
-from sparse_lm.config import ModelConfig
+from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.layers import rms_norm, rotary, scaled
 from sparse_lm.model import SparseLM
 from sparse_lm.rope import frequencies
+from sparse_lm.silu import silu_ffn
+
+_LOGITS_AT_ONCE = 64  # positions of each row
 
 
 @jax.tree_util.register_dataclass
@@ -207,6 +211,26 @@ class InferenceModel:
             return decode.project(hidden, weight, dtype=jnp.float32, interpret=backend == "interpret")
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
 
+    def log_likelihoods(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of next tokens (B, S) behind hidden states (B, S, D): ``ln p(target)`` (B, S) f32, and whether the
+        target is the most likely token (B, S). Logits of a long text never exist all at once."""
+
+        def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            states, tokens = inputs
+            logits = self.logits(states)
+            picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+            return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
+
+        rows, steps, _ = hidden.shape
+        size = math.gcd(steps, _LOGITS_AT_ONCE)
+
+        def parts(values: jax.Array) -> jax.Array:
+            return jnp.moveaxis(values.reshape(rows, steps // size, size, *values.shape[2:]), 1, 0)
+
+        both = jax.lax.map(part, (parts(hidden), parts(targets)))
+        log_p, most_likely = (jnp.moveaxis(values, 0, 1).reshape(rows, steps) for values in both)
+        return log_p, most_likely
+
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return scaled(self.embedding[tokens], self.config.embedding_scale)
 
@@ -244,6 +268,8 @@ class InferenceModel:
         return x + scaled(self._feed_forward(layer, self._norm(x, layer.ffn_norm)), scale)
 
     def _feed_forward(self, layer: LayerWeights, x: jax.Array) -> jax.Array:
+        if self.config.activation == SILU:
+            return silu_ffn(x, layer.w_gate, layer.w_up, layer.w_down)[0]
         if layer.w_gate is None:
             return sparse_mlp(x, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]
         return sparse_ffn(x, layer.w_gate, layer.w_up, layer.w_down, options=self.config.ffn_options)[0]

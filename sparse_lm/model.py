@@ -1,8 +1,7 @@
 """A Llama-style decoder with sparse feed-forward layers."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,13 @@ from flax import nnx
 
 from pallas_kernels import FFNStats
 from pallas_kernels.options import RESIDUAL_NAMES
-from sparse_lm.attention import Attention, KVCache
-from sparse_lm.config import ModelConfig, RematPolicy
+from sparse_lm.attention import Attention
+from sparse_lm.config import SILU, ModelConfig, RematPolicy
 from sparse_lm.ffn import SparseFFN
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
+from sparse_lm.silu import SiluFFN
 
 
 class Block(nnx.Module):
@@ -26,33 +26,17 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
         self.attention = Attention(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.dtype)
-        self.ffn = SparseFFN(
-            config.d_model,
-            config.d_ff,
-            rngs=rngs,
-            gated=config.gated,
-            dtype=config.dtype,
-            init_std=config.init_std,
-            options=config.ffn_options,
-        )
+        self.ffn = _feed_forward(config, rngs)
         self.residual_scale = config.residual_scale
 
-    def __call__(
-        self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
-    ) -> tuple[jax.Array, FFNStats, KVCache | None]:
-        """(B, S, D) to (B, S, D), the feed-forward statistics, and the cache with this layer written."""
-        x, entering, cache = self.attend(x, cache=cache, layer=layer)
-        x, stats = self.feed_forward(x, entering)
-        return x, stats, cache
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
+        """(B, S, D) to (B, S, D), and the feed-forward statistics."""
+        return self.feed_forward(*self.attend(x))
 
-    def attend(
-        self, x: jax.Array, *, cache: KVCache | None = None, layer: jax.Array | int = 0
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """The first half: (B, S, D) with attention added, what then enters the feed-forward part,
-        and the cache."""
-        attended, cache = self.attention(self.attention_norm(x), cache=cache, layer=layer)
-        x = self._add(x, attended)
-        return x, self.ffn_norm(x), cache
+    def attend(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first half: (B, S, D) with attention added, and what then enters the feed-forward part."""
+        x = self._add(x, self.attention(self.attention_norm(x)))
+        return x, self.ffn_norm(x)
 
     def feed_forward(
         self, x: jax.Array, entering: jax.Array, order: Permutation | None = None
@@ -64,6 +48,15 @@ class Block(nnx.Module):
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + scaled(y, self.residual_scale)
+
+
+def _feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> SparseFFN | SiluFFN:
+    sizes: dict[str, Any] = {
+        "gated": config.gated, "dtype": config.dtype, "init_std": config.init_std, "rngs": rngs,
+    }  # fmt: skip
+    if config.activation == SILU:
+        return SiluFFN(config.d_model, config.d_ff, **sizes)
+    return SparseFFN(config.d_model, config.d_ff, options=config.ffn_options, **sizes)
 
 
 class SparseLM(nnx.Module):
@@ -89,37 +82,24 @@ class SparseLM(nnx.Module):
         self.head = None if config.tied_embeddings else nnx.Param(init(rngs.params(), shape, jnp.float32))
         self.token_order = ModelOrder(config, rngs=rngs)
 
-    @overload
-    def __call__(self, tokens: jax.Array, *, cache: None = None) -> tuple[jax.Array, FFNStats]: ...
-
-    @overload
-    def __call__(self, tokens: jax.Array, *, cache: KVCache) -> tuple[jax.Array, FFNStats, KVCache]: ...
-
-    def __call__(self, tokens, *, cache=None):
-        """Logits of the next token at every position.
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
+        """Logits of the next token at every position. (`InferenceModel` continues texts with a cache.)
 
         Args:
-          tokens: (B, S) int32. Without a cache they stand at positions 0 to S - 1, with one behind each row's
-            ``cache.lengths``.
-          cache: what stands before ``tokens``.
+          tokens: (B, S) int32, at positions 0 to S - 1.
 
         Returns:
-          Logits (B, S, V) f32; statistics with a leading layer axis on every leaf; with a cache also the
-          cache that holds ``tokens``.
+          Logits (B, S, V) f32; statistics with a leading layer axis on every leaf.
 
         Raises:
-          ValueError: ``tokens`` is not (B, S), or S is beyond the context or the cache's capacity.
+          ValueError: ``tokens`` is not (B, S), or S is beyond the context.
         """
-        hidden, stats, cache = self.hidden_states(tokens, cache=cache)
-        logits = self.logits(hidden)
-        return (logits, stats) if cache is None else (logits, stats, cache)
+        hidden, stats = self.hidden_states(tokens)
+        return self.logits(hidden), stats
 
-    def hidden_states(
-        self, tokens: jax.Array, *, cache: KVCache | None = None
-    ) -> tuple[jax.Array, FFNStats, KVCache | None]:
-        """What ``logits`` reads: (B, S, D) in the compute type, the statistics and the cache,
-        as in ``__call__``."""
-        longest = self.config.context_length if cache is None else cache.capacity
+    def hidden_states(self, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
+        """What ``logits`` reads: (B, S, D) in the compute type, and the statistics, as in ``__call__``."""
+        longest = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > longest:
             raise ValueError(
                 f"SparseLM expected tokens of shape (batch, at most {longest} positions); got {tokens.shape}"
@@ -129,26 +109,24 @@ class SparseLM(nnx.Module):
         ordered_by_input = self.token_order.needs_input(tokens.shape)
 
         def run_layer(carry, inputs):
-            x, cache, order = carry
+            x, order = carry
             layer, state = inputs
             block = nnx.merge(graphdef, state)
-            x, entering, cache = block.attend(x, cache=cache, layer=layer)
+            x, entering = block.attend(x)
             if ordered_by_input:
                 order = jax.lax.cond(
                     layer == 0, lambda: self.token_order.of_input(entering, tokens), lambda: order
                 )
             x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
-            return (x, cache, order), stats
+            return (x, order), stats
 
         x = self._embed(tokens)
         inputs = (jnp.arange(self.config.num_layers), layers)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
-        carry = (x, cache, Permutation(unmade, unmade) if ordered_by_input else None)
-        (x, cache, _), stats = jax.lax.scan(_remat(run_layer, self.config.remat), carry, inputs)
-        if cache is not None:
-            cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
-        return self.final_norm(x), stats, cache
+        carry = (x, Permutation(unmade, unmade) if ordered_by_input else None)
+        (x, _), stats = jax.lax.scan(_remat(run_layer, self.config.remat), carry, inputs)
+        return self.final_norm(x), stats
 
     def refresh_token_order(self, tokens: jax.Array, *, axis_name: str | None = None) -> None:
         """Renews what ``config.token_order`` keeps, from the weights as they are and some tokens.
@@ -179,7 +157,7 @@ class SparseLM(nnx.Module):
 
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
-            x, entering, _ = block.attend(x)
+            x, entering = block.attend(x)
             return block._add(x, block.ffn(entering)[0]), entering
 
         x = self._embed(tokens)
@@ -192,7 +170,7 @@ class SparseLM(nnx.Module):
 
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
-            x, entering, _ = block.attend(x)
+            x, entering = block.attend(x)
             return block.feed_forward(x, entering)[0], x
 
         return jax.lax.scan(run_layer, self._embed(tokens), layers)[1]

@@ -6,7 +6,7 @@ from flax import nnx
 
 from pallas_kernels import dispatch
 from sparse_lm import clusters, order
-from sparse_lm.config import ModelConfig, TokenOrderName
+from sparse_lm.config import SILU, ModelConfig, TokenOrderName
 from sparse_lm.ffn import local_token_count, over_local_tokens
 from sparse_lm.order import Permutation
 
@@ -49,7 +49,7 @@ class ModelOrder(nnx.Module):
         """The order of a forward over tokens of that shape (B, S): never ``"auto"``."""
         name = self.config.token_order
         local = local_token_count(shape)
-        if local < LEAST_TOKENS or shape[1] == 1:
+        if local < LEAST_TOKENS or shape[1] == 1 or self.config.activation == SILU:
             return "text"
         if name != "auto":
             return name

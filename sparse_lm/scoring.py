@@ -1,24 +1,25 @@
 """Log-likelihoods of continuations, in batches of alike lengths, each shared context computed once.
 
-What a benchmark with multiple choices asks: the same question with every answer behind it. A batch reads its
-contexts into a cache first and then all continuations from there, each with a copy of its context's rows.
+What a benchmark with multiple choices asks: the same question with every answer behind it, and often the same
+examples before every question. A batch reads what all its contexts begin with into a cache first, then each
+context's rest behind a copy of that, and then all continuations, each behind a copy of its context.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sparse_lm.attention import KVCache
+from pallas_kernels.errors import RequestError
+from sparse_lm.config import ModelConfig
+from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.model import SparseLM
 
 Tokens = tuple[int, ...]
-_LOGITS_AT_ONCE = 64  # positions of each row, so that logits of a long text never exist all at once
+_LEAST_SHARED = 32  # tokens of a beginning that is worth a call of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Score:
 
 
 def score(
-    model: SparseLM, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 32
+    model: SparseLM | InferenceModel,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 32,
 ) -> list[Score]:
     """The score of each continuation behind its context.
 
@@ -43,7 +47,8 @@ def score(
     once, and so are contexts that are.
 
     Args:
-      model: the language model.
+      model: the language model. A `SparseLM`'s weights are split and cast at every call, those of an
+        `InferenceModel` have been already.
       requests: pairs of context and continuation, token ids; a context has at least one, and a continuation
         no more than the model's context has positions. Without tokens a continuation scores 0 and is greedy.
       batch_size: most continuations of a batch.
@@ -52,17 +57,18 @@ def score(
       One score a request, in the requests' order.
 
     Raises:
-      ValueError: ``batch_size`` under 1, an empty context, a continuation that is too long, or a token
+      RequestError: ``batch_size`` under 1, an empty context, a continuation that is too long, or a token
         outside the vocabulary.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    pairs = [_fitted(model, context, continuation) for context, continuation in requests]
+        raise RequestError(f"batch_size must be at least 1; got {batch_size}")
+    if isinstance(model, SparseLM):
+        model = InferenceModel.of(model)
+    pairs = [_fitted(model.config, context, continuation) for context, continuation in requests]
     scores: dict[tuple[Tokens, Tokens], Score] = {pair: Score(0.0, True) for pair in pairs if not pair[1]}
     wanted = {pair: None for pair in pairs if pair not in scores}  # a set in the order of the requests
-    graphdef, state = nnx.split(model)
     for batch in _batches(list(wanted), batch_size):
-        scores |= zip(batch, _score_batch(model, graphdef, state, batch, batch_size), strict=True)
+        scores |= zip(batch, _score_batch(model, batch, batch_size), strict=True)
     return [scores[pair] for pair in pairs]
 
 
@@ -88,19 +94,21 @@ def rolling_windows(tokens: Sequence[int], prefix: int, context_length: int) -> 
     return windows
 
 
-def _fitted(model: SparseLM, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tokens, Tokens]:
+def _fitted(
+    config: ModelConfig, context: Sequence[int], continuation: Sequence[int]
+) -> tuple[Tokens, Tokens]:
     """The pair with as much of the context's end as has room; the last token is predicted and never read."""
-    limit, vocab_size = model.config.context_length, model.config.vocab_size
+    limit, vocab_size = config.context_length, config.vocab_size
     if not context:
-        raise ValueError("a context must have at least one token, such as the end-of-text token; got none")
+        raise RequestError("a context must have at least one token, such as the end-of-text token; got none")
     if len(continuation) > limit:
-        raise ValueError(
+        raise RequestError(
             f"a continuation must fit the model's context of {limit} tokens; got one of {len(continuation)}: "
             "split the text"
         )
     strange = next((token for token in (*context, *continuation) if not 0 <= token < vocab_size), None)
     if strange is not None:
-        raise ValueError(
+        raise RequestError(
             f"tokens must be of the model's vocabulary of {vocab_size}; got {strange}: encode texts with the "
             "tokenizer that the model was trained with"
         )
@@ -118,31 +126,38 @@ def _batches(pairs: list[tuple[Tokens, Tokens]], size: int) -> Iterator[list[tup
         yield order[start : start + size]
 
 
-def _score_batch(
-    model: SparseLM,
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    batch: list[tuple[Tokens, Tokens]],
-    batch_size: int,
-) -> list[Score]:
+def _score_batch(model: InferenceModel, batch: list[tuple[Tokens, Tokens]], batch_size: int) -> list[Score]:
     limit = model.config.context_length
     contexts = list(dict.fromkeys(context for context, _ in batch))
     rows = _rounded(len(batch), batch_size)
-    read, read_counts = _padded(contexts, _rounded(len(contexts), rows), limit)
+    shared = _shared(contexts)
+    rests = [context[shared:] for context in contexts]
+    read, read_counts = _padded(rests, _rounded(len(contexts), rows), limit)
     said, said_counts = _padded([continuation for _, continuation in batch], rows, limit)
     owners = np.zeros(rows, np.int32)
     owners[: len(batch)] = [contexts.index(context) for context, _ in batch]
-    capacity = min(limit, read.shape[1] + said.shape[1])
-    sums, greedy = _scores(graphdef, capacity, state, read, read_counts, owners, said, said_counts)
+    beginning = _padded([contexts[0][:shared]], 1, limit) if shared else None
+    room = read.shape[1] + said.shape[1] + (beginning[0].shape[1] if beginning else 0)
+    sums, greedy = _scores(min(limit, room), model, beginning, read, read_counts, owners, said, said_counts)
     values = zip(np.asarray(sums).tolist(), np.asarray(greedy).tolist(), strict=True)
     return [Score(value, most_likely) for _, (value, most_likely) in zip(batch, values, strict=False)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _shared(contexts: list[Tokens]) -> int:
+    """How many tokens all contexts begin with, a token less than the shortest at most; 0 if hardly any."""
+    first, last = min(contexts), max(contexts)  # what these two begin with, all between them do
+    alike = next(
+        (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+    )
+    shared = min(alike, min(map(len, contexts)) - 1)
+    return shared if len(contexts) > 1 and shared >= _LEAST_SHARED else 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _scores(
-    graphdef: nnx.GraphDef,
     capacity: int,
-    state: nnx.State,
+    model: InferenceModel,
+    beginning: tuple[jax.Array, jax.Array] | None,
     contexts: jax.Array,
     context_counts: jax.Array,
     owners: jax.Array,
@@ -152,38 +167,37 @@ def _scores(
     """Sums of log-probabilities (R,) f32 and whether all tokens are the most likely ones (R,) bool.
 
     Args:
-      graphdef, state: the model.
       capacity: positions of the cache.
+      model: the language model.
+      beginning: what stands before every context: tokens (1, P) int32, of which so many (1,) count.
       contexts: (G, C) int32, the first ``context_counts`` (G,) of each row count.
       owners: (R,) int32, the context of each continuation.
       continuations: (R, S) int32, the first ``counts`` (R,) of each row count.
     """
-    model = nnx.merge(graphdef, state)
-    cache = KVCache.empty(model.config, contexts.shape[0], capacity)
-    hidden, _, cache = model.hidden_states(contexts, cache=cache)
+    if beginning is None:
+        last, cache = model.prefill(contexts, context_counts, capacity)
+    else:
+        _, cache = model.prefill(*beginning, capacity)
+        start = _copies(cache, jnp.zeros(len(contexts), jnp.int32))
+        hidden, cache = model.extend(contexts, start)
+        last = hidden[jnp.arange(len(contexts)), context_counts - 1]
+        cache = dataclasses.replace(cache, lengths=start.lengths + context_counts)
     # The context's last hidden state predicts the first token; each token's own predicts the one behind it.
-    predicting = hidden[jnp.arange(len(contexts)), context_counts - 1][owners][:, None]
+    predicting = last[owners][:, None]
     if continuations.shape[1] > 1:
-        cache = KVCache(cache.keys[:, owners], cache.values[:, owners], context_counts[owners])
-        following, _, _ = model.hidden_states(continuations[:, :-1], cache=cache)
+        following, _ = model.extend(continuations[:, :-1], _copies(cache, owners))
         predicting = jnp.concatenate([predicting, following], axis=1)
 
-    def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, tokens = inputs
-        logits = model.logits(states)
-        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
-
-    rows, steps, _ = predicting.shape
-    size = math.gcd(steps, _LOGITS_AT_ONCE)
-
-    def parts(values: jax.Array) -> jax.Array:
-        return jnp.moveaxis(values.reshape(rows, steps // size, size, *values.shape[2:]), 1, 0)
-
-    log_p, most_likely = jax.lax.map(part, (parts(predicting), parts(continuations)))
-    log_p, most_likely = (jnp.moveaxis(values, 0, 1).reshape(rows, steps) for values in (log_p, most_likely))
+    log_p, most_likely = model.log_likelihoods(predicting, continuations)
+    steps = predicting.shape[1]
     counted = jnp.arange(steps)[None] < counts[:, None]
     return jnp.sum(jnp.where(counted, log_p, 0.0), axis=1), jnp.all(most_likely | ~counted, axis=1)
+
+
+def _copies(cache: LayerCaches, rows: jax.Array) -> LayerCaches:
+    """A cache with copies of the rows (R,) of another."""
+    keys, values = (tuple(layer[rows] for layer in part) for part in (cache.keys, cache.values))
+    return LayerCaches(keys, values, cache.lengths[rows])
 
 
 def _padded(rows: list[Tokens], height: int, limit: int) -> tuple[np.ndarray, np.ndarray]:

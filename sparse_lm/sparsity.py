@@ -20,8 +20,8 @@ def l1_coefficient(
     Args:
       step: optimizer steps done before.
       config: the schedule.
-      steered: with ``schedule="target"``, λ as `steer_l1` left it after the step before; by default
-      ``config.l1``.
+      steered: λ as the training state holds it, which a constant schedule takes as it is and ``"target"``
+        after ``off_steps``; by default ``config.l1``.
     """
     step = jnp.asarray(step, jnp.int32)
     match config.schedule:
@@ -32,10 +32,10 @@ def l1_coefficient(
         case "staged":
             stage = jnp.searchsorted(jnp.asarray(config.stage_steps, jnp.int32), step, side="right")
             return jnp.asarray((config.l1, *config.stage_l1), jnp.float32)[stage]
-        case "target":
-            coefficient = jnp.asarray(config.l1 if steered is None else steered, jnp.float32)
-            return jnp.where(step >= config.off_steps, coefficient, 0.0)
-    return jnp.float32(config.l1)
+    coefficient = jnp.asarray(config.l1 if steered is None else steered, jnp.float32)
+    if config.schedule == "target":
+        return jnp.where(step >= config.off_steps, coefficient, 0.0)
+    return coefficient
 
 
 def steer_l1(

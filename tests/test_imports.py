@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 OURS = {"pallas_kernels", "sparse_lm", "train", "configs"}
 THEIRS = {
     "grain", "tokenizers", "optax", "orbax", "flax", "tyro", "rich", "zstandard",
-    "safetensors", "huggingface_hub", "lm_eval", "tensorboardX", "wandb", "matplotlib", "pyarrow",
+    "safetensors", "huggingface_hub", "jinja2", "lm_eval", "tensorboardX", "wandb", "matplotlib", "pyarrow",
+    "pynvml",
 }  # fmt: skip
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "jaxtyping", "numpy"},

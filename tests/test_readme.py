@@ -27,7 +27,7 @@ PUBLIC = {name: getattr(module, name) for module in (pallas_kernels, sparse_lm) 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
 _PROGRAM = re.compile(r"^(\.venv/bin/)?sparse-lm\b|^python -m |^make\b|^pip install ")
-_TRACKED = ("pallas_kernels/", "sparse_lm/", "train/", "configs/", "tests/", "docs/", ".ci/")
+_TRACKED = ("pallas_kernels/", "sparse_lm/", "train/", "configs/", "tests/", "docs/", "examples/", ".ci/")
 
 
 def blocks(path, language):
@@ -72,6 +72,12 @@ def parsed_only(monkeypatch):
 
 
 def check_sparse_lm(argv, capsys):
+    if argv[0] == "bench" and argv[1:2] and argv[1] in kernel_benchmarks.COMMANDS:
+        check_kernel_benchmark(argv[1:])
+        return
+    if argv[0] == "bench" and len(argv) == 2:  # a benchmark's name in a sentence
+        assert re.search(rf"^  {argv[1]} ", train.cli.bench._HELP, re.MULTILINE)
+        return
     try:
         status = train.cli.main(argv)
     except Parsed:
@@ -118,8 +124,9 @@ def test_a_command_is_understood(path, text, capsys):
 def known_options(capsys):
     """Every option of every program, as ``--help`` has them."""
     commands = re.findall(r"^  ([a-z][a-z-]+) ", train.cli.program._HELP, re.MULTILINE)
-    for argv in [[name, "--help"] for name in commands if name != "bench"] + [["bench", "decode", "--help"]]:
-        assert train.cli.main(argv) == 0
+    benchmarks = [["bench", name] for name in ("model", "step", "decode", "order", "curves")]
+    for argv in [*([name] for name in commands if name != "bench"), *benchmarks]:
+        assert train.cli.main([*argv, "--help"]) == 0
     text = capsys.readouterr().out
     for name in kernel_benchmarks.COMMANDS:
         text += importlib.import_module(f"pallas_kernels.bench.{name}")._parser().format_help()

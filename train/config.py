@@ -37,6 +37,8 @@ class DataConfig:
         bring their own), or the path of a Hugging Face ``tokenizer.json``.
       holdout: share of documents kept out of training for evaluation; each document's own hash decides.
       accept_change: resume although the corpus is not the one that was trained on so far.
+      require_paths: refuse an empty ``paths``: the corpus that ships with the package is too small for the
+        model.
     """
 
     paths: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class DataConfig:
     tokenizer: str = "byte"
     holdout: float = 0.05
     accept_change: bool = False
+    require_paths: bool = False
 
     def __post_init__(self) -> None:
         _require(all(self.paths), "data.paths must name files; got ''")

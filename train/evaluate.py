@@ -17,11 +17,10 @@ from rich.text import Text
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
 from train.data.batches import heldout_batches
-from train.data.corpus import CorpusIdentity, describe
-from train.data.evaluation_text import EvaluationText, read_evaluation_text
-from train.data.holdout import usual_threshold
+from train.data.holdout import TextChoice
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
+from train.heldout import read_heldout
+from train.run.checkpoint import load_for_inference
 from train.state import Params
 
 Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]
@@ -199,14 +198,9 @@ def evaluate_checkpoint(
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1; got {value}")
     model, tokenizer, config, step = load_for_inference(directory)
-    trained_on = read_corpus(find_checkpoint(directory))
-    data = config.data
-    if paths:
-        field = text_field or data.text_field
-        data = dataclasses.replace(data, paths=tuple(paths), weights=(), text_field=field).absolute()
     wanted = tokens or config.report.evaluate_tokens
-    threshold = trained_on.threshold if trained_on else usual_threshold(data.holdout)
-    text = read_evaluation_text(data, tokenizer, threshold, tokens=wanted, every_document=every_document)
+    choice = TextChoice(tuple(paths), text_field, every_document)
+    text, notes = read_heldout(directory, config, tokenizer, choice, tokens=wanted)
     graphdef, variables = nnx.split(model)
     batches = heldout_batches(
         text.heldout,
@@ -218,20 +212,4 @@ def evaluate_checkpoint(
     report = evaluate(
         make_evaluator(graphdef), nnx.to_pure_dict(variables), batches, step=step, d_ff=config.model.d_ff
     )
-    return dataclasses.replace(report, notes=_notes(trained_on, text, every_document))
-
-
-def _notes(trained_on: CorpusIdentity | None, text: EvaluationText, every_document: bool) -> tuple[str, ...]:
-    if every_document:
-        return ("evaluated on every document, those that training may have seen too",)
-    if trained_on is None:
-        return (
-            "what a converted model was trained on is not known: evaluated on the documents that training on "
-            f"{describe(text.documents, text.fingerprint)} would hold out",
-        )
-    if text.fingerprint == trained_on.fingerprint:
-        return ()
-    return (
-        f"the corpus is not the one trained on: {describe(text.documents, text.fingerprint)} here, "
-        f"{trained_on} there; evaluated on the documents that training would hold out",
-    )
+    return dataclasses.replace(report, notes=notes)

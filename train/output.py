@@ -1,6 +1,6 @@
 """Tables for people and JSON files for machines, as the commands write them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -8,6 +8,7 @@ from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -43,6 +44,22 @@ def tokenize_bar(console: Console) -> Iterator[Progress]:
 
         def show(read: int, total: int, tokens: int) -> None:
             bar.update(task, completed=read, total=total, tokens=tokens, visible=True)
+
+        yield show
+
+
+@contextmanager
+def work_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for work in several parts, on a terminal; what it yields is told what is being done,
+    how much of it is done, and of how much."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
 
         yield show
 

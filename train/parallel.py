@@ -150,8 +150,13 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * largest, AXIS))
 
     def compile_init(self, program: Program) -> Callable[[], TrainState]:
-        """``program.init``, each leaf made where it will live."""
-        return jax.jit(program.init, out_shardings=self.state_shardings(program.abstract_state()))
+        """``program.init``, each leaf made where it will live; runs of another λ share what is compiled."""
+
+        def init(coefficient: jax.Array) -> TrainState:
+            return dataclasses.replace(program.init(), l1_coefficient=coefficient)
+
+        compiled = jax.jit(init, out_shardings=self.state_shardings(program.abstract_state()))
+        return lambda: compiled(np.float32(program.config.model.sparsity.l1))
 
     def compile_step(self, program: Program) -> TrainStep:
         """The step over all devices. It takes the state's buffers (donated) and what ``place`` returned."""

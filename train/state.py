@@ -29,7 +29,8 @@ class TrainState:
       rng: (2,) uint32, data of the key for anything random in a step (fold ``step`` into it before use).
       step: () int32, optimizer steps done.
       activity: for how many tokens each neuron of each layer has been silent.
-      l1_coefficient: () f32, λ where it is steered towards a wanted l0.
+      l1_coefficient: () f32, λ where it is constant, so that runs of another λ share a compiled step, or
+        steered towards a wanted l0.
     """
 
     params: Params

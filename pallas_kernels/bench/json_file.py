@@ -13,6 +13,7 @@ class JsonFile:
 
     Args:
       path: where; its directory is made, and an older file stands until the first figures replace it.
+      option: the option that named it, for messages.
 
     Raises:
       JsonFile.unwritable: it cannot be written.
@@ -20,7 +21,8 @@ class JsonFile:
 
     unwritable: type[Exception] = ValueError
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, *, option: str = "--json") -> None:
+        self._option = option
         self._path = None if path is None else Path(path).expanduser()
         if self._path is not None:
             with self._explained():
@@ -41,5 +43,5 @@ class JsonFile:
             yield
         except OSError as error:
             raise self.unwritable(
-                f"--json must name a file that can be written; {self._path}: {error.strerror}"
+                f"{self._option} must name a file that can be written; {self._path}: {error.strerror}"
             ) from error

@@ -22,7 +22,7 @@ import numpy as np
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import dispatch, reference
-from pallas_kernels.bench import accuracy, recorded, timing
+from pallas_kernels.bench import accuracy, machine, recorded, timing
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.inputs import PROFILES, Activity, like_trained, measure
 from pallas_kernels.bench.json_file import JsonFile
@@ -207,8 +207,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     """Everything of a run, samples included, for `json.dumps`."""
     return {
         "command": list(command),
-        "device": dataclasses.asdict(device_lib.current()),
-        "jax": jax.__version__,
+        **machine.record(),
         "cases": [
             dataclasses.asdict(result)
             | {"source": result.case.source}
@@ -340,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling = {"rounds": args.rounds, "chain_ms": args.chain_ms, "rest_s": args.rest}
     results: list[Result] = []
     failures: list[str] = []
-    print(f"{device.kind}, JAX {jax.__version__}", flush=True)
+    print(machine.title(), flush=True)
     for case in cases:
         try:
             results.append(run(case, args.direction, compared, **sampling))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device as device_lib
 from pallas_kernels import dispatch
-from pallas_kernels.bench import timing
+from pallas_kernels.bench import machine, timing
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.inputs import PROFILES, Activity
 from pallas_kernels.bench.json_file import JsonFile
@@ -160,8 +160,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     """Everything of a run, samples included, for `json.dumps`."""
     return {
         "command": list(command),
-        "device": dataclasses.asdict(device_lib.current()),
-        "jax": jax.__version__,
+        **machine.record(),
         "cases": [
             {
                 "case": str(result.case),
@@ -210,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
-    print(f"{device.kind}, JAX {jax.__version__}", flush=True)
+    print(machine.title(), flush=True)
     results: list[Result] = []
     for case in cases:
         results.append(run(case, rounds=args.rounds, chain_ms=args.chain_ms, rest_s=args.rest))

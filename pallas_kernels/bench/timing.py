@@ -51,7 +51,12 @@ class Ceilings:
 
 
 def measure(
-    contestants: Mapping[Key, Call], *, rounds: int = 7, chain_ms: float = 40.0, rest_s: float = 0.0
+    contestants: Mapping[Key, Call],
+    *,
+    rounds: int = 7,
+    chain_ms: float = 40.0,
+    rest_s: float = 0.0,
+    least_calls: int = 3,
 ) -> dict[Key, Timing]:
     """Times calls that dispatch compiled programs and return their outputs.
 
@@ -60,8 +65,10 @@ def measure(
     and nobody has the same neighbour every time: times of calls that follow each other without end. With
     ``rest_s`` the device rests so many seconds instead, and a chain that is over before it gets there runs at
     its full clock: times of calls that come now and then. A first round is not counted.
+
+    A chain is at least ``least_calls`` calls, however long one takes: 1 is enough for calls of a second.
     """
-    calls = {name: _chain_length(call, chain_ms) for name, call in contestants.items()}
+    calls = {name: _chain_length(call, chain_ms, least_calls) for name, call in contestants.items()}
     samples: dict[Key, list[float]] = {name: [] for name in contestants}
     for nth in range(rounds + 1):
         for name in random.Random(nth).sample(list(contestants), len(contestants)):
@@ -71,6 +78,13 @@ def measure(
                 _chain(contestants[name], calls[name])
             samples[name].append(_chain(contestants[name], calls[name]))
     return {name: Timing(tuple(samples[name][1:]), calls[name]) for name in contestants}
+
+
+def one_by_one(call: Call, *, warm_up: int, samples: int) -> Timing:
+    """Times calls that cannot take turns, such as steps that replace their own state: each is waited for,
+    and the first ``warm_up`` are not counted."""
+    times = [_chain(call, 1) for _ in range(warm_up + samples)]
+    return Timing(tuple(times[warm_up:]), 1)
 
 
 def compile_all(
@@ -132,6 +146,6 @@ def _chain(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) * 1e3 / calls
 
 
-def _chain_length(call: Call, chain_ms: float) -> int:
+def _chain_length(call: Call, chain_ms: float, least: int) -> int:
     jax.block_until_ready(call())
-    return min(max(math.ceil(chain_ms / _chain(call, 3)), 3), 1000)
+    return min(max(math.ceil(chain_ms / _chain(call, least)), least), 1000)

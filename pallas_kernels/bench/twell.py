@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import device as device_lib
-from pallas_kernels.bench import accuracy, timing
+from pallas_kernels.bench import accuracy, machine, timing
 from pallas_kernels.bench.cases import (
     Arrays,
     Case,
@@ -235,12 +235,9 @@ def _legend(limits: Ceilings) -> str:
 
 def to_json(results: Sequence[Result], limits: Ceilings, command: Sequence[str]) -> dict[str, Any]:
     """Everything of a run, samples and configs included, for `json.dumps`."""
-    device = device_lib.current()
     return {
         "command": list(command),
-        "device": dataclasses.asdict(device),
-        "jax": jax.__version__,
-        "platform_version": jax.devices()[0].client.platform_version,
+        **machine.record(),
         "ceilings": dataclasses.asdict(limits),
         "cases": [
             dataclasses.asdict(result) | {"rows": [_row_to_json(row, limits) for row in result.rows.values()]}
@@ -316,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [parser.prog, *(sys.argv[1:] if arguments is None else arguments)]
     results: list[Result] = []
     failures: list[str] = []
-    print(f"{device.kind}, JAX {jax.__version__}\n\n{_legend(limits)}", flush=True)
+    print(f"{machine.title()}\n\n{_legend(limits)}", flush=True)
     for result, wrong in run(cases, options, rounds=args.rounds):
         failures += wrong
         if result is None:

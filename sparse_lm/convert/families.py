@@ -3,7 +3,7 @@
 from typing import Any
 
 from pallas_kernels import Threshold
-from sparse_lm.config import ModelConfig
+from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.convert.activations import activation_to_hf
 from sparse_lm.convert.arcee import ARCEE
 from sparse_lm.convert.bamboo import BAMBOO
@@ -43,6 +43,10 @@ def family_for(config: ModelConfig) -> Family:
     Raises:
       ConversionError: no published family is like it.
     """
+    if config.activation == SILU:
+        raise ConversionError(
+            f"only a model with silent neurons can be exported; this one's activation is {SILU}"
+        )
     scaled = (config.embedding_scale, config.residual_scale, config.logit_divisor) != (1, 1, 1)
     if config.activation == "drelu":
         family = BAMBOO

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparse_lm.generate import GREEDY, Sampling, _grow, generate, sample, stream
+from sparse_lm.decoding import _grow
+from sparse_lm.generate import GREEDY, Sampling, generate, sample, stream
 from sparse_lm.inference import InferenceModel
 
 WARM = Sampling(temperature=2.0, top_k=20, top_p=0.9)
@@ -31,7 +32,7 @@ def test_greedy_equals_the_full_forward(model, forward, continued):
 
 def test_a_prompt_does_not_depend_on_its_batch_mates(model, continued, monkeypatch):
     """Neither on their tokens nor on how far the longest of them pads it."""
-    monkeypatch.setattr("sparse_lm.generate._SMALLEST_SHAPE", 4)
+    monkeypatch.setattr("sparse_lm.decoding._SMALLEST_SHAPE", 4)
     assert [generate(model, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS] == continued
 
     batch = generate(model, PROMPTS, max_new_tokens=8, sampling=WARM, seed=1)
@@ -80,13 +81,19 @@ def test_decoding_is_compiled_once(model, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_neither_blocks_nor_the_growth_of_the_cache_change_a_token(model, continued, block, monkeypatch):
-    monkeypatch.setattr("sparse_lm.generate._BLOCK", block)
-    monkeypatch.setattr("sparse_lm.generate._CAPACITY_STEP", 2)
-    monkeypatch.setattr("sparse_lm.generate._SMALLEST_SHAPE", 4)
+    monkeypatch.setattr("sparse_lm.decoding._BLOCK", block)
+    monkeypatch.setattr("sparse_lm.decoding._CAPACITY_STEP", 2)
+    monkeypatch.setattr("sparse_lm.decoding._SMALLEST_SHAPE", 4)
     sizes = []
-    monkeypatch.setattr("sparse_lm.generate._grow", lambda *args: sizes.append(args[0]) or _grow(*args))
+    monkeypatch.setattr("sparse_lm.decoding._grow", lambda *args: sizes.append(args[0]) or _grow(*args))
     assert generate(model, PROMPTS[1:2], max_new_tokens=8) == continued[1:2]
     assert sizes == [8, 16]
+
+
+def test_the_first_token_waits_for_nothing_that_follows_it(model, continued, monkeypatch):
+    """Neither for the compilation of a block nor for its steps."""
+    monkeypatch.delattr("sparse_lm.decoding.decode_block")
+    assert next(stream(model, PROMPTS, max_new_tokens=8)) == [row[0] for row in continued]
 
 
 def draws(logits: list[float], sampling: Sampling, count: int = 4000) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pallas_kernels.errors import RequestError
 from sparse_lm.generate import generate, stream
 from sparse_lm.generate_until import generate_until
 
@@ -83,5 +84,5 @@ def test_a_continuation_is_read_behind_its_prompt(model, monkeypatch):
 )
 def test_what_cannot_be_continued(model, options, said):
     arguments = {"until": [], "max_new_tokens": 4, **options}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RequestError, match=said):
         generate_until(model, Letters(), ["a"], **arguments)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import FFNOptions, device
 from sparse_lm import ModelConfig, SparseLM
-from sparse_lm.attention import KVCache, _implementation, attend
+from sparse_lm.attention import _implementation, attend
 from sparse_lm.layers import RMSNorm
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import training_loss
@@ -217,23 +217,12 @@ def test_scan_equals_a_python_loop(model, forward, tokens):
     x, stats = model.embedding[...][tokens], []
     for layer in range(model.config.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers))
-        x, layer_stats, _ = block(x)
+        x, layer_stats = block(x)
         stats.append(layer_stats)
     got_logits, got_stats = forward(*nnx.split(model), tokens)
     assert_close(got_logits, model.logits(model.final_norm(x)))
     assert_close(got_stats, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
     assert got_stats.neuron_hits.shape == (2, 64)
-
-
-def test_cached_decoding_equals_the_full_forward(model, forward, tokens):
-    want, _ = forward(*nnx.split(model), tokens)
-    step = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
-    cache, got = KVCache.empty(model.config, batch=4), []
-    for first, last in ((0, 5), (5, 6), (6, 7), (7, 12), (12, 16)):
-        logits, _, cache = step(tokens[:, first:last], cache)
-        got.append(logits)
-    assert_close(jnp.concatenate(got, axis=1), want)
-    np.testing.assert_array_equal(cache.lengths, 16)
 
 
 def test_a_mesh_gives_the_single_device_result(model, tokens):
@@ -250,7 +239,7 @@ def test_a_mesh_gives_the_single_device_result(model, tokens):
 def test_master_weights_are_f32_and_compute_is_in_the_config_dtype(config):
     model = SparseLM(dataclasses.replace(config, dtype="bfloat16"), rngs=nnx.Rngs(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-    hidden, stats, _ = model.hidden_states(jnp.zeros((1, 3), jnp.int32))
+    hidden, stats = model.hidden_states(jnp.zeros((1, 3), jnp.int32))
     assert (hidden.dtype, stats.l1.dtype) == (jnp.bfloat16, jnp.float32)
     assert model.logits(hidden).dtype == jnp.float32
 
@@ -298,7 +287,3 @@ def test_shapes_that_do_not_fit_are_refused(model):
         model(jnp.zeros((1, 17), jnp.int32))
     with pytest.raises(ValueError, match=r"got \(3,\)"):
         model(jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match=r"at most 4 positions.*got \(1, 5\)"):
-        model(jnp.zeros((1, 5), jnp.int32), cache=KVCache.empty(model.config, 1, capacity=4))
-    with pytest.raises(ValueError, match="between 1 and context_length=16 positions; got 17"):
-        KVCache.empty(model.config, 1, capacity=17)

@@ -61,7 +61,12 @@ def test_dynamic_scaling_ends_where_it_would_begin():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"activation": "silu"}, "model.activation: .*got 'silu'"),
+        ({"activation": "gelu"}, "model.activation: .*got 'gelu'.*; silu is for a dense baseline"),
+        ({"activation": "silu"}, r"model.sparsity.l1 must be 0 with model.activation=silu.*; got 2e-05"),
+        (
+            {"activation": "silu", "ffn": FFNOptions("panel")},
+            "model.ffn.format must be dense or auto .*panel",
+        ),
         ({"activation": "threshold(-1.0)"}, r"model.activation: threshold\(...\) must hold a finite number"),
         ({"ffn": FFNOptions(activation="relu2")}, "model.ffn.activation must be left out"),
         ({"activation": "drelu", "gated": False}, "rectifies both sides of a gate"),

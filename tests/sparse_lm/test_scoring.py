@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.errors import RequestError
 from sparse_lm import scoring
 from sparse_lm.generate import generate
-from sparse_lm.model import SparseLM
+from sparse_lm.inference import InferenceModel
 from sparse_lm.scoring import rolling_windows, score
 
 REQUESTS = [
@@ -58,19 +59,58 @@ def test_the_most_likely_continuation_is_greedy(model):
     assert not second.is_greedy
 
 
-def test_a_shared_context_is_read_once(model, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """Shapes of what the model is given to read while it is traced."""
+    shapes = []
+    for name in ("prefill", "extend"):
+        original = getattr(InferenceModel, name)
+
+        def watched(self, tokens, *arguments, original=original):
+            shapes.append(tokens.shape)
+            return original(self, tokens, *arguments)
+
+        monkeypatch.setattr(InferenceModel, name, watched)
+    return shapes
+
+
+def test_a_shared_context_is_read_once(model, read):
     """Four answers to one question: one row of the question, four of the answers."""
-    read = []
-    original = SparseLM.hidden_states
-
-    def watched(self, tokens, *, cache=None):
-        read.append(tokens.shape)
-        return original(self, tokens, cache=cache)
-
-    monkeypatch.setattr(SparseLM, "hidden_states", watched)
     question = (1, 2, 3, 4, 5, 6, 7, 8)
     score(model, [(question, (answer, answer + 1)) for answer in range(4)])
     assert read == [(1, 8), (4, 1)]
+
+
+def test_what_all_contexts_begin_with_is_read_once(model, read, monkeypatch):
+    """Three questions behind the same five tokens: one row of these, then three, then one an answer."""
+    monkeypatch.setattr("sparse_lm.scoring._LEAST_SHARED", 4)
+    questions = [(9, 8, 7, 6, 5, *rest) for rest in ((1, 2, 3), (1,), (4, 2))]
+    requests = [(question, answer) for question in questions for answer in ((3, 4), (5, 6, 7))]
+    found = score(model, requests)
+    assert read == [(1, 8), (4, 4), (8, 3)]
+    forward_all = jax.jit(model)
+    totals = [direct(model, forward_all, *request)[0] for request in requests]
+    np.testing.assert_allclose([one.log_likelihood for one in found], totals, rtol=1e-5)
+
+
+def test_a_shared_beginning_leaves_each_context_a_token(model, read, monkeypatch):
+    """One context may be the beginning of another."""
+    monkeypatch.setattr("sparse_lm.scoring._LEAST_SHARED", 2)
+    requests = [((9, 8, 7), (1,)), ((9, 8, 7, 6), (1,))]
+    found = score(model, requests)
+    assert read == [(1, 2), (2, 2)]
+    forward_all = jax.jit(model)
+    totals = [direct(model, forward_all, *request)[0] for request in requests]
+    np.testing.assert_allclose([one.log_likelihood for one in found], totals, rtol=1e-5)
+
+
+def test_a_model_that_is_ready_is_not_made_again(model, expected, monkeypatch):
+    ready = InferenceModel.of(model)
+    monkeypatch.delattr(InferenceModel, "of")
+    found = score(ready, REQUESTS)
+    np.testing.assert_allclose(
+        [one.log_likelihood for one in found], [total for total, _ in expected], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 45])
@@ -99,5 +139,5 @@ def test_rolling_windows_predict_each_token_once(length):
     ],
 )
 def test_what_cannot_be_scored(model, requests, options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RequestError, match=said):
         score(model, requests, **options)

@@ -1,5 +1,6 @@
 """Presets build, and the paper's are the paper's."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import configs
 from sparse_lm import SparseLM
 from train.config import TrainConfig, from_dict, to_dict
 from train.errors import UserError
+from train.run.loop import run
 
 PAPER = {
     "0p5b": (8, 10_000, 0.5e9),
@@ -25,7 +27,7 @@ def parameters(config: TrainConfig) -> int:
 
 
 def test_names():
-    assert set(configs.names()) == {"small", "tiny", *PAPER}
+    assert set(configs.names()) == {"small", "study", "tiny", *PAPER}
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -59,6 +61,23 @@ def test_tiny_is_small_and_needs_no_file():
     assert config.model.sparsity.l1 > 0
 
 
+def test_study_is_small_enough_for_minutes_and_large_enough_to_compare():
+    config = configs.load("study")
+    model = config.model
+    assert 60e6 < parameters(config) < 120e6
+    assert model.d_ff % 128 == 0
+    assert 2.5 < model.d_ff / model.d_model < 3.5  # the paper's is 2.75
+    assert config.steps * config.batch_size * model.context_length < 50e6
+
+
+@pytest.mark.parametrize("name", ["study", *PAPER])
+def test_presets_too_large_for_the_shipped_corpus_demand_another(name, tmp_path):
+    config = configs.load(name)
+    with pytest.raises(UserError, match=r"data.paths must name the corpus to train on.* got none"):
+        run(dataclasses.replace(config, workdir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "hint"), [("1.5b", "did you mean 1p5b"), ("tinny", "did you mean tiny")])
 def test_an_unknown_preset_names_the_nearest(name, hint):
     with pytest.raises(UserError, match=hint):
@@ -67,7 +86,7 @@ def test_an_unknown_preset_names_the_nearest(name, hint):
 
 @pytest.mark.parametrize("name", ["", "_paper", "../tiny", "zzz"])
 def test_what_is_no_preset(name):
-    with pytest.raises(UserError, match="must be one of 0p5b, 1b, 1p5b, 2b, small, tiny"):
+    with pytest.raises(UserError, match="must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny"):
         configs.load(name)
 
 

@@ -1,14 +1,12 @@
 """The orders of a trained model's tokens, side by side: ``sparse-lm bench order``."""
 
 import dataclasses
-from importlib.metadata import version
 from typing import Any, Literal
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.bench import order_counts, order_plot, order_times
+from train.bench import order_counts, order_plot, order_times, results
 from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
 from train.bench.text_layers import TextLayers
@@ -64,8 +62,7 @@ def run(options: BenchOrderOptions) -> None:
     layers = TextLayers(options.checkpoint, max(options.tokens), _FIT_TOKENS)
     orders = order_counts.forward_orders(layers, options.clusters)
     document: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib")},
+        **results.machine_record(),
         "step": layers.step,
         "d_ff": layers.model.config.d_ff,
         "panels": options.panels,

@@ -1,4 +1,4 @@
-"""What a training step of a whole model costs with the sparse kernels: ``sparse-lm bench-step``.
+"""What a training step of a whole model costs with the sparse kernels: ``sparse-lm bench step``.
 
 Every pair of a format and a remat policy is one case: the step that ``train`` runs, on one micro-batch of
 random tokens. Each layer has the same chosen number of active neurons a token, from the first step to the
@@ -15,11 +15,10 @@ import gc
 import math
 import multiprocessing
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -27,20 +26,20 @@ from rich.table import Table
 
 from pallas_kernels.bench import timing
 from pallas_kernels.errors import RequestError
-from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from sparse_lm.config import RematPolicy
 from train import parallel
-from train.bench import synthetic
+from train.bench import results, synthetic
+from train.bench.contestants import Contestant, model_of
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
-from train.config import to_dict as config_to_dict
 from train.errors import UserError
 from train.output import JsonFile, print_table
 from train.state import Program, build_program
 
+Record = dict[str, Any]
+
 WARM_UP = 3
 _UNCHANGING = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
-_MIB = 2**20
 _COMPILERS = 4  # at a time: on a GPU each of them takes memory to try out products in
 
 
@@ -51,12 +50,15 @@ class BenchStepOptions:
     Attributes:
       config: the preset whose model it is.
       batch_size: sequences of the micro-batch, each of the model's context length.
-      formats: how the feed-forward layers store activations, one case each.
+      formats: how the feed-forward layers store activations, one case each; silu is dense layers with SiLU
+        in place of the model's activation.
       remats: what the backward recomputes, one case each.
       nnz: active neurons that each layer has for a token, on average.
       steps: timed steps of a case, after 3 that are not.
       peaks: run each case in a process of its own and report its allocator's peak; on a GPU only.
       json: also write all figures to this file, case by case.
+      against: an older file of --json: print how the times compare with those in it.
+      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
       model: sizes and numerics; ``formats`` and ``remats`` stand in for its own choices.
       debug: show the traceback of an error.
     """
@@ -64,20 +66,18 @@ class BenchStepOptions:
     model: ModelConfig
     config: str = "0p5b"
     batch_size: int = 8
-    formats: tuple[Literal["dense", "auto", "panel", "hybrid", "twell"], ...] = (
-        "dense",
-        "auto",
-        "panel",
-        "hybrid",
-    )
+    formats: tuple[Contestant, ...] = ("dense", "auto", "panel", "hybrid")
     remats: tuple[RematPolicy, ...] = ("none", "full", "sparse")
     nnz: float = 45.0
     steps: int = 10
     peaks: bool = False
     json: str | None = None
+    against: str | None = None
+    tolerance: float | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
+        results.check_against(self.against, self.tolerance)
         if self.steps < 1:
             raise RequestError(f"steps must be at least 1; got {self.steps}")
         if not self.formats or not self.remats:
@@ -90,18 +90,18 @@ class BenchStepOptions:
 class Case:
     """One step to time."""
 
-    format: Format
+    format: Contestant
     remat: RematPolicy
 
+    def __str__(self) -> str:
+        return f"{self.format}, remat {self.remat}"
+
     def program(self, options: BenchStepOptions) -> Program:
-        """The run whose step it is; dense layers take their tokens as they come.
+        """The run whose step it is.
 
         All cases of the same options and the same order of tokens have the same initial state.
         """
-        backend = "auto" if self.format == "dense" else options.model.ffn.backend
-        ffn = options.model.ffn.with_format(self.format, backend)
-        order = "text" if self.format == "dense" else options.model.token_order
-        model = dataclasses.replace(options.model, remat=self.remat, ffn=ffn, token_order=order)
+        model = dataclasses.replace(model_of(options.model, self.format), remat=self.remat)
         config = TrainConfig(
             steps=WARM_UP + options.steps, batch_size=options.batch_size, model=model, optimizer=_UNCHANGING
         )
@@ -139,9 +139,9 @@ class Row:
         return statistics.median(self.samples_ms) if self.samples_ms else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every attribute and the median, ready for JSON."""
+        """Every attribute, a name and the median, ready for JSON."""
         values = dataclasses.asdict(self)
-        return values.pop("case") | {"median_ms": self.median_ms} | values
+        return {"name": str(self.case), **values.pop("case"), "median_ms": self.median_ms, **values}
 
 
 def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Row]:
@@ -155,26 +155,37 @@ def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Ro
     file = JsonFile(options.json)
     cases = [Case(format, remat) for remat in options.remats for format in options.formats]
     rows: list[Row] = []
-    for row in _alone(options, cases) if options.peaks else measure(options, cases):
+    document: dict[str, Any] = {}
+    for row, record in _alone(options, cases) if options.peaks else _here(options, cases):
         rows.append(row)
-        file.write(to_dict(options, rows))
+        document = to_dict(options, rows, record)
+        file.write(document)
         console.print(_line(row), markup=False)
     print_table(console, table(options, rows))
+    results.print_against(console, document, options.against, options.tolerance)
     return rows
 
 
-def _alone(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
+def _here(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[tuple[Row, Record]]:
+    """Measures all cases in this process; each with what it ran on."""
+    for row in measure(options, cases):
+        yield row, results.machine_record()
+
+
+def _alone(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[tuple[Row, Record]]:
     """Measures each case in a fresh process. This one never touches the device, whose memory they need."""
+    record: Record = {}
     for case in cases:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             try:
-                yield pool.submit(_peak, options, case).result()
+                row, record = pool.submit(_peak, options, case).result()
             except BrokenProcessPool:
-                yield Row(case, "unknown", failure="its process died: out of the host's memory, most likely")
+                row = Row(case, "unknown", failure="its process died: out of the host's memory, most likely")
+            yield row, record
 
 
-def _peak(options: BenchStepOptions, case: Case) -> Row:
+def _peak(options: BenchStepOptions, case: Case) -> tuple[Row, Record]:
     try:
         (row,) = measure(options, [case])
     except RequestError as error:
@@ -182,7 +193,7 @@ def _peak(options: BenchStepOptions, case: Case) -> Row:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics is None:
         raise UserError(f"--peaks needs a device that counts its memory; {row.device} does not: leave it out")
-    return dataclasses.replace(row, peak_bytes=statistics["peak_bytes_in_use"])
+    return dataclasses.replace(row, peak_bytes=statistics["peak_bytes_in_use"]), results.machine_record()
 
 
 def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
@@ -200,7 +211,7 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
         try:
             return layout.compiled_step(program, tokens)
         except jax.errors.JaxRuntimeError as error:
-            return _out_of_memory(error)
+            return results.out_of_memory(error)
 
     with ThreadPoolExecutor(_COMPILERS) as pool:
         steps = list(pool.map(compile_step, programs))
@@ -210,54 +221,48 @@ def measure(options: BenchStepOptions, cases: Sequence[Case]) -> Iterator[Row]:
             yield dataclasses.replace(row, failure=step)
             continue
         row = dataclasses.replace(
-            row, program_bytes=_program_bytes(step), temporary_bytes=timing.temporary_bytes(step)
+            row, program_bytes=results.program_bytes(step), temporary_bytes=timing.temporary_bytes(step)
         )
         try:
             state = inits[program.config.model.token_order]()
             state = layout.order_refresh(program)(1, state, tokens)
             row = _time(row, step, state, tokens, options)
         except jax.errors.JaxRuntimeError as error:
-            row = dataclasses.replace(row, failure=_out_of_memory(error))
+            row = dataclasses.replace(row, failure=results.out_of_memory(error))
         gc.collect()  # what a failed step held must be free for the next
         yield row
 
 
 def _time(row: Row, step: Any, state: Any, tokens: Any, options: BenchStepOptions) -> Row:
-    samples = []
-    for _ in range(WARM_UP + options.steps):
-        start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, tokens))
-        samples.append(1e3 * (time.perf_counter() - start))
-    metrics = jax.device_get(metrics)
+    steps = _Steps(step, state, tokens)
+    timed = timing.one_by_one(steps, warm_up=WARM_UP, samples=options.steps)
+    metrics = jax.device_get(steps.metrics)
     if not math.isfinite(metrics["loss"]):
         return dataclasses.replace(row, failure=f"its loss is {metrics['loss']}, which must be finite")
     pairs = options.batch_size * options.model.context_length * options.model.num_layers
     return dataclasses.replace(
         row,
-        samples_ms=tuple(samples[WARM_UP:]),
+        samples_ms=timed.samples_ms,
         l0_per_layer=tuple(map(float, metrics["l0_per_layer"])),
         overflow_share=float(metrics["overflow_rows"]) / pairs,
     )
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
-    """What a row says of the error; any other error is raised again."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
-    return "out of memory: " + str(error).splitlines()[0]
+class _Steps:
+    """Step after step: each takes the state that the one before has left."""
 
+    def __init__(self, step: Any, state: Any, tokens: Any) -> None:
+        self._step, self._state, self._tokens = step, state, tokens
+        self.metrics: Any = None
 
-def _program_bytes(step: Any) -> int | None:
-    analysis = step.memory_analysis()
-    if analysis is None:
-        return None
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return int(analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes)
+    def __call__(self) -> Any:
+        self._state, self.metrics = self._step(self._state, self._tokens)
+        return self._state, self.metrics
 
 
 def _line(row: Row) -> str:
     result = row.failure or f"{row.median_ms:.1f} ms a step"
-    return f"{row.case.format}, remat {row.case.remat}: {result}"
+    return f"{row.case}: {result}"
 
 
 def table(options: BenchStepOptions, rows: Sequence[Row]) -> Table:
@@ -281,22 +286,18 @@ def table(options: BenchStepOptions, rows: Sequence[Row]) -> Table:
             row.case.format,
             time,
             f"{median / beside:.2f}" if median and beside else "",
-            *map(_mebibytes, (row.program_bytes, row.temporary_bytes, row.peak_bytes)),
+            *map(results.mebibytes, (row.program_bytes, row.temporary_bytes, row.peak_bytes)),
             f"{statistics.mean(row.l0_per_layer):.1f}" if row.l0_per_layer else "",
             "" if row.overflow_share is None else f"{row.overflow_share:.1%}",
         )
     return table
 
 
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / _MIB:,.0f}"
-
-
-def to_dict(options: BenchStepOptions, rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything of a run, samples included, ready for JSON."""
-    return {
-        "options": config_to_dict(options),
-        "tokens_per_step": options.batch_size * options.model.context_length,
-        "jax": jax.__version__,
-        "rows": [row.to_dict() for row in rows],
-    }
+def to_dict(options: BenchStepOptions, rows: Sequence[Row], record: Record) -> dict[str, Any]:
+    """Everything of a run on the machine of ``record``, samples included, ready for JSON."""
+    return results.document(
+        options,
+        [row.to_dict() for row in rows],
+        record,
+        tokens_per_step=options.batch_size * options.model.context_length,
+    )

@@ -27,8 +27,11 @@ from pallas_kernels.bench import timing
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
-from sparse_lm.generate import GREEDY, decode_block, read_prompts
+from sparse_lm.config import SILU
+from sparse_lm.decoding import decode_block, read_prompts
 from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
+from sparse_lm.sampling import GREEDY
+from train.bench import results
 from train.errors import UserError
 from train.output import JsonFile, print_table
 
@@ -53,6 +56,8 @@ class DecodeOptions:
       prompt: tokens of the prompt whose first answer is timed; 0 times none.
       rounds: samples of each case.
       json: also write all figures to this file.
+      against: an older file of --json: print how the times compare with those in it.
+      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
       model: sizes and numerics; ``formats`` stand in for its own choice.
       debug: show the traceback of an error.
     """
@@ -67,9 +72,12 @@ class DecodeOptions:
     prompt: int = 1024
     rounds: int = 5
     json: str | None = None
+    against: str | None = None
+    tolerance: float | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
+        results.check_against(self.against, self.tolerance)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
@@ -78,6 +86,8 @@ class DecodeOptions:
             raise ValueError("batches and tokens must be at least 1")
         if self.nnz < 0:
             raise ValueError(f"nnz must be above 0, or 0 for every neuron; got {self.nnz}")
+        if self.model.activation == SILU:
+            raise ValueError(f"model.activation must have silent neurons; got {SILU}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,11 @@ class Row:
     def median_ms(self) -> float:
         return float(np.median(self.samples_ms))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute, a name and the median, ready for JSON."""
+        name = f"{self.what}, {self.tokens} tokens, {self.format}"
+        return {"name": name, "median_ms": self.median_ms, **dataclasses.asdict(self)}
+
 
 def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
     """Times every case, prints a table, and writes the JSON file asked for.
@@ -130,16 +145,15 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
         else row
         for row in rows
     ]
-    file.write(
-        {
-            "options": dataclasses.asdict(options),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "copy_bytes_per_second": bandwidth,
-            "rows": [dataclasses.asdict(row) | {"median_ms": row.median_ms} for row in rows],
-        }
+    document = results.document(
+        options,
+        [row.to_dict() for row in rows],
+        results.machine_record(),
+        copy_bytes_per_second=bandwidth,
     )
+    file.write(document)
     print_table(console, table(options, rows, bandwidth))
+    results.print_against(console, document, options.against, options.tolerance)
     return rows
 
 
@@ -172,7 +186,7 @@ def _layers(options: DecodeOptions) -> list[Row]:
     times = _measure(programs, options.rounds)
     rows = []
     for (format, tokens), timed in times.items():
-        union = _union(inputs[0]["x"][:tokens], weights[0][0], model.ffn.rule)
+        union = _union(inputs[0]["x"][:tokens], weights[0][0], model.ffn_options.rule)
         samples = tuple(ms / (_LAYERS * _REPEATS) for ms in timed.samples_ms)
         rows.append(Row("layer", format, tokens, samples, union, _ffn_bytes(model, format, union)))
     return rows
@@ -248,9 +262,8 @@ def _model(options: DecodeOptions) -> list[Row]:
         step = what == "step"
         entering = _entering(model, tokens[:size, 0] if step else tokens[0])
         first_layer = model.layers[0]
-        union = _union(
-            entering, first_layer.w_up if first_layer.w_gate is None else first_layer.w_gate, config.ffn.rule
-        )
+        gate = first_layer.w_up if first_layer.w_gate is None else first_layer.w_gate
+        union = _union(entering, gate, config.ffn_options.rule)
         matrices = sum(layer.qkv.nbytes + layer.output.nbytes for layer in model.layers)
         head = model.embedding.nbytes
         cache = 2 * size * options.context * config.num_kv_heads * config.head_dim * itemsize

@@ -15,11 +15,11 @@ from rich.table import Table
 from pallas_kernels.bench import recorded
 from pallas_kernels.bench.inputs import measure
 from sparse_lm import SparseLM
-from train.data.batches import heldout_batches
-from train.data.evaluation_text import read_evaluation_text
-from train.data.holdout import usual_threshold
+from sparse_lm.config import SILU
+from train.data.holdout import TextChoice
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
+from train.heldout import check_sequence_fits, read_heldout, sequences_of
+from train.run.checkpoint import load_for_inference
 
 _TOKENS_AT_ONCE = 16384
 
@@ -52,22 +52,18 @@ def save_layer_inputs(
     """
     out = Path(out)
     model, tokenizer, config, _ = load_for_inference(checkpoint)
+    if config.model.activation == SILU:
+        raise UserError(f"checkpoint must be of a model with silent neurons; this one's activation is {SILU}")
     length, count = config.model.context_length, config.model.num_layers
     wanted = sorted(set(layers)) or list(range(count))
     if wanted[0] < 0 or wanted[-1] >= count:
         raise UserError(f"layers must be from 0 to {count - 1}, which the model has; got {wanted}")
-    if tokens is not None and tokens < length:
-        raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out must name a file in a directory that is there; {out.parent} is none")
-    wanted_tokens = tokens or 65536
-    trained_on = read_corpus(find_checkpoint(checkpoint))
-    threshold = trained_on.threshold if trained_on else usual_threshold(config.data.holdout)
-    text = read_evaluation_text(config.data, tokenizer, threshold, tokens=wanted_tokens)
-    batches = heldout_batches(
-        text.heldout, text.weights, context_length=length, tokens=wanted_tokens, batch_size=1
-    )
-    sequences = np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
+    most = 65536 if tokens is None else tokens
+    check_sequence_fits(most, config)
+    text, _ = read_heldout(checkpoint, config, tokenizer, TextChoice(), tokens=most)
+    sequences = sequences_of(text, context_length=length, tokens=most)
     states = _entering(model, sequences, wanted)
     found: list[LayerFigures] = []
 

@@ -65,13 +65,10 @@ def forward_orders(layers: TextLayers, counts: Sequence[int]) -> dict[str, MakeO
     """The orders that a forward can make, from ids (M,) and what enters the first layer (M, D), with each
     number of clusters; the text's is not among them."""
     vocabulary = layers.model.config.vocab_size
-    bits = min(order.HASH_BITS, ((2**31 - 1) // vocabulary).bit_length() - 1)
     found: dict[str, MakeOrder] = {
         "token id": lambda ids, x: order.by_id(ids),
         "hash of the first layer's input": lambda ids, x: order.by_hash(x),
-        "hash of the first layer's input, then id": lambda ids, x: order.by_hash(
-            x, ids, bits=bits, vocab_size=vocabulary
-        ),
+        "hash of the first layer's input, then id": partial(_by_hash, vocab_size=vocabulary),
     }
     for count in counts:
         rank = _vocabulary_rank(layers.model.embedding[...], count)
@@ -83,16 +80,39 @@ def forward_orders(layers: TextLayers, counts: Sequence[int]) -> dict[str, MakeO
                 _by_centroids, centroids=centroids, vocab_size=vocabulary
             ),
         }
-    state = layers.model.token_order
-    match layers.model.config.token_order:
-        case "centroids" | "auto":
-            own = state.centroids[...]
-            found["the model's own clusters, then id"] = partial(
-                _by_centroids, centroids=own, vocab_size=vocabulary
-            )
-        case "vocabulary":
-            found["the model's own rank of the vocabulary"] = partial(_by_rank, rank=state.rank[...])
+    own = own_order(layers)
+    if own is not None and layers.model.token_order.follows:
+        found |= dict([own])
     return found
+
+
+def own_order(layers: TextLayers) -> tuple[str, MakeOrder] | None:
+    """The order in which the model itself takes the tokens of a large call, by name; None for the text's."""
+    model = layers.model
+    match model.config.token_order:
+        case "id":
+            return "token id", lambda ids, x: order.by_id(ids)
+        case "hash":
+            return "hash of the first layer's input, then id", partial(
+                _by_hash, vocab_size=model.config.vocab_size
+            )
+        case "centroids" | "auto":
+            make = partial(
+                _by_centroids,
+                centroids=model.token_order.centroids[...],
+                vocab_size=model.config.vocab_size,
+            )
+            return "the model's own clusters, then id", make
+        case "vocabulary":
+            make = partial(_by_rank, rank=model.token_order.rank[...])
+            return "the model's own rank of the vocabulary", make
+    return None
+
+
+def _by_hash(ids: jax.Array, x: jax.Array, *, vocab_size: int) -> Permutation:
+    """As many bits as leave room for an id in an int32 key."""
+    bits = min(order.HASH_BITS, ((2**31 - 1) // vocab_size).bit_length() - 1)
+    return order.by_hash(x, ids, bits=bits, vocab_size=vocab_size)
 
 
 def _by_rank(ids: jax.Array, x: jax.Array, *, rank: jax.Array) -> Permutation:
@@ -133,7 +153,7 @@ def count_unions(
             found = {TEXT: jnp.arange(tokens, dtype=jnp.int32)}
             found |= {name: make(call.ids, call.first).order for name, make in orders.items()}
             found |= {name: make(call).order for name, make in knowing.items()}
-            unions = np.asarray(_unions(mask, jnp.stack(list(found.values())), tuple(panels)))
+            unions = np.asarray(mean_unions(mask, jnp.stack(list(found.values())), tuple(panels)))
             for name, union in [*zip(found, unions, strict=True), (FLOOR, _floor(nnz, panels))]:
                 rows[name] = rows.get(name, 0.0) + union / len(calls)
         for name, row in rows.items():
@@ -188,8 +208,8 @@ def _directions(mask: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="panels")
-def _unions(mask: jax.Array, orders: jax.Array, panels: tuple[int, ...]) -> jax.Array:
-    """(R, number of panel sizes) f32: mean unions of mask (M, F) in orders (R, M)."""
+def mean_unions(mask: jax.Array, orders: jax.Array, panels: tuple[int, ...]) -> jax.Array:
+    """(R, number of panel sizes) f32: mean unions of mask (M, F) in orders (R, M), of whole panels."""
 
     def of_order(places: jax.Array) -> jax.Array:
         rows = mask[places]

@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_kernels.bench import timing
 from pallas_kernels.options import Format
+from sparse_lm import SparseFFN
 from sparse_lm.order import Permutation
 from train.bench.order_counts import MakeOrder
 from train.bench.text_layers import TextLayers
@@ -124,11 +125,13 @@ def _arguments(layers: TextLayers, layer: int, tokens: int, places: Permutation 
 def _program(layers: TextLayers, format: Format, train: bool) -> Any:
     """``(weights, norm, stream, order) -> new stream``, or the gradients of the first three."""
     block = layers.block(0)
+    assert isinstance(block.ffn, SparseFFN)  # TextLayers takes no other model
     options = block.ffn.options.with_format(format, "auto")
     ffn_graphdef, norm_graphdef = nnx.split(block.ffn)[0], nnx.split(block.ffn_norm)[0]
 
     def forward(weights, norm, x, places):
         ffn = nnx.merge(ffn_graphdef, weights)
+        assert isinstance(ffn, SparseFFN)
         ffn.options = options
         y, stats = ffn(nnx.merge(norm_graphdef, norm)(x), order=places)
         return x + y, stats.l1

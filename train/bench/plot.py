@@ -10,7 +10,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvesOptions:
+    """Draws how long the formats take against nnz and against tokens, and where they break even with dense.
+
+    Attributes:
+      results: files that bench layers --json has written, of one GPU.
+      out: the picture to write: .png, .svg or .pdf.
+      debug: show the traceback of an error.
+    """
+
+    results: tyro.conf.Positional[tuple[str, ...]]
+    out: str
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("bench curves needs at least one file of results; got none")
+
 
 _LAYERS = re.compile(r"(dense|twell|hybrid|panel|auto)(-\d+)?")  # other rows are stages of one
 _COLORS = {
@@ -75,12 +97,12 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise UserError(
-            "plot needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
+            "bench curves needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
         ) from error
     loaded = [_load(Path(path)) for path in results]
     devices = sorted({device for device, _ in loaded})
     if len(devices) > 1:
-        raise UserError(f"plot draws results of one GPU; the files are of {' and '.join(devices)}")
+        raise UserError(f"bench curves draws results of one GPU; the files are of {' and '.join(devices)}")
     charts = _charts([point for _, points in loaded for point in points])
     if not charts:
         raise UserError(
@@ -111,7 +133,7 @@ def _load(path: Path) -> tuple[str, list[Point]]:
     Raises:
       UserError: it is no result of ``bench layers``.
     """
-    wanted = "expected a file that python -m pallas_kernels.bench layers --json has written"
+    wanted = "expected a file that bench layers --json has written"
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         points = [point for case in loaded["cases"] for point in _points(case)]

@@ -1,5 +1,6 @@
 """A trained model's feed-forward layers and what enters them on held-out text, in the device's memory."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,9 @@ from flax import nnx
 from pallas_kernels import reference
 from pallas_kernels.activations import Rule
 from sparse_lm.model import Block
-from train.data.batches import heldout_batches
-from train.data.evaluation_text import read_evaluation_text
-from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
+from train.data.holdout import TextChoice
+from train.heldout import check_sequence_fits, read_heldout, sequences_of
+from train.run.checkpoint import load_for_inference
 
 _AT_ONCE = 16384
 
@@ -23,39 +23,53 @@ class TextLayers:
     """A checkpoint on its held-out text.
 
     Args:
-      checkpoint: a run's workdir or one step's directory.
+      checkpoint: a run's workdir, one step's directory, or a converted model.
       tokens: most tokens, in whole sequences.
       more: so many further tokens of other held-out text, as far as there is any, for what is fitted.
+      text: which text.
+      on_progress: told how many tokens the model has read, and of how many.
 
     Attributes:
-      model: the checkpoint's.
+      model: the checkpoint's; ``config`` and ``tokenizer``, likewise.
       step: optimizer steps behind it.
-      tokens: (M,) int32.
+      tokens: (M,) int32, whole sequences of S tokens, one after the other.
+      notes: sentences on what the text is, where that is not what training held out.
       fit_on_other_text: whether there was any; what is fitted then is fitted to the same text.
 
     Raises:
       UserError: no such checkpoint, the corpus is gone, or ``tokens`` is less than a sequence.
     """
 
-    def __init__(self, checkpoint: str, tokens: int, more: int) -> None:
-        self.model, tokenizer, config, self.step = load_for_inference(checkpoint)
-        length = config.model.context_length
-        if tokens < length:
-            raise UserError(f"tokens must be at least {length}, one sequence of the model; got {tokens}")
-        threshold = read_saved_data(find_checkpoint(checkpoint)).corpus.threshold
-        text = read_evaluation_text(config.data, tokenizer, threshold, tokens=tokens + more)
-        batches = heldout_batches(
-            text.heldout, text.weights, context_length=length, tokens=tokens + more, batch_size=1
-        )
-        sequences = np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
+    def __init__(
+        self,
+        checkpoint: str,
+        tokens: int,
+        more: int,
+        *,
+        text: TextChoice = TextChoice(),  # noqa: B008 - frozen
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.step = load_for_inference(checkpoint)
+        self._rule = self.config.model.ffn_options.rule
+        check_sequence_fits(tokens, self.config)
+        length = self.config.model.context_length
+        found, self.notes = read_heldout(checkpoint, self.config, self.tokenizer, text, tokens=tokens + more)
+        sequences = sequences_of(found, context_length=length, tokens=tokens + more)
         # Of a mixture both parts get sequences of every corpus.
         sequences = np.random.default_rng(0).permutation(sequences)
         measured, others = np.split(sequences, [tokens // length])
         self.fit_on_other_text = len(others) > 0
         self.tokens = jnp.asarray(measured.reshape(-1))
-        self._blocks = [self._block(layer) for layer in range(config.model.num_layers)]
-        self._streams = self._run(measured)
-        self._fit_streams = self._run(others) if len(others) else self._streams
+        self._blocks = [self._block(layer) for layer in range(self.config.model.num_layers)]
+        total, read = sequences.size, 0
+
+        def part_done(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            on_progress(read, total)
+
+        self._streams = self._run(measured, part_done)
+        self._fit_streams = self._run(others, part_done) if len(others) else self._streams
 
     @property
     def num_layers(self) -> int:
@@ -78,13 +92,17 @@ class TextLayers:
         """(M, F) bool: the neurons that inputs x (M, D) of a layer activate."""
         ffn = self._blocks[layer].ffn
         gate = ffn.w_up if ffn.w_gate is None else ffn.w_gate
-        return _active(x, gate[...], ffn.options.rule)
+        return _active(x, gate[...], self._rule)
 
-    def _run(self, sequences: np.ndarray) -> list[jax.Array]:
+    def _run(self, sequences: np.ndarray, part_done: Callable[[int], None]) -> list[jax.Array]:
         graphdef, state = nnx.split(self.model)
         run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).residual_streams(tokens))
         rows = max(1, _AT_ONCE // sequences.shape[1])
-        parts = [run(state, jnp.asarray(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
+        parts = []
+        for at in range(0, len(sequences), rows):
+            part = sequences[at : at + rows]
+            parts.append(jax.block_until_ready(run(state, jnp.asarray(part))))
+            part_done(part.size)
         return [
             jnp.concatenate([part[layer].reshape(-1, part.shape[-1]) for part in parts])
             for layer in range(self.num_layers)

@@ -1,34 +1,77 @@
 """``sparse-lm bench``: one benchmark a word."""
 
+from collections.abc import Callable
+
+from train.cli.evaluate import check_text
 from train.cli.options import PROGRAM, UsageError, did_you_mean, parse_options
 from train.cli.presets import preset_of
 
 _HELP = f"""usage: {PROGRAM} bench BENCHMARK [OPTIONS]
 
 benchmarks:
-  order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
+  layers   time feed-forward layers of every format beside the dense one
+  stages   time the stages of a PanelELL layer, each alone
+  model    time the forward of a whole model's core, with its memory and energy
+  step     time training steps, and measure their memory
   decode   time a token of generation, and a feed-forward layer of a few tokens
+  order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
+  curves   draw break-even curves from files of bench layers
 
 {PROGRAM} bench BENCHMARK --help lists its options.
 """
 
 
-def run(argv: list[str]) -> None:
-    benchmarks = {"order": _order, "decode": _decode}
+def run(argv: list[str]) -> int | None:
+    """Runs a benchmark; its exit status where it has one of its own."""
+    benchmarks: dict[str, Callable[[list[str]], int | None]] = {
+        "layers": _layers,
+        "stages": _stages,
+        "model": _model,
+        "step": _step,
+        "decode": _decode,
+        "order": _order,
+        "curves": _curves,
+    }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
         print(_HELP, end="")
-    elif first in benchmarks:
-        benchmarks[first](argv[1:])
-    else:
-        found = "none" if first is None else f"{first!r}{did_you_mean(first, benchmarks)}"
-        raise UsageError(f"bench expects a benchmark, one of {', '.join(benchmarks)}; got {found}")
+        return None
+    if first in benchmarks:
+        return benchmarks[first](argv[1:])
+    found = "none" if first is None else f"{first!r}{did_you_mean(first, benchmarks)}"
+    raise UsageError(f"bench expects a benchmark, one of {', '.join(benchmarks)}; got {found}")
 
 
-def _order(argv: list[str]) -> None:
-    from train.bench import bench_order
+def _layers(argv: list[str]) -> int:
+    from pallas_kernels.bench import layers
 
-    bench_order.run(parse_options(bench_order.BenchOrderOptions, argv, "bench order"))
+    return layers.main(argv)
+
+
+def _stages(argv: list[str]) -> int:
+    from pallas_kernels.bench import stages
+
+    return stages.main(argv)
+
+
+def _model(argv: list[str]) -> None:
+    preset, config = preset_of(argv, "1p5b")
+
+    from train.bench import bench_model
+
+    default = bench_model.BenchModelOptions(config=preset, model=config.model)
+    options = parse_options(bench_model.BenchModelOptions, argv, "bench model", default)
+    check_text(options.data)
+    bench_model.run(options)
+
+
+def _step(argv: list[str]) -> None:
+    preset, config = preset_of(argv, "0p5b")
+
+    from train.bench import bench_step
+
+    default = bench_step.BenchStepOptions(config=preset, model=config.model)
+    bench_step.run(parse_options(bench_step.BenchStepOptions, argv, "bench step", default))
 
 
 def _decode(argv: list[str]) -> None:
@@ -38,3 +81,17 @@ def _decode(argv: list[str]) -> None:
 
     default = decode.DecodeOptions(config=preset, model=config.model)
     decode.run(parse_options(decode.DecodeOptions, argv, "bench decode", default))
+
+
+def _order(argv: list[str]) -> None:
+    from train.bench import bench_order
+
+    bench_order.run(parse_options(bench_order.BenchOrderOptions, argv, "bench order"))
+
+
+def _curves(argv: list[str]) -> None:
+    from train.bench import plot
+
+    options = parse_options(plot.CurvesOptions, argv, "bench curves")
+    for line in plot.plot(options.results, options.out):
+        print(line)

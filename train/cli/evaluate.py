@@ -7,24 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from train.cli.options import UsageError, parse_options
+from train.data.holdout import TextChoice
 from train.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateData:
-    """The text to evaluate on.
-
-    Attributes:
-      paths: where the corpus of the training is now, or another corpus (default: where it was in training).
-      text_field: field of a JSONL document, or column of Parquet, that holds its text (default: as in
-        training).
-      every_document: evaluate on all documents of paths, not only on those that training would hold out: for
-        text that it never had.
-    """
-
-    paths: tuple[str, ...] = ()
-    text_field: str | None = None
-    every_document: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +29,7 @@ class EvaluateOptions:
     """
 
     checkpoint: str
-    data: EvaluateData = dataclasses.field(default_factory=EvaluateData)
+    data: TextChoice = dataclasses.field(default_factory=TextChoice)
     tokens: int | None = None
     batch_size: int | None = None
     tasks: str | None = None
@@ -74,11 +58,16 @@ def run(argv: list[str]) -> None:
             ) from error
 
 
+def check_text(choice: TextChoice) -> None:
+    """Raises UsageError for what says something of --data.paths where there are none."""
+    if not choice.paths and choice != TextChoice():
+        option = "every-document" if choice.every_document else "text-field"
+        raise UsageError(f"--data.{option} needs --data.paths; got none")
+
+
 def _heldout(options: EvaluateOptions) -> tuple[Any, str]:
     """What to print and the JSON of the held-out figures."""
-    if not options.data.paths and options.data != EvaluateData():
-        option = "every-document" if options.data.every_document else "text-field"
-        raise UsageError(f"--data.{option} needs --data.paths; got none")
+    check_text(options.data)
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for --tasks; found no --tasks")
@@ -101,7 +90,7 @@ def _tasks(options: EvaluateOptions) -> tuple[Any, str]:
     assert options.tasks is not None
     if options.tokens is not None:
         raise UsageError("--tokens is for the held-out text; --tasks has --limit")
-    if options.data != EvaluateData():
+    if options.data != TextChoice():
         raise UsageError("--data is for the held-out text; --tasks bring their own")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         value = getattr(options, name)

@@ -13,6 +13,7 @@ from train.cli.options import UsageError, parse_options
 from train.errors import UserError
 
 if TYPE_CHECKING:
+    from train.cli.continuation import Continuation
     from train.data.tokenizer import Tokenizer
 
 
@@ -28,6 +29,8 @@ class GenerateOptions:
       top_k: draw from the k most likely tokens only.
       top_p: draw from the fewest most likely tokens that have this probability together.
       seed: of the draws; the same seed says the same.
+      speculate: tokens, up to 15, that each step guesses from the text so far and verifies: the same text up
+        to ties between logits, sooner where it repeats itself.
       stop: text that ends a continuation and is not part of it; give the option several times for several.
       debug: show the traceback of an error.
     """
@@ -39,6 +42,7 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float = 0.95
     seed: int = 0
+    speculate: int = 0
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     debug: bool = False
 
@@ -52,6 +56,7 @@ def run(argv: list[str]) -> None:
         raise UsageError("--stop must have a character; got none")
 
     from sparse_lm.generate import Sampling, stream
+    from train.cli.continuation import Continuation
     from train.run.checkpoint import load_for_inference
 
     try:
@@ -71,8 +76,9 @@ def run(argv: list[str]) -> None:
         sampling=sampling,
         eos_id=tokenizer.eos_id,
         seed=options.seed,
+        speculate=options.speculate,
     )
-    rows = [_Row(tokenizer, prompt, options.stop) for prompt in prompts]
+    rows = [Continuation(tokenizer, prompt, options.stop) for prompt in prompts]
     speed = _Speed()
     if len(rows) == 1:
         print(options.prompt[0], end="", flush=True)
@@ -86,45 +92,11 @@ def run(argv: list[str]) -> None:
             pass
         for number, (prompt, row) in enumerate(zip(options.prompt, rows, strict=True), start=1):
             print(f"[{number}/{len(rows)}] {prompt}{row.text}")
-    print(speed, file=sys.stderr)
+    speculation = f", {steps.tokens_per_step:.2f} tokens a step" if options.speculate else ""
+    print(f"{speed}{speculation}", file=sys.stderr)
 
 
-class _Row:
-    """One continuation as text, up to the first of the strings that end it."""
-
-    def __init__(self, tokenizer: "Tokenizer", prompt: list[int], stops: Sequence[str]) -> None:
-        from train.data.tokenizer import TextStream
-
-        self._stream = TextStream(tokenizer, prompt)
-        self._stops = stops
-        self._held = ""
-        self.text = ""
-        self.ended = False
-
-    def feed(self, token: int) -> str:
-        """What there is to show once a token has come: no part of a string that may yet end the text."""
-        pending = self._held + self._stream.feed(token)
-        places = [place for stop in self._stops if (place := pending.find(stop)) >= 0]
-        if places:
-            self.ended, self._held = True, ""
-            return self._show(pending[: min(places)])
-        held = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if pending.endswith(stop[:n])), default=0
-        )
-        self._held = pending[len(pending) - held :]
-        return self._show(pending[: len(pending) - held])
-
-    def finish(self) -> str:
-        """What was held back when no further token comes."""
-        held, self._held = self._held, ""
-        return self._show(held)
-
-    def _show(self, text: str) -> str:
-        self.text += text
-        return text
-
-
-def _texts(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[str]:
+def _texts(steps: Iterable[list[int | None]], rows: Sequence["Continuation"]) -> Iterator[str]:
     """What each token adds to its row; asks for no further step once every row has ended."""
     for step in steps:
         for token, row in zip(step, rows, strict=True):

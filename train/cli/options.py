@@ -89,6 +89,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
     """What tyro reads in another way than its own: numbers, and values that have a text."""
     registry = tyro.constructors.ConstructorRegistry()
     _add_numbers(registry)
+    _add_sequences_of_numbers(registry)
     _add_texts(registry)
     return registry
 
@@ -121,6 +122,35 @@ def _add_numbers(registry: tyro.constructors.ConstructorRegistry) -> None:
             instance_from_str=convert,
             is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
             str_from_instance=lambda value: [str(value)],
+        )
+
+
+def _add_sequences_of_numbers(registry: tyro.constructors.ConstructorRegistry) -> None:
+    """Says the same of each number of a tuple; tyro would say that it found no valid parse."""
+    kinds: dict[Any, type] = {tuple[int, ...]: int, tuple[float, ...]: float}
+
+    @registry.primitive_rule
+    def numbers(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        kind = kinds.get(info.type)
+        if kind is None:
+            return None
+
+        def convert(values: list[str]) -> Any:
+            try:
+                return tuple(map(kind, values))
+            except ValueError:
+                wanted = "whole numbers" if kind is int else "numbers"
+                raise ValueError(f"must be {wanted}; got {' '.join(values)}") from None
+
+        name = kind.__name__.upper()
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"[{name} [{name} ...]]",
+            instance_from_str=convert,
+            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, kind) for v in value),
+            str_from_instance=lambda value: [str(v) for v in value],
         )
 
 

@@ -1,7 +1,6 @@
 """``sparse-lm plot``."""
 
 import dataclasses
-from pathlib import Path
 
 import tyro
 
@@ -10,36 +9,25 @@ from train.cli.options import UsageError, parse_options
 
 @dataclasses.dataclass(frozen=True)
 class PlotOptions:
-    """Draws the curves of runs; or, of a benchmark, how long the formats take against nnz and against tokens,
-    and where they break even with dense.
+    """Draws the curves of runs: loss, active and dead neurons and speed, against tokens of training.
 
     Attributes:
-      results: work directories of runs, or files that python -m pallas_kernels.bench layers --json has
-      written,
-        of one GPU.
+      runs: work directories of runs.
       out: the picture to write: .png, .svg or .pdf.
       debug: show the traceback of an error.
     """
 
-    results: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[tuple[str, ...]]
     out: str
     debug: bool = False
 
 
 def run(argv: list[str]) -> None:
     options = parse_options(PlotOptions, argv, "plot")
-    if not options.results:
-        raise UsageError("plot needs at least one work directory or file of results; got none")
-    runs = [result for result in options.results if Path(result).is_dir()]
-    if runs and len(runs) < len(options.results):
-        raise UsageError("plot draws either runs or a benchmark's files; got both")
-    if runs:
-        from train.run import curves
+    if not options.runs:
+        raise UsageError("plot needs at least one work directory of a run; got none")
 
-        lines = curves.plot(runs, options.out)
-    else:
-        from train.bench.plot import plot
+    from train.run import curves
 
-        lines = plot(options.results, options.out)
-    for line in lines:
+    for line in curves.plot(options.runs, options.out):
         print(line)

@@ -11,14 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from train.cli import (
+    analyze,
     bench,
-    bench_step,
+    chat,
     compare,
     convert,
     evaluate,
     generate,
     layer_inputs,
     plot,
+    sweep,
     tokenize,
     train,
 )
@@ -36,13 +38,15 @@ commands:
   train      train a model, or take up a run where it stopped
   tokenize   turn documents into token shards, which train reads in place
   generate   continue prompts with a trained model
+  chat       talk with a converted model that has a chat template
   evaluate   measure a trained model on its held-out text
+  analyze    report which neurons a trained model's tokens activate: tables and figures
   convert    take a Hugging Face model with silent neurons, or give one back
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
-  plot       draw break-even curves from the kernels' benchmark
+  plot       draw the curves of runs
+  sweep      train a preset for several λ and variants, and set quality beside sparsity and speed
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
-  bench      count or time what the name says: bench order, bench decode
-  bench-step   time training steps with sparse and dense feed-forward layers, and measure their memory
+  bench      time layers, models, training steps or generation: bench --help lists the benchmarks
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
 {PROGRAM} train, with no option, trains the preset {DEFAULT_PRESET} on the text that comes with the package.
@@ -82,17 +86,19 @@ def _main(argv: list[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train.run,
         "tokenize": tokenize.run,
         "generate": generate.run,
+        "chat": chat.run,
         "evaluate": evaluate.run,
+        "analyze": analyze.run,
         "convert": convert.run,
         "layer-inputs": layer_inputs.run,
         "plot": plot.run,
         "bench": bench.run,
-        "bench-step": bench_step.run,
         "compare": compare.run,
+        "sweep": sweep.run,
     }
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
@@ -100,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
     elif first == "--version":
         print(PROGRAM, _version())
     elif first in commands:
-        commands[first](argv[1:])
+        return commands[first](argv[1:]) or 0
     elif first is None:
         raise UsageError(f"expected a command, one of {', '.join(commands)}; got none: see {PROGRAM} --help")
     else:

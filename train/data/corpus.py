@@ -207,8 +207,14 @@ def find_groups(config: "DataConfig") -> list[Group]:
     together or, in a mixture, those of each path.
 
     Raises:
-      UserError: a path names no file or unfinished shards, or some name text and others token shards.
+      UserError: there is no path and there must be one, a path names no file or unfinished shards, or some
+        name text and others token shards.
     """
+    if config.require_paths and not config.paths:
+        raise UserError(
+            "data.paths must name the corpus to train on, as the one that comes with the package is too "
+            "small for this model; got none: pass --data.paths, or --data.no-require-paths to take it anyway"
+        )
     for path in config.paths:
         if (Path(path).expanduser() / LOG).exists():
             raise UserError(

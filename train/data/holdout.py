@@ -5,12 +5,31 @@ depends
 on no other document: adding, removing or reordering documents moves no document from one side to the other.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 
 from train.errors import UserError
 
 _RANGE = 1 << 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TextChoice:
+    """The text that a checkpoint is looked at with.
+
+    Attributes:
+      paths: where the corpus of the training is now, or another corpus (default: where it was in training;
+        for a converted model the corpus that ships with the package).
+      text_field: field of a JSONL document, or column of Parquet, that holds its text (default: as in
+        training).
+      every_document: take all documents of paths, not only those that training would hold out: for text that
+        it never had.
+    """
+
+    paths: tuple[str, ...] = ()
+    text_field: str | None = None
+    every_document: bool = False
 
 
 def digest(text: str) -> bytes:

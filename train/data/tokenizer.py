@@ -74,6 +74,9 @@ class Tokenizer(Protocol):
             the other ways to encode.
         """
 
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        """Ids of ``text``, in which control tokens are spelled out as a chat template spells them."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text, as 1-d integer arrays."""
 
@@ -106,6 +109,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        return self.encode(text)  # EOS, the only one, has no spelling
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -174,6 +180,13 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text).ids
+
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        self._rust.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._rust.encode_special_tokens = True
 
     def _encode(self, text: str) -> Any:
         try:

@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
     "model.sparsity", "model.ffn", "model.remat", "model.dtype", "refresh_order_every",
     # The corpus is compared by its content (`check_same_corpus`), not by the names of its files.
-    "data.paths", "data.weights", "data.text_field", "data.accept_change",
+    "data.paths", "data.weights", "data.text_field", "data.accept_change", "data.require_paths",
 )  # fmt: skip
 _TOKENIZER_FIELD = "data.tokenizer"  # its content is compared, not its name
 

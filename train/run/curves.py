@@ -70,24 +70,14 @@ def read(workdir: Path) -> Curves:
     Raises:
       UserError: there is no run in it, or it has no step yet.
     """
-    try:
-        facts = json.loads((workdir / manifest.FILE_NAME).read_text(encoding="utf-8"))
-        lines = (workdir / metrics.FILE_NAME).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{workdir} must be the work directory of a run; {error.filename}: {error.strerror}"
-        ) from error
-    records = [record for line in lines if (record := _record(line))]
+    per_step, facts, records = read_records(workdir)
     steps = [record for record in records if record.get("ce") is not None]
-    if not steps:
-        raise UserError(f"{workdir} must hold a run of at least one step; found none in {metrics.FILE_NAME}")
-    per_step = facts["tokens_per_step"]
     evaluated = [record for record in records if "evaluation" in record]
     neurons = facts["config"]["model"]["num_layers"] * facts["config"]["model"]["d_ff"]
     timed = [record for record in steps if "tokens_per_second" in record]
 
     def curve(records: list[dict[str, Any]], values: list[float]) -> tuple[list[float], list[float]]:
-        return _thinned([record["step"] * per_step for record in records], values)
+        return thinned([record["step"] * per_step for record in records], values)
 
     return Curves(
         name=workdir.name or str(workdir),
@@ -101,6 +91,26 @@ def read(workdir: Path) -> Curves:
     )
 
 
+def read_records(workdir: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """Tokens of a step, the run's manifest and the records of its metrics file, at least one of them of a
+    step.
+
+    Raises:
+      UserError: there is no run in the directory, or it has no step yet.
+    """
+    try:
+        facts = json.loads((workdir / manifest.FILE_NAME).read_text(encoding="utf-8"))
+        lines = (workdir / metrics.FILE_NAME).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{workdir} must be the work directory of a run; {error.filename}: {error.strerror}"
+        ) from error
+    records = [record for line in lines if (record := _record(line))]
+    if not any(record.get("ce") is not None for record in records):
+        raise UserError(f"{workdir} must hold a run of at least one step; found none in {metrics.FILE_NAME}")
+    return facts["tokens_per_step"], facts, records
+
+
 def _record(line: str) -> dict[str, Any] | None:
     """A line of a metrics file; None for one that is cut off, as while the run writes it."""
     try:
@@ -109,8 +119,8 @@ def _record(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """Means over stretches of equal length, so that a long run is no wall of noise."""
+def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """Points of a curve as means over stretches of equal length, so that a long run is no wall of noise."""
     size = -(-len(x) // _SMOOTHED)
     if size <= 1:
         return x, y

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -59,13 +59,22 @@ class RunResult:
     evaluation: EvaluationReport | None = None
 
 
-def run(config: TrainConfig, *, hooks: Sequence[Hook] = (), dry_run: bool = False) -> RunResult:
+def run(
+    config: TrainConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    dry_run: bool = False,
+    cache: Path | None = None,
+    build: Callable[[TrainConfig], Program] = build_program,
+) -> RunResult:
     """Trains until ``config.steps``, from the newest complete checkpoint of the workdir if it has one.
 
     Args:
       config: the run.
       hooks: called besides the run's own (evaluation, checkpoints), before them.
       dry_run: stop where the first step would be: everything is checked and shown, and no run is begun.
+      cache: directory of what is made from text, for runs that share it; by default one in the workdir.
+      build: what is trained; the parameters must be those of ``SparseLM(config.model)``.
 
     Raises:
       UserError: the configuration does not fit the machine, the corpus or the checkpoint; the loss is not
@@ -83,7 +92,7 @@ def run(config: TrainConfig, *, hooks: Sequence[Hook] = (), dry_run: bool = Fals
         with background_errors.kept_quiet(), parallel.losing_no_process(), holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
-                return _run(config, hooks, reporter, checkpoints, dry_run)
+                return _run(config, hooks, reporter, checkpoints, dry_run, cache, build)
             finally:
                 checkpoints.close()
     except OSError as error:
@@ -101,15 +110,18 @@ def _run(
     reporter: Reporter,
     checkpoints: Checkpoints,
     dry_run: bool,
+    shared_cache: Path | None,
+    build: Callable[[TrainConfig], Program],
 ) -> RunResult:
     if checkpoints.ignored:
         reporter.say(f"ignoring half-written checkpoints: {', '.join(checkpoints.ignored)}")
     start = checkpoints.newest() or 0
     if start:
         check_same_run(checkpoints.config(start), config, checkpoints.path(start))
-    cache = checkpoints.directory.parent / CACHE
+    workdir = checkpoints.directory.parent
+    cache = shared_cache or workdir / CACHE
     with making(cache.parent):
-        check_writable(cache.parent)  # before the corpus is read
+        check_writable(workdir)  # before the corpus is read
         tokenizer = run_tokenizer(config, checkpoints, start, cache, reporter)
         if start >= config.steps:
             reporter.say(
@@ -118,7 +130,7 @@ def _run(
             reporter.next_commands()
             return RunResult("already-finished", start, checkpoints.path(start))
         corpus = run_corpus(config, checkpoints, start, tokenizer, cache, reporter)
-    run = _Run(config, hooks, reporter, checkpoints, corpus, start)
+    run = _Run(config, hooks, reporter, checkpoints, corpus, start, build(config))
     if dry_run:
         run.show()
         reporter.say("dry run: no step was taken")
@@ -138,6 +150,7 @@ class _Run:
         checkpoints: Checkpoints,
         corpus: Corpus,
         start: int,
+        program: Program,
     ) -> None:
         self.config, self.reporter, self.checkpoints = config, reporter, checkpoints
         self.corpus, self.start = corpus, start
@@ -157,7 +170,7 @@ class _Run:
         )
         self._check_samples()
         self.layout = parallel.Layout.over_all_devices(config.parallel)
-        self.program: Program = build_program(config)
+        self.program = program
         self.evaluator = make_evaluator(self.program.graphdef)
         self.evaluation: EvaluationReport | None = None
         self.hooks = (
@@ -263,8 +276,9 @@ class _Run:
         )
         self.batches.seek(self.checkpoints.data(self.start).position)
         state = self.checkpoints.restore(self.start, placed)
-        if steers_anew(self.changes, self.config):
-            coefficient = np.float32(self.config.model.sparsity.l1)
+        sparse = self.config.model.sparsity
+        if sparse.schedule != "target" or steers_anew(self.changes, self.config):
+            coefficient = np.float32(sparse.l1)
             state = dataclasses.replace(
                 state, l1_coefficient=jax.device_put(coefficient, placed.l1_coefficient.sharding)
             )

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from sparse_lm.config import SILU
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
 from train.config import TrainConfig, changed_fields, to_dict
@@ -212,6 +213,8 @@ def _history(path: Path) -> list[Any]:
 def _kernels(config: TrainConfig) -> str:
     """What `pallas_kernels` says of one micro-batch on one device; raises RequestError if that cannot run."""
     model = config.model
+    if model.activation == SILU:
+        return f"runs dense: {SILU} is zero for no neuron"
     sequences = max(1, config.batch_size // (config.optimizer.accumulation * jax.device_count()))
     x = jax.ShapeDtypeStruct((sequences * model.context_length, model.d_model), jnp.dtype(model.dtype))
     w_up = jax.ShapeDtypeStruct((model.d_ff, model.d_model), jnp.float32)

@@ -208,7 +208,8 @@ def test_the_table_and_the_json_hold_the_run(finished):
     labels = [bench._LABELS[name] for name in result.rows]
     assert [line.split("|")[1].strip() for line in lines[4:-2]] == labels
     loaded = json.loads(json.dumps(bench.to_json([result], LIMITS, ["command"])))
-    assert loaded["jax"] == jax.__version__
+    assert loaded["versions"]["jax"] == jax.__version__
+    assert loaded["device"]["kind"] == jax.devices()[0].device_kind
     [case] = loaded["cases"]
     assert case["case"]["shape"]["d_ff"] == 64
     assert (case["rows"][0]["name"], len(case["rows"][0]["timing"]["samples_ms"])) == ("dense_ffn", 2)

@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from sparse_lm.convert import leaves, open_hf, open_own, write_hf, write_own
 from sparse_lm.convert.families import family_from_hf
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "model_type": "llama",
     "hidden_act": "relu",
     "vocab_size": 49_152,
@@ -29,12 +30,29 @@ FIELDS = {
     "torch_dtype": "bfloat16",
 }
 LAYER_BYTES = 2 * (4 * 2048 * 2048 + 3 * 2048 * 5632)
+TABLES_BYTES = 2 * 2 * 49_152 * 2048
 
 
-def make(directory: Path, size: float, shards: int) -> None:
-    """A model of about ``size`` bytes in ``shards`` files."""
-    outer = 2 * 2 * FIELDS["vocab_size"] * FIELDS["hidden_size"]
-    fields = FIELDS | {"num_hidden_layers": max(1, round((size - outer) / LAYER_BYTES))}
+def measure(fields: dict[str, Any], shards: int) -> dict[str, tuple[int, int]]:
+    """For the way ``"to ours"`` and ``"back"``: most bytes of memory, and of the largest file that is read on
+    the way there and written on the way back.
+
+    Args:
+      fields: of the model's ``config.json``.
+      shards: files that the model is in.
+    """
+    with tempfile.TemporaryDirectory() as root:
+        source, ours, again = (Path(root) / name for name in ("source", "ours", "again"))
+        for directory in (source, ours, again):
+            directory.mkdir()
+        _make(source, fields, shards)
+        return {
+            "to ours": (_in_a_process(_there, source, ours), _largest(source)),
+            "back": (_in_a_process(_back, source, ours, again), _largest(again)),
+        }
+
+
+def _make(directory: Path, fields: dict[str, Any], shards: int) -> None:
     (directory / "config.json").write_text(json.dumps(fields))
     config = family_from_hf(fields).config(fields)
     names = [(leaf, layer) for leaf in leaves(config) for layer in leaf.layers(config)]
@@ -47,51 +65,51 @@ def make(directory: Path, size: float, shards: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
-def peak() -> float:
-    """MB of this process's largest resident set so far (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
-
-
-def there(source: str, out: str, results: "multiprocessing.Queue[float]") -> None:
-    before = peak()
+def _there(source: Path, out: Path) -> None:
     with open_hf(source) as weights:
-        write_own(weights, Path(out))
-    results.put(peak() - before)
+        write_own(weights, out)
 
 
-def back(source: str, ours: str, out: str, results: "multiprocessing.Queue[float]") -> None:
-    before = peak()
+def _back(source: Path, ours: Path, out: Path) -> None:
     with open_hf(source) as weights:
         config = weights.config
     with open_own(ours, config) as weights:
-        write_hf(weights, Path(out))
-    results.put(peak() - before)
+        write_hf(weights, out)
 
 
-def main(size: float = 2.0, shards: int = 1) -> None:
+def _in_a_process(convert: Any, *directories: Path) -> int:
+    """Bytes that a conversion adds at most to what its process held before."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as root:
-        source, ours, again = (Path(root) / name for name in ("source", "ours", "again"))
-        for directory in (source, ours, again):
-            directory.mkdir()
-        make(source, size * 1e9, int(shards))
-        for name, target, arguments in (
-            ("to ours", there, (str(source), str(ours))),
-            ("back", back, (str(source), str(ours), str(again))),
-        ):
-            results = context.Queue()
-            process = context.Process(target=target, args=(*arguments, results))
-            process.start()
-            used = results.get()
-            process.join()
-            into = ours if target is there else again
-            largest = max(
-                path.stat().st_size / 1e6
-                for directory in (source if target is there else into,)
-                for path in directory.glob("*.safetensors")
-            )
-            print(f"{name}: {used:,.0f} MB, {used / largest:.2f} of the largest file ({largest:,.0f} MB)")
+    results = context.Queue()
+    process = context.Process(target=_measured, args=(results, convert, *directories))
+    process.start()
+    used = results.get(timeout=600)
+    process.join()
+    return used
+
+
+def _measured(results: Any, convert: Any, *directories: Path) -> None:
+    before = _status("VmRSS")
+    convert(*directories)
+    results.put(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux counts for this process: resident now (VmRSS), or at its largest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _largest(directory: Path) -> int:
+    return max(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def main(gigabytes: float = 2.0, shards: float = 1) -> None:
+    layers = max(1, round((gigabytes * 1e9 - TABLES_BYTES) / LAYER_BYTES))
+    for name, (used, largest) in measure(FIELDS | {"num_hidden_layers": layers}, int(shards)).items():
+        print(
+            f"{name}: {used / 1e6:,.0f} MB, {used / largest:.2f} of the largest file, {largest / 1e6:,.0f} MB"
+        )
 
 
 if __name__ == "__main__":

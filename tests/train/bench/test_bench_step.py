@@ -64,6 +64,25 @@ def test_json_has_every_row_and_what_it_was_asked(measured):
     assert document["options"]["model"]["d_ff"] == 128
     assert [row["median_ms"] for row in document["rows"]] == [row.median_ms for row in rows]
     assert document["rows"][1]["format"] == "twell"
+    assert document["rows"][1]["name"] == "twell, remat none"
+    assert document["versions"]["jax"] == jax.__version__
+
+
+def test_a_silu_case_is_the_dense_layer_with_that_activation():
+    programs = [Case(name, "full").program(options()) for name in ("silu", "dense")]
+    model = programs[0].config.model
+    assert (model.activation, model.ffn.layout.name, model.remat) == ("silu", "dense", "full")
+    silu, dense = (jax.tree.map(lambda leaf: leaf.shape, each.abstract_state().params) for each in programs)
+    assert silu == dense
+
+
+def test_times_stand_beside_an_older_file(measured, tmp_path):
+    document = measured[2]
+    old = tmp_path / "old.json"
+    faster = [row | {"median_ms": row["median_ms"] / 1e6} for row in document["rows"]]
+    old.write_text(json.dumps(document | {"rows": faster}))
+    with pytest.raises(UserError, match=r"dense, remat none takes .*% longer .*--tolerance allows 100.0%"):
+        printed(formats=("dense",), remats=("none",), against=str(old), tolerance=1.0)
 
 
 def test_a_case_without_room_is_a_row_and_the_others_go_on(monkeypatch):
@@ -111,14 +130,14 @@ def test_a_peak_stands_in_the_table():
 @pytest.mark.parametrize(
     ("command", "sentence", "status"),
     [
-        ("bench-step --steps 0", "steps must be at least 1; got 0", 2),
-        ("bench-step --nnz 0", "nnz must be above 0; got 0.0", 2),
-        ("bench-step --config zzz", "config must be one of", 2),
-        ("bench-step --remats all", "must be one of", 2),
-        ("bench-step --config tiny --batch-size 4 --nnz 5000", "a mean nnz of 5000 needs more than", 1),
-        ("bench-step --config tiny --batch-size 3", "batch-size must be a multiple of devices", 1),
-        ("bench-step --config tiny --batch-size 4 --nnz 9 --formats panel", "needs an NVIDIA GPU", 1),
-        ("bench-step --json {tmp}/file/x.json", "--json must name a file that can be written", 1),
+        ("bench step --steps 0", "steps must be at least 1; got 0", 2),
+        ("bench step --nnz 0", "nnz must be above 0; got 0.0", 2),
+        ("bench step --config zzz", "config must be one of", 2),
+        ("bench step --remats all", "must be one of", 2),
+        ("bench step --config tiny --batch-size 4 --nnz 5000", "a mean nnz of 5000 needs more than", 1),
+        ("bench step --config tiny --batch-size 3", "batch-size must be a multiple of devices", 1),
+        ("bench step --config tiny --batch-size 4 --nnz 9 --formats panel", "needs an NVIDIA GPU", 1),
+        ("bench step --json {tmp}/file/x.json", "--json must name a file that can be written", 1),
     ],
 )
 def test_mistakes_are_sentences(capsys, tmp_path, command, sentence, status):

@@ -45,6 +45,8 @@ def test_every_case_has_its_time_and_bytes(tmp_path):
     assert all(row.bandwidth_share > 0 for row in rows[:3])
     document = json.loads(path.read_text())
     assert [row["median_ms"] for row in document["rows"]] == [row.median_ms for row in rows]
+    assert document["rows"][0]["name"] == "layer, 1 tokens, dense"
+    assert document["device"]["platform"] == "cpu"
     assert "of bandwidth" in console.export_text()
 
 
@@ -71,6 +73,12 @@ def test_what_does_not_fit_the_context_is_refused(changes, sentence):
 
 def test_the_command_names_its_benchmarks(capsys):
     assert cli.main(["bench"]) == 2
-    assert "bench expects a benchmark, one of order, decode; got none" in capsys.readouterr().err
+    assert "one of layers, stages, model, step, decode, order, curves; got none" in capsys.readouterr().err
     assert cli.main(["bench", "decod"]) == 2
     assert "got 'decod'; did you mean decode?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["layers", "forward"], ["stages"]])
+def test_the_kernels_benchmarks_are_benchmarks_of_the_program_too(capsys, command):
+    assert cli.main(["bench", *command]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err

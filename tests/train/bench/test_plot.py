@@ -47,7 +47,7 @@ def file(tmp_path):
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_picture_is_written_and_crossings_are_told(file, tmp_path, capsys, ending):
     out = tmp_path / f"curves.{ending}"
-    assert cli.main(["plot", file, "--out", str(out)]) == 0
+    assert cli.main(["bench", "curves", file, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     # 2 of 4 ms at nnz 100 and 8 at 1000: on logarithmic axes halfway, at 100 * sqrt(10).
     assert "forward, 1,024 tokens, independent tokens: panel even at 316 nnz" in said
@@ -115,7 +115,7 @@ def test_a_wrong_file_is_a_sentence(tmp_path, text):
     path = tmp_path / "wrong.json"
     path.write_text(text)
     with pytest.raises(
-        UserError, match=r"expected a file that python -m .* has written; .*wrong\.json is none"
+        UserError, match=r"expected a file that bench layers --json has written; .*wrong\.json is none"
     ):
         plot.plot([path], tmp_path / "x.png")
 

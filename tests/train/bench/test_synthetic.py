@@ -11,9 +11,10 @@ from train.config import OptimizerConfig, TrainConfig
 from train.state import build_program
 from train.step import make_train_step
 
+# Deviations of 0.3 at a width of 64 do to the residual stream what 0.02 do at a width of 1,000.
 SIZES = {
-    "vocab_size": 512, "d_model": 64, "d_ff": 1024, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2,
-    "context_length": 64,
+    "vocab_size": 512, "d_model": 64, "d_ff": 1024, "num_layers": 16, "num_heads": 2, "num_kv_heads": 2,
+    "context_length": 64, "init_std": 0.3,
 }  # fmt: skip
 
 
@@ -30,8 +31,8 @@ def test_every_layer_has_as_many_active_neurons_as_asked_in_every_step(gated, nn
     tokens = synthetic.random_tokens(sparse.config.model, 8)
     for _ in range(2):
         state, metrics = step(state, tokens)
-        # 512 tokens of few neurons each, and layers whose input is not quite what the gates were made for.
-        np.testing.assert_allclose(metrics["l0_per_layer"], nnz, rtol=0.15)
+        np.testing.assert_allclose(metrics["l0_per_layer"], nnz, rtol=0.1)
+        assert metrics["max_nnz"] < 4 * nnz
     assert jnp.isfinite(metrics["loss"])
 
 

@@ -41,14 +41,14 @@ def complaint(capsys, *argv):
     ("command", "sentence"),
     [
         ("",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got none: see sparse-lm --help"),
+         "expected a command, one of train, tokenize, generate, chat, evaluate, analyze, convert, "
+         "layer-inputs, plot, bench, compare, sweep; got none: see sparse-lm --help"),
         ("trian",
-         "expected a command, one of train, tokenize, generate, evaluate, convert, layer-inputs, plot, "
-         "bench, bench-step, compare; got 'trian'; did you mean train?"),
+         "expected a command, one of train, tokenize, generate, chat, evaluate, analyze, convert, "
+         "layer-inputs, plot, bench, compare, sweep; got 'trian'; did you mean train?"),
         ("train --config tinny",
-         "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got 'tinny'; did you mean tiny?"),
-        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, tiny; got ''"),
+         "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got 'tinny'; did you mean tiny?"),
+        ("train --config", "config must be one of 0p5b, 1b, 1p5b, 2b, small, study, tiny; got ''"),
         ("train --stepz 4", "unknown option --stepz; did you mean --steps?"),
         ("train --model.stepz=4 --steps 3", "unknown option --model.stepz"),
         ("train --weight_decay 1", "unknown option --weight-decay; did you mean --optimizer.weight-decay?"),
@@ -57,7 +57,7 @@ def complaint(capsys, *argv):
         ("train --l1=-1", "model.sparsity.l1 must be a finite number of at least 0; got -1.0"),
         ("train --resume", "there is no --resume: a run goes on by itself from the newest checkpoint in its"),
         ("train --profile 9:3", "report.profile must be two steps FIRST:LAST, the first no later; got '9:3'"),
-        ("plot . x.json --out y.png", "plot draws either runs or a benchmark's files; got both"),
+        ("bench curves --out y.png", "bench curves needs at least one file of results; got none"),
         ("train --zzz", "unknown option --zzz: see sparse-lm train --help"),
         ("train extra", "unexpected argument 'extra': sparse-lm train takes options only, see its --help"),
         ("train --steps", "--steps needs a value; got none"),
@@ -102,7 +102,7 @@ def complaint(capsys, *argv):
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
         ("plot x.json", "plot needs --out; got none"),
-        ("plot --out x.png", "plot needs at least one work directory or file of results; got none"),
+        ("plot --out x.png", "plot needs at least one work directory of a run; got none"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, command, sentence):
@@ -128,6 +128,8 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("generate --checkpoint {run} --prompt x --max-new-tokens 0",
          "max_new_tokens must be at least 1; got 0"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
+        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --speculate 16",
+         "speculate must be from 0 to 15 tokens a step; got 16"),
         ("evaluate --checkpoint {run} --tokens 0", "tokens must be at least 1; got 0"),
         ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
         ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
@@ -136,7 +138,7 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
          "layers must be from 0 to 1, which the model has"),
         ("layer-inputs --checkpoint {run} --out {tmp}/x.npz --tokens 15",
          "tokens must be at least 16, one sequence"),
-        ("plot {tmp}/none.json --out {tmp}/x.png", "none.json: No such file or directory"),
+        ("bench curves {tmp}/none.json --out {tmp}/x.png", "none.json: No such file or directory"),
     ],
 )  # fmt: skip
 def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command, sentence):
@@ -238,7 +240,10 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("evaluate --help", ["--checkpoint", "--json", "--tokens", "--data.paths"]),
         ("layer-inputs --help", ["--checkpoint", "--out", "--tokens", "--layers"]),
-        ("plot --help", ["--out", "bench layers", "work directories of runs"]),
+        ("plot --help", ["--out", "work directories of runs"]),
+        ("bench --help", ["layers", "stages", "model", "step", "decode", "order", "curves"]),
+        ("bench curves --help", ["--out", "bench layers"]),
+        ("analyze --help", ["--checkpoint", "--out", "--data.paths", "report.html"]),
     ],
 )
 def test_help_names_the_options(capsys, command, names):
@@ -332,6 +337,16 @@ def test_generate_says_how_fast_it_was(capsys, finished):
     assert cli.main(["generate", *options]) == 0
     pattern = r"\d tokens?, the first after \d+\.\d\d s(, then [\d,.]+ tokens/s)? \(compilation included\)"
     assert re.search(pattern, capsys.readouterr().err)
+
+
+def test_generate_with_speculation_says_the_same(capsys, finished):
+    options = ["--checkpoint", str(finished.workdir), "--prompt", "we", "--seed", "1"]
+    assert cli.main(["generate", *options]) == 0
+    plain = capsys.readouterr().out
+    assert cli.main(["generate", *options, "--speculate", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert re.search(r", \d\.\d\d tokens a step$", err)
 
 
 def test_a_character_of_several_tokens_is_never_broken_on_its_way(capsys, monkeypatch, finished):

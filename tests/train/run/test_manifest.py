@@ -46,6 +46,7 @@ def test_a_run_from_its_first_start_to_a_changed_second(corpus, workdir, capsys)
     # A cosine from 2.5e-3 to 5 % of it: over at step 4 of 4, at two thirds of its way at step 4 of 5.
     assert "the learning rate jumps at step 5: 0.000719, where it was to be 0.000125\n" in said
     assert "the L1 coefficient λ jumps at step 5: 1, where it was to be 0.002\n" in said
+    assert [record["l1_coefficient"] for record in tiny_runs.read_records(workdir) if "ce" in record][-1] == 1
     second = manifest_of(workdir)
     assert second["history"][0] == first["history"][0]
     assert second["history"][1]["step"] == 4

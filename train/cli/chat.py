@@ -1,0 +1,185 @@
+"""``sparse-lm chat``."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import tyro
+
+from train.cli.options import PROGRAM, UsageError, parse_options
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from sparse_lm.conversation import Conversation
+    from sparse_lm.sampling import Sampling
+    from train.data.tokenizer import Tokenizer
+    from train.run.chat_template import ChatTemplate, Message
+
+_DECODED_BEFORE = 16  # tokens before a reply that it is decoded with: a word mark reaches over no more
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Talks with a model that has a chat template, one message a line. Ctrl-C ends a reply, the end of the
+    input (Ctrl-D) the chat.
+
+    Attributes:
+      checkpoint: a converted model, or a run's work directory with the template among its tokenizer's files.
+      system: what the model is told before the first message.
+      max_new_tokens: most tokens of a reply (default: as far as the context reaches).
+      temperature: 0 takes the most likely token, 1 draws from the model's own distribution.
+      top_k: draw from the k most likely tokens only.
+      top_p: draw from the fewest most likely tokens that have this probability together.
+      seed: of the draws; the same seed and the same messages get the same replies.
+      speculate: tokens, up to 15, that each step guesses from the conversation so far and verifies: the same
+        replies up to ties between logits, sooner where they repeat it.
+      stop: text that ends a reply and is not part of it; give the option several times for several.
+      debug: show the traceback of an error.
+    """
+
+    checkpoint: str
+    system: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    seed: int = 0
+    speculate: int = 0
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    debug: bool = False
+
+
+def run(argv: list[str]) -> None:
+    options = parse_options(ChatOptions, argv, "chat")
+    if not all(options.stop):
+        raise UsageError("--stop must have a character; got none")
+
+    from sparse_lm.conversation import Conversation
+    from sparse_lm.sampling import Sampling
+    from train.run.chat_template import load_chat_template, stop_ids
+    from train.run.checkpoint import find_checkpoint, load_for_inference
+
+    try:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    files = find_checkpoint(options.checkpoint) / "tokenizer"
+    template = load_chat_template(files)
+    model, tokenizer, _, _ = load_for_inference(options.checkpoint)
+    conversation = Conversation(model)
+    limit = model.config.context_length
+    del model  # its f32 weights, of which the conversation has a copy in the compute type
+    chat = _Chat(conversation, template, tokenizer, stop_ids(files, tokenizer), sampling, options, limit)
+    for file in (sys.stdin, sys.stdout):
+        if isinstance(file, io.TextIOWrapper):
+            # What is no text in the terminal's encoding becomes a question mark, and the program goes on.
+            file.reconfigure(errors="replace")
+    for message in _typed():
+        try:
+            chat.say(message)
+        except UserError as error:
+            _note(str(error))
+        except KeyboardInterrupt:
+            print()  # before the reply began
+
+
+class _Chat:
+    """What has been said, and the model that goes on with it."""
+
+    def __init__(
+        self,
+        conversation: "Conversation",
+        template: "ChatTemplate",
+        tokenizer: "Tokenizer",
+        stop_ids: frozenset[int],
+        sampling: "Sampling",
+        options: ChatOptions,
+        limit: int,
+    ) -> None:
+        self._conversation = conversation
+        self._template = template
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+        self._sampling = sampling
+        self._options = options
+        self._limit = limit
+        self._system: list[Message] = []
+        if options.system is not None:
+            self._system.append({"role": "system", "content": options.system})
+        self._turns: list[Message] = []  # a user's and an assistant's, one after the other
+
+    def say(self, message: str) -> None:
+        """Prints the reply as it comes; Ctrl-C ends it, and what has been said stands.
+
+        Raises:
+          UserError: the message does not fit the context, or the template does not take it. It is forgotten.
+        """
+        from train.cli.continuation import Continuation
+
+        ids, turns = self._text([*self._turns, {"role": "user", "content": message}])
+        room, asked = self._limit - len(ids), self._options.max_new_tokens
+        tokens = self._conversation.reply(
+            ids,
+            max_new_tokens=room if asked is None else asked,
+            stop_ids=self._stop_ids,
+            sampling=self._sampling,
+            seed=self._options.seed,
+            speculate=self._options.speculate,
+        )
+        reply = Continuation(self._tokenizer, ids[-_DECODED_BEFORE:], self._options.stop)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(tokens):
+            for token in tokens:
+                print(reply.feed(token), end="", flush=True)
+                if reply.ended:
+                    break
+        print(reply.finish(), flush=True)
+        self._turns = [*turns, {"role": "assistant", "content": reply.text}]
+
+    def _text(self, turns: "list[Message]") -> "tuple[list[int], list[Message]]":
+        """The conversation's ids, and its turns without the oldest, where a reply would have no room."""
+        asked = self._options.max_new_tokens
+        least = max(1, self._limit // 4) if asked is None else asked
+        for start in range(0, len(turns), 2):
+            text = self._template.render([*self._system, *turns[start:]])
+            ids = self._tokenizer.encode_with_control_tokens(text) or [self._tokenizer.eos_id]
+            if len(ids) + least <= self._limit:
+                if start:
+                    _note(
+                        f"the model's context has {self._limit} tokens: the oldest {start // 2} of "
+                        f"{1 + len(turns) // 2} turns are left out from here on"
+                    )
+                return ids, turns[start:]
+        raise UserError(
+            f"a message must leave room for a reply of {least} tokens in the model's context of "
+            f"{self._limit}; got one of {len(ids)} with the template: shorten it"
+        )
+
+
+def _note(sentence: str) -> None:
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """The lines that the user types and that hold anything, until the input ends."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        if importlib.util.find_spec("readline"):
+            importlib.import_module("readline")  # `input` edits lines with it
+        print("Ctrl-C ends a reply, Ctrl-D the chat.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()  # the line is dropped, as a shell does
+            continue
+        if line.strip():
+            yield line
