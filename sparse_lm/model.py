@@ -12,6 +12,7 @@ from pallas_kernels import FFNStats
 from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention, KVCache
 from sparse_lm.config import ModelConfig, RematPolicy
+from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
@@ -202,10 +203,29 @@ class SparseLM(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
+        hidden, weight = self._head(hidden)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, weight.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
+
+    def cross_entropy(
+        self, hidden: jax.Array, targets: jax.Array, *, z_loss: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """What training minimises, from hidden states (B, S, D) and next tokens (B, S): see `cross_entropy`.
+
+        The logits of all tokens never exist at once.
+        """
+        return cross_entropy(*self._head(hidden), targets, z_loss=z_loss)
+
+    def log_likelihoods(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of next tokens (...) behind hidden states (..., D), and which are the most likely ones:
+        see `log_likelihoods`."""
+        return log_likelihoods(*self._head(hidden), targets)
+
+    def _head(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the output head multiplies: hidden states and its weight (V, D) f32."""
         head = self.embedding if self.head is None else self.head
-        weight = head[...].astype(self.config.dtype)
-        hidden = scaled(hidden, 1.0 / self.config.logit_divisor)
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return scaled(hidden, 1.0 / self.config.logit_divisor), head[...]
 
 
 def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:

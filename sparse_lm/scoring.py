@@ -6,7 +6,6 @@ contexts into a cache first and then all continuations from there, each with a c
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,7 +17,6 @@ from sparse_lm.attention import KVCache
 from sparse_lm.model import SparseLM
 
 Tokens = tuple[int, ...]
-_LOGITS_AT_ONCE = 64  # positions of each row, so that logits of a long text never exist all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,20 +166,8 @@ def _scores(
         following, _, _ = model.hidden_states(continuations[:, :-1], cache=cache)
         predicting = jnp.concatenate([predicting, following], axis=1)
 
-    def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, tokens = inputs
-        logits = model.logits(states)
-        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
-
-    rows, steps, _ = predicting.shape
-    size = math.gcd(steps, _LOGITS_AT_ONCE)
-
-    def parts(values: jax.Array) -> jax.Array:
-        return jnp.moveaxis(values.reshape(rows, steps // size, size, *values.shape[2:]), 1, 0)
-
-    log_p, most_likely = jax.lax.map(part, (parts(predicting), parts(continuations)))
-    log_p, most_likely = (jnp.moveaxis(values, 0, 1).reshape(rows, steps) for values in (log_p, most_likely))
+    log_p, most_likely = model.log_likelihoods(predicting, continuations)
+    steps = predicting.shape[1]
     counted = jnp.arange(steps)[None] < counts[:, None]
     return jnp.sum(jnp.where(counted, log_p, 0.0), axis=1), jnp.all(most_likely | ~counted, axis=1)
 

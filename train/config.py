@@ -83,6 +83,8 @@ class OptimizerConfig:
       weight_decay: decoupled decay, applied to matrices only (not to norms and biases).
       beta1, beta2, eps: Adam's.
       clip: global-norm bound of the gradient.
+      z_loss: coefficient of the mean square of the logarithm of the softmax's normaliser, which the loss
+        adds; PaLM's 1e-4 keeps logits from drifting.
       accumulation: micro-batches summed into one step; the result equals the whole batch at once.
       skip_nonfinite: steps in a row whose loss or gradient is not finite and that are left out; one more
       stops
@@ -97,6 +99,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+    z_loss: float = 0.0
     accumulation: int = 1
     skip_nonfinite: int = 0
 
@@ -115,6 +118,10 @@ class OptimizerConfig:
         _require(
             0 <= self.weight_decay < float("inf"),
             f"optimizer.weight-decay must be a finite number of at least 0; got {self.weight_decay}",
+        )
+        _require(
+            0 <= self.z_loss < float("inf"),
+            f"optimizer.z-loss must be a finite number of at least 0; got {self.z_loss}",
         )
         _require(
             self.warmup_steps >= 0, f"optimizer.warmup-steps must be at least 0; got {self.warmup_steps}"

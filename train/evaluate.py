@@ -21,6 +21,7 @@ from train.data.corpus import CorpusIdentity, describe
 from train.data.evaluation_text import EvaluationText, read_evaluation_text
 from train.data.holdout import usual_threshold
 from train.errors import UserError
+from train.loss import training_loss
 from train.run.checkpoint import find_checkpoint, load_for_inference, read_corpus
 from train.state import Params
 
@@ -105,8 +106,7 @@ def make_evaluator(graphdef: nnx.GraphDef) -> Evaluator:
 
     @jax.jit
     def evaluator(params: Params, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
-        logits, stats = nnx.merge(graphdef, params)(tokens[:, :-1])
-        _, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, 0.0)
+        _, (terms, stats) = training_loss(nnx.merge(graphdef, params), tokens, 0.0)
         return terms["ce"], stats
 
     return evaluator

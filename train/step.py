@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_kernels import FFNStats
 from sparse_lm import sparsity
+from train.loss import training_loss
 from train.revive import revive_dead
 from train.state import Params, Program, TrainState
 
@@ -21,7 +22,7 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep:
     """The step ``(state, tokens (B, S + 1) int32) -> (state, metrics)``, ready for ``jit`` or ``pmap``.
 
-    The loss is ``CE + λ(step) · mean over layers of l1`` (paper section 4). B is the batch that this call
+    The loss is ``CE + λ(step) · mean over layers of l1`` (`training_loss`). B is the batch that this call
     sees; with ``axis_name`` the gradients and statistics are reduced over that mapped axis.
 
     Metrics are f32 scalars ``loss, ce, l1, l0, grad_norm, lr, l1_coefficient``, int32 scalars
@@ -32,9 +33,8 @@ def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep
     def loss_and_statistics(
         params: Params, buffers: Params, tokens: jax.Array, coefficient: jax.Array
     ) -> tuple[jax.Array, Any]:
-        logits, stats = nnx.merge(program.graphdef, params | buffers)(tokens[:, :-1])
-        loss, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, coefficient)
-        return loss, ({"loss": loss, **terms}, stats)
+        model = nnx.merge(program.graphdef, params | buffers)
+        return training_loss(model, tokens, coefficient, z_loss=config.optimizer.z_loss)
 
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         sparse = config.model.sparsity

@@ -14,7 +14,6 @@ from sparse_lm import ModelConfig, SparseLM
 from sparse_lm.attention import KVCache, _implementation, attend
 from sparse_lm.layers import RMSNorm
 from sparse_lm.model import flops_per_token, num_parameters
-from sparse_lm.sparsity import training_loss
 
 
 def _norm(x, scale, eps):
@@ -83,8 +82,10 @@ def assert_close(got, want, *, of_largest: float = 1e-5) -> None:
 
 
 def loss_and_stats(graphdef, state, tokens, coefficient):
-    logits, stats = nnx.merge(graphdef, state)(tokens[:, :-1])
-    return training_loss(logits, tokens[:, 1:], stats, coefficient)[0], stats
+    model = nnx.merge(graphdef, state)
+    hidden, stats, _ = model.hidden_states(tokens[:, :-1])
+    ce, _ = model.cross_entropy(hidden, tokens[:, 1:])
+    return ce + coefficient * jnp.mean(stats.l1), stats
 
 
 gradients = jax.jit(jax.value_and_grad(loss_and_stats, argnums=1, has_aux=True), static_argnums=0)
