@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels import FFNOptions, device
 from sparse_lm import ModelConfig, SparseLM
 from sparse_lm.attention import KVCache, _implementation, attend
-from sparse_lm.layers import RMSNorm
+from sparse_lm.layers import RMSNorm, rms_norm
 from sparse_lm.model import flops_per_token, num_parameters
 
 
@@ -279,6 +279,26 @@ def test_rms_norm_keeps_its_statistics_in_f32():
     got = norm(jnp.full((2, 4), 300.0, jnp.float16))
     assert got.dtype == jnp.float16
     np.testing.assert_array_equal(got, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rms_norm_keeps_for_its_backward_what_it_was_given(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 8)), dtype)
+    scale, dy = (jnp.asarray(rng.standard_normal(n), jnp.float32) for n in (8, (2, 3, 8)))
+    plain = jax.vjp(lambda x, scale: _norm(x.astype(jnp.float32), scale, 1e-5).astype(dtype), x, scale)
+    kept = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=1e-5, dtype=dtype), x, scale)
+    results = [(value, *pullback(dy.astype(dtype))) for value, pullback in (kept, plain)]
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert _relative(found, expected) < (1e-6 if dtype == jnp.float32 else 4e-3)
+    sizes = sorted((leaf.dtype.name, leaf.size) for leaf in jax.tree.leaves(kept[1]))
+    assert sizes == sorted([(x.dtype.name, 48), ("float32", 6), ("float32", 8)])
+
+
+def _relative(found, expected) -> float:
+    found, expected = (jnp.asarray(array, jnp.float32) for array in (found, expected))
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("which", ["model", "tied_model"])
