@@ -1,7 +1,6 @@
 """A Llama-style decoder with sparse feed-forward layers."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import overload
 
 import jax
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import FFNStats
-from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention, KVCache
-from sparse_lm.config import ModelConfig, RematPolicy
+from sparse_lm.config import ModelConfig
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
+from sparse_lm.layer_loop import over_layers
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
@@ -68,7 +67,7 @@ class Block(nnx.Module):
 
 
 class SparseLM(nnx.Module):
-    """The language model: embedding, ``num_layers`` blocks under one scan, final norm, output head.
+    """The language model: embedding, ``num_layers`` blocks, final norm, output head.
 
     Master weights are f32, compute is in ``config.dtype``, logits are f32. Parameters: ``embedding`` (V, D),
     ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head``
@@ -146,7 +145,7 @@ class SparseLM(nnx.Module):
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
         carry = (x, cache, Permutation(unmade, unmade) if ordered_by_input else None)
-        (x, cache, _), stats = jax.lax.scan(_remat(run_layer, self.config.remat), carry, inputs)
+        (x, cache, _), stats = over_layers(run_layer, carry, inputs, self.config)
         if cache is not None:
             cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
         return self.final_norm(x), stats, cache
@@ -226,22 +225,6 @@ class SparseLM(nnx.Module):
         """What the output head multiplies: hidden states and its weight (V, D) f32."""
         head = self.embedding if self.head is None else self.head
         return scaled(hidden, 1.0 / self.config.logit_divisor), head[...]
-
-
-def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:
-    """Makes the backward recompute in each layer what ``policy`` does not keep."""
-    match policy:
-        case "none":
-            return run_layer
-        case "full":
-            return jax.checkpoint(run_layer, prevent_cse=False)
-        case "dots":
-            # Products of activations with weights only: attention scores grow with the square of the context.
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
-        case "sparse":
-            keep = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
-            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
 
 
 def num_parameters(config: ModelConfig) -> int:

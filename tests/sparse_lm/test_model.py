@@ -182,6 +182,20 @@ def without_the_path(tree):
     return [leaf for path, leaf in found if not str(path[-1]).endswith(("pairs", "dense_tokens"))]
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolled_layers_give_the_same_gradients_and_put_them_together_once(remat, model, tokens):
+    graphdef, state = nnx.split(model)
+    want = gradients(graphdef, state, tokens, 0.1)
+    unrolled = abstract(dataclasses.replace(model.config, remat=remat, layer_loop="unrolled"))[0]
+    got = gradients(unrolled, state, tokens, 0.1)
+    assert_close(got, want)
+    program = gradients.lower(unrolled, state, tokens, 0.1).as_text()
+    assert program.count("stablehlo.while") == 1  # the loss's, over chunks of tokens
+    assert "stablehlo.pad" not in program  # a slice's own gradient is the whole stack, mostly zeros
+    # Without the barrier a compiler finds that it has computed all this before.
+    assert ("optimization_barrier" in program) == (remat == "full")
+
+
 @pytest.mark.parametrize("ffn", INTERPRETED.values(), ids=INTERPRETED)
 def test_the_sparse_remat_policy_runs_no_kernel_twice(ffn, config, tokens):
     def kernels(remat):
