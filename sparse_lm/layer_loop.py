@@ -6,6 +6,7 @@ compiler sees through all of that. At 8 layers of width 2048 and 16,384 tokens (
 copies were a tenth of the training step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,21 @@ from sparse_lm.config import ModelConfig, RematPolicy
 
 MOST_UNROLLED = 48
 """Layers that ``layer_loop="auto"`` unrolls at most: compiling takes time in proportion to their number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """What makes the weights that each layer computes with, where devices share them out.
+
+    Attributes:
+      make: (what the model holds of the layer, what ``stored`` holds of it), both nested dicts of arrays, to
+        the layer's weights, a dict like the first. Called in each layer, and again in its backward if remat
+        computes the layer again.
+      stored: a tree with a leading layer axis on every leaf, or None.
+    """
+
+    make: Callable[[Any, Any], Any]
+    stored: Any
 
 
 def over_layers(

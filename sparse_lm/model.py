@@ -12,7 +12,7 @@ from sparse_lm.attention import Attention, KVCache
 from sparse_lm.config import ModelConfig
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
-from sparse_lm.layer_loop import over_layers
+from sparse_lm.layer_loop import LayerWeights, over_layers
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
@@ -115,10 +115,14 @@ class SparseLM(nnx.Module):
         return (logits, stats) if cache is None else (logits, stats, cache)
 
     def hidden_states(
-        self, tokens: jax.Array, *, cache: KVCache | None = None
+        self,
+        tokens: jax.Array,
+        *,
+        cache: KVCache | None = None,
+        layer_weights: LayerWeights | None = None,
     ) -> tuple[jax.Array, FFNStats, KVCache | None]:
         """What ``logits`` reads: (B, S, D) in the compute type, the statistics and the cache,
-        as in ``__call__``."""
+        as in ``__call__``. ``layer_weights`` makes what each layer computes with from what is stored."""
         longest = self.config.context_length if cache is None else cache.capacity
         if tokens.ndim != 2 or tokens.shape[1] > longest:
             raise ValueError(
@@ -130,7 +134,9 @@ class SparseLM(nnx.Module):
 
         def run_layer(carry, inputs):
             x, cache, order = carry
-            layer, state = inputs
+            layer, state, stored = inputs
+            if layer_weights is not None:
+                state = layer_weights.make(nnx.to_pure_dict(state), stored)
             block = nnx.merge(graphdef, state)
             x, entering, cache = block.attend(x, cache=cache, layer=layer)
             if ordered_by_input:
@@ -141,7 +147,8 @@ class SparseLM(nnx.Module):
             return (x, cache, order), stats
 
         x = self._embed(tokens)
-        inputs = (jnp.arange(self.config.num_layers), layers)
+        stored = None if layer_weights is None else layer_weights.stored
+        inputs = (jnp.arange(self.config.num_layers), layers, stored)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
         carry = (x, cache, Permutation(unmade, unmade) if ordered_by_input else None)

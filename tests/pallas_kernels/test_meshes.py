@@ -6,12 +6,12 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import pytest
-from collectives import Collective, collectives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from lowering import H200, on_h200, shapes
 from on_meshes import P, check_traffic, check_values, inputs, mesh_of, modes, place, program, run
 
 from pallas_kernels import FFNOptions, Panel, sparse_ffn, sparse_mlp
+from pallas_kernels.bench.collectives import Collective, collectives
 from pallas_kernels.partition.layer import Layer
 
 D, F = 8, 32

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels.bench.collectives import collectives
 from sparse_lm import cross_entropy as module
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 
