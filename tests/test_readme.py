@@ -118,7 +118,8 @@ def test_a_command_is_understood(path, text, capsys):
 def known_options(capsys):
     """Every option of every program, as ``--help`` has them."""
     commands = re.findall(r"^  ([a-z][a-z-]+) ", train.cli.program._HELP, re.MULTILINE)
-    for argv in [[name, "--help"] for name in commands if name != "bench"] + [["bench", "decode", "--help"]]:
+    benchmarks = [["bench", name, "--help"] for name in ("decode", "scaling")]
+    for argv in [[name, "--help"] for name in commands if name != "bench"] + benchmarks:
         assert train.cli.main(argv) == 0
     text = capsys.readouterr().out
     for name in kernel_benchmarks.COMMANDS:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,7 @@ class Layout:
 
     Attributes:
       config: what is split.
-      mesh: every device, along ``AXIS``.
+      mesh: the devices, along ``AXIS``: all of them, except where a benchmark takes fewer.
     """
 
     config: ParallelConfig
@@ -115,6 +115,12 @@ class Layout:
     @classmethod
     def over_all_devices(cls, config: ParallelConfig) -> "Layout":
         return cls(config, jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)))
+
+    @classmethod
+    def over_first_devices(cls, config: ParallelConfig, count: int) -> "Layout":
+        """Over some of the devices of a run of one process."""
+        devices = jax.devices()[:count]
+        return cls(config, jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -172,8 +178,7 @@ class Layout:
         abstract = program.abstract_state()
         if self.config.mode == "pmap":
             gradient = make_gradient(program, self._exchange(program, abstract))
-            step = make_train_step(program, gradient, axis_name=AXIS)
-            return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+            return self._pmap(make_train_step(program, gradient, axis_name=AXIS))
         shardings = self.state_shardings(abstract)
         return jax.jit(
             make_train_step(
@@ -222,9 +227,7 @@ class Layout:
         if not program.abstract_state().buffers:
             return lambda step, state, tokens: state
         if self.config.mode == "pmap":
-            refresh: Any = jax.pmap(
-                make_order_refresh(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
-            )
+            refresh: Any = self._pmap(make_order_refresh(program, AXIS))
         else:
             shardings = self.state_shardings(program.abstract_state())
             refresh = jax.jit(
@@ -236,18 +239,30 @@ class Layout:
         every = program.config.refresh_order_every
         return lambda step, state, tokens: state if (step - 1) % every else refresh(state, tokens)
 
-    def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
+    def _pmap(self, function: Callable[..., Any]) -> Any:
+        """Of the state, which every device holds (and donates), and of what ``place`` returned."""
+        some = None if self.mesh.size == jax.device_count() else list(self.mesh.devices.flat)
+        return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=some)
+
+    def compiled_step(
+        self,
+        program: Program,
+        tokens: jax.typing.ArrayLike,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> jax.stages.Compiled:
         """`compile_step`, compiled ahead for what ``place`` returned;
         programs may be compiled side by side."""
         with self.step_scope():
             step: Any = self.compile_step(program)
-            return step.lower(program.abstract_state(), tokens).compile()
+            lowered = step.lower(program.abstract_state(), tokens)
+            compiled: jax.stages.Compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+            return compiled
 
     def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:
         """This process's rows (local B, S + 1) as the step wants them:
         a global array, or one block a device."""
         if self.config.mode == "pmap":
-            return tokens.reshape(jax.local_device_count(), -1, tokens.shape[-1])
+            return tokens.reshape(len(self.mesh.local_devices), -1, tokens.shape[-1])
         return self.place_global(tokens)
 
     def place_global(self, tokens: np.ndarray) -> jax.Array:

@@ -8,13 +8,14 @@ _HELP = f"""usage: {PROGRAM} bench BENCHMARK [OPTIONS]
 benchmarks:
   order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
   decode   time a token of generation, and a feed-forward layer of a few tokens
+  scaling  time training steps on one device and on several, and count what they send each other
 
 {PROGRAM} bench BENCHMARK --help lists its options.
 """
 
 
 def run(argv: list[str]) -> None:
-    benchmarks = {"order": _order, "decode": _decode}
+    benchmarks = {"order": _order, "decode": _decode, "scaling": _scaling}
     first = argv[0] if argv else None
     if first in ("-h", "--help"):
         print(_HELP, end="")
@@ -38,3 +39,12 @@ def _decode(argv: list[str]) -> None:
 
     default = decode.DecodeOptions(config=preset, model=config.model)
     decode.run(parse_options(decode.DecodeOptions, argv, "bench decode", default))
+
+
+def _scaling(argv: list[str]) -> None:
+    preset, config = preset_of(argv, "1p5b")
+
+    from train.bench import scaling
+
+    default = scaling.ScalingOptions(config=preset, model=config.model)
+    scaling.run(parse_options(scaling.ScalingOptions, argv, "bench scaling", default))

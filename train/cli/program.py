@@ -41,7 +41,7 @@ commands:
   layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
   plot       draw break-even curves from the kernels' benchmark
   compare    train with sparse and with dense feed-forward layers, and compare the loss curves
-  bench      count or time what the name says: bench order, bench decode
+  bench      count or time what the name says: bench order, bench decode, bench scaling
   bench-step   time training steps with sparse and dense feed-forward layers, and measure their memory
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
