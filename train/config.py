@@ -241,6 +241,8 @@ class TrainConfig:
       workdir: directory of checkpoints, logs and the tokenizer.
       refresh_order_every: steps between renewals of what ``model.token-order`` keeps, where it keeps
         anything; the first comes before the first step.
+      compilation_cache: directory of compiled programs, which later runs take from there; by default on GPUs
+        ``~/.cache/sparse-lm/compiled``, or what JAX_COMPILATION_CACHE_DIR says; ``off`` keeps none.
     """
 
     steps: int = 30_000
@@ -248,6 +250,7 @@ class TrainConfig:
     seed: int = 0
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
+    compilation_cache: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
