@@ -155,9 +155,9 @@ def _time(
         micro_batch = config.batch_size // config.optimizer.accumulation
         whole = max(1, _FORWARD_TOKENS // shape.context_length)
         test = SpeedTest(shape, formats, text.batch(whole), text.batch(micro_batch))
-        if test.no_energy is not None and test.no_energy not in results.notes:
-            results.notes.append(test.no_energy)
         for result in rows:
             model = load_for_inference(result.row.workdir)[0]
             result.speed = test.measure(nnx.to_pure_dict(nnx.split(model)[1]))
+            if test.no_energy and (note := f"Energy is left out: {test.no_energy}") not in results.notes:
+                results.notes.append(note)
             yield result
