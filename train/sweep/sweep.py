@@ -31,7 +31,7 @@ from train.sweep.rows import Row, Sweep
 from train.sweep.speed import SpeedTest, shape_of
 
 FormatName = Literal["auto", "panel", "hybrid", "twell"]
-COMPILED = "compiled"
+_COMPILED = "compiled"
 _FORWARD_TOKENS = 65_536
 # What a row may differ in from the run that its directory holds: nothing that its figures depend on.
 _MAY_DIFFER = ("workdir", "checkpoint.", "report.every", "report.tensorboard", "report.wandb")
@@ -72,7 +72,7 @@ def run(
         text = HeldoutText(sweep.base, sweep.workdir / loop.CACHE, say=console.print)
         sweep.workdir.mkdir(parents=True, exist_ok=True)
     results = Results(sweep, preset)
-    with compiling_once(sweep.workdir / COMPILED):
+    with compiling_once(sweep.workdir / _COMPILED):
         for number, result in enumerate(results.rows, start=1):
             name = report.label(result.row)
             console.print(f"row {number} of {len(results.rows)}: {name}", markup=False)
