@@ -174,7 +174,7 @@ def over_local_tokens(
         Explicit say by themselves how they are split, and the first decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    split = _batch_split(mesh, jax.tree.leaves(arrays)[0], batch_axes)
+    split = batch_split(mesh, jax.tree.leaves(arrays)[0], batch_axes)
     if split is None:
         return function(*arrays)
     if AxisType.Explicit in mesh.axis_types:
@@ -185,12 +185,12 @@ def over_local_tokens(
 def local_token_count(shape: tuple[int, ...]) -> int:
     """How many tokens of that shape (...) `over_local_tokens` gives one device, on axes of type Auto."""
     mesh = jax.sharding.get_abstract_mesh()
-    split = _batch_split(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), None)
+    split = batch_split(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), None)
     devices = 1 if split is None else math.prod(mesh.shape[axis] for entry in split for axis in _axes(entry))
     return math.prod(shape) // devices
 
 
-def _batch_split(
+def batch_split(
     mesh: AbstractMesh, array: jax.Array | jax.ShapeDtypeStruct, batch_axes: tuple[str, ...] | None
 ) -> PartitionSpec | None:
     """How the first axis is split; not at all where the devices cannot share it evenly."""

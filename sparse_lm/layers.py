@@ -1,10 +1,14 @@
 """The small layers of a Llama-style block: RMSNorm and rotary positions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+
+from pallas_kernels.common import varying_axes
 
 
 class RMSNorm(nnx.Module):
@@ -25,11 +29,41 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, dtype: DTypeLike) -> jax.Array:
-    """`RMSNorm` of x (..., D) with a scale (D,), in ``dtype``."""
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    scale = jax.lax.expand_dims(scale, range(x.ndim - 1))  # ranks alike, for who forbids promotion
-    return (x * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
+    """`RMSNorm` of x (..., D) with a scale (D,), in ``dtype``; differentiable in both, in reverse mode.
+
+    The backward keeps x as it came, which the model keeps anyway, and one f32 value a token. Derived by
+    autodiff, it would keep three f32 arrays of x's shape, twice in each layer.
+    """
+    # Out here, so that the transpose of the scale's cast adds its gradient up over the axes.
+    return _rms_norm(eps, jnp.dtype(dtype), *varying_axes.vary_alike(x, scale))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rms_norm(eps: float, dtype: DTypeLike, x: jax.Array, scale: jax.Array) -> jax.Array:
+    return _rms_norm_forward(eps, dtype, x, scale)[0]
+
+
+def _rms_norm_forward(eps, dtype, x, scale):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * _like(scale, x)).astype(dtype), (x, inverse, scale)
+
+
+def _rms_norm_backward(eps, dtype, kept, dy):
+    """With ``n = x r``, r the inverse, and ``g = scale dy``: ``dx = r (g - n mean(g n))``."""
+    x, inverse, scale = kept
+    dy = dy.astype(jnp.float32)
+    normed, along = x.astype(jnp.float32) * inverse, dy * _like(scale, x)
+    dx = inverse * (along - normed * jnp.mean(along * normed, axis=-1, keepdims=True))
+    dscale = jnp.sum(dy * normed, axis=range(x.ndim - 1))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.expand_dims(scale, range(x.ndim - 1))  # ranks alike, for who forbids promotion
 
 
 def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0) -> jax.Array:

@@ -1,6 +1,5 @@
 """A Llama-style decoder with sparse feed-forward layers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import FFNStats
-from pallas_kernels.options import RESIDUAL_NAMES
 from sparse_lm.attention import Attention
-from sparse_lm.config import SILU, ModelConfig, RematPolicy
+from sparse_lm.config import SILU, ModelConfig
+from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
+from sparse_lm.layer_loop import LayerWeights, over_layers
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
@@ -60,7 +60,7 @@ def _feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> SparseFFN | SiluFFN:
 
 
 class SparseLM(nnx.Module):
-    """The language model: embedding, ``num_layers`` blocks under one scan, final norm, output head.
+    """The language model: embedding, ``num_layers`` blocks, final norm, output head.
 
     Master weights are f32, compute is in ``config.dtype``, logits are f32. Parameters: ``embedding`` (V, D),
     ``blocks`` (every leaf with a leading layer axis), ``final_norm`` and, with untied embeddings, ``head``
@@ -97,8 +97,11 @@ class SparseLM(nnx.Module):
         hidden, stats = self.hidden_states(tokens)
         return self.logits(hidden), stats
 
-    def hidden_states(self, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
-        """What ``logits`` reads: (B, S, D) in the compute type, and the statistics, as in ``__call__``."""
+    def hidden_states(
+        self, tokens: jax.Array, *, layer_weights: LayerWeights | None = None
+    ) -> tuple[jax.Array, FFNStats]:
+        """What ``logits`` reads: (B, S, D) in the compute type, and the statistics, as in ``__call__``.
+        ``layer_weights`` makes what each layer computes with from what is stored."""
         longest = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > longest:
             raise ValueError(
@@ -110,7 +113,9 @@ class SparseLM(nnx.Module):
 
         def run_layer(carry, inputs):
             x, order = carry
-            layer, state = inputs
+            layer, state, stored = inputs
+            if layer_weights is not None:
+                state = layer_weights.make(nnx.to_pure_dict(state), stored)
             block = nnx.merge(graphdef, state)
             x, entering = block.attend(x)
             if ordered_by_input:
@@ -121,11 +126,12 @@ class SparseLM(nnx.Module):
             return (x, order), stats
 
         x = self._embed(tokens)
-        inputs = (jnp.arange(self.config.num_layers), layers)
+        stored = None if layer_weights is None else layer_weights.stored
+        inputs = (jnp.arange(self.config.num_layers), layers, stored)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
         carry = (x, Permutation(unmade, unmade) if ordered_by_input else None)
-        (x, _), stats = jax.lax.scan(_remat(run_layer, self.config.remat), carry, inputs)
+        (x, _), stats = over_layers(run_layer, carry, inputs, self.config)
         return self.final_norm(x), stats
 
     def refresh_token_order(self, tokens: jax.Array, *, axis_name: str | None = None) -> None:
@@ -180,26 +186,29 @@ class SparseLM(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head: (..., D) hidden states to (..., V) f32."""
+        hidden, weight = self._head(hidden)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, weight.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
+
+    def cross_entropy(
+        self, hidden: jax.Array, targets: jax.Array, *, z_loss: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """What training minimises, from hidden states (B, S, D) and next tokens (B, S): see `cross_entropy`.
+
+        The logits of all tokens never exist at once.
+        """
+        return cross_entropy(*self._head(hidden), targets, z_loss=z_loss)
+
+    def log_likelihoods(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of next tokens (...) behind hidden states (..., D), and which are the most likely ones:
+        see `log_likelihoods`."""
+        return log_likelihoods(*self._head(hidden), targets)
+
+    def _head(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the output head multiplies: hidden states and its weight (V, D) f32."""
         head = self.embedding if self.head is None else self.head
-        weight = head[...].astype(self.config.dtype)
-        hidden = scaled(hidden, 1.0 / self.config.logit_divisor)
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _remat(run_layer: Callable, policy: RematPolicy) -> Callable:
-    """Makes the backward recompute in each layer what ``policy`` does not keep."""
-    match policy:
-        case "none":
-            return run_layer
-        case "full":
-            return jax.checkpoint(run_layer, prevent_cse=False)
-        case "dots":
-            # Products of activations with weights only: attention scores grow with the square of the context.
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
-        case "sparse":
-            keep = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
-            return jax.checkpoint(run_layer, prevent_cse=False, policy=keep)
+        return scaled(hidden, 1.0 / self.config.logit_divisor), head[...]
 
 
 def num_parameters(config: ModelConfig) -> int:

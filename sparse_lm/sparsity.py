@@ -1,4 +1,4 @@
-"""What training adds for sparsity: the L1 term and its schedule, statistics per layer, dead neurons."""
+"""What training adds for sparsity: the schedule of the L1 term, statistics per layer, dead neurons."""
 
 import dataclasses
 
@@ -52,28 +52,6 @@ def steer_l1(
     doublings = jnp.clip(jnp.log2(l0 / config.target_l0), -2.0, 2.0)
     steered = coefficient * (1.0 + config.steer_rate) ** doublings
     return jnp.where(jnp.asarray(step) >= config.off_steps, steered, coefficient)
-
-
-def training_loss(
-    logits: jax.Array, targets: jax.Array, stats: FFNStats, coefficient: jax.Array | float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """``CE + coefficient * mean over layers of l1`` (paper section 4).
-
-    Args:
-      logits: (B, S, V) f32.
-      targets: (B, S) int32, the next tokens.
-      stats: the model's, every leaf with a leading layer axis.
-      coefficient: () λ of this step.
-
-    Returns:
-      The loss, () f32, and its parts: ``ce`` in nats per token; ``l1`` and ``l0``, means over layers of the
-      mean over tokens. All () f32.
-    """
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    ce = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-    l1, l0 = jnp.mean(stats.l1), jnp.mean(stats.l0)
-    return ce + coefficient * l1, {"ce": ce, "l1": l1, "l0": l0}
 
 
 def layer_summary(stats: FFNStats) -> dict[str, jax.Array]:

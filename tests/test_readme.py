@@ -124,7 +124,7 @@ def test_a_command_is_understood(path, text, capsys):
 def known_options(capsys):
     """Every option of every program, as ``--help`` has them."""
     commands = re.findall(r"^  ([a-z][a-z-]+) ", train.cli.program._HELP, re.MULTILINE)
-    benchmarks = [["bench", name] for name in ("model", "step", "decode", "order", "curves")]
+    benchmarks = [["bench", name] for name in ("model", "step", "decode", "order", "scaling", "curves")]
     for argv in [*([name] for name in commands if name != "bench"), *benchmarks]:
         assert train.cli.main([*argv, "--help"]) == 0
     text = capsys.readouterr().out

@@ -86,6 +86,8 @@ class OptimizerConfig:
       weight_decay: decoupled decay, applied to matrices only (not to norms and biases).
       beta1, beta2, eps: Adam's.
       clip: global-norm bound of the gradient.
+      z_loss: coefficient of the mean square of the logarithm of the softmax's normaliser, which the loss
+        adds; PaLM's 1e-4 keeps logits from drifting.
       accumulation: micro-batches summed into one step; the result equals the whole batch at once.
       skip_nonfinite: steps in a row whose loss or gradient is not finite and that are left out; one more
       stops
@@ -100,6 +102,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+    z_loss: float = 0.0
     accumulation: int = 1
     skip_nonfinite: int = 0
 
@@ -118,6 +121,10 @@ class OptimizerConfig:
         _require(
             0 <= self.weight_decay < float("inf"),
             f"optimizer.weight-decay must be a finite number of at least 0; got {self.weight_decay}",
+        )
+        _require(
+            0 <= self.z_loss < float("inf"),
+            f"optimizer.z-loss must be a finite number of at least 0; got {self.z_loss}",
         )
         _require(
             self.warmup_steps >= 0, f"optimizer.warmup-steps must be at least 0; got {self.warmup_steps}"
@@ -237,6 +244,8 @@ class TrainConfig:
       workdir: directory of checkpoints, logs and the tokenizer.
       refresh_order_every: steps between renewals of what ``model.token-order`` keeps, where it keeps
         anything; the first comes before the first step.
+      compilation_cache: directory of compiled programs, which later runs take from there; by default on GPUs
+        ``~/.cache/sparse-lm/compiled``, or what JAX_COMPILATION_CACHE_DIR says; ``off`` keeps none.
     """
 
     steps: int = 30_000
@@ -244,6 +253,7 @@ class TrainConfig:
     seed: int = 0
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
+    compilation_cache: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -20,6 +20,7 @@ from train.data.batches import heldout_batches
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.heldout import read_heldout
+from train.loss import training_loss
 from train.run.checkpoint import load_for_inference
 from train.state import Params
 
@@ -104,8 +105,7 @@ def make_evaluator(graphdef: nnx.GraphDef) -> Evaluator:
 
     @jax.jit
     def evaluator(params: Params, tokens: jax.Array) -> tuple[jax.Array, FFNStats]:
-        logits, stats = nnx.merge(graphdef, params)(tokens[:, :-1])
-        _, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, 0.0)
+        _, (terms, stats) = training_loss(nnx.merge(graphdef, params), tokens, 0.0)
         return terms["ce"], stats
 
     return evaluator

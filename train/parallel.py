@@ -3,16 +3,20 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import ParallelConfig, TrainConfig
 from train.errors import LostProcessError, UserError, short_reason
-from train.state import Program, TrainState
+from train.exchange import WHOLE, Exchange
+from train.gradient import Gradient, make_gradient
+from train.state import Params, Program, TrainState, is_matrix
 from train.step import TrainStep, make_order_refresh, make_train_step
 
 _HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
@@ -102,7 +106,7 @@ class Layout:
 
     Attributes:
       config: what is split.
-      mesh: every device, along ``AXIS``.
+      mesh: the devices, along ``AXIS``: all of them, except where a benchmark takes fewer.
     """
 
     config: ParallelConfig
@@ -111,6 +115,12 @@ class Layout:
     @classmethod
     def over_all_devices(cls, config: ParallelConfig) -> "Layout":
         return cls(config, jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)))
+
+    @classmethod
+    def over_first_devices(cls, config: ParallelConfig, count: int) -> "Layout":
+        """Over some of the devices of a run of one process."""
+        devices = jax.devices()[:count]
+        return cls(config, jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -131,23 +141,33 @@ class Layout:
     def state_shardings(self, abstract: TrainState) -> TrainState:
         """A sharding for each leaf of ``abstract``: ZeRO-1 splits the optimizer's, FSDP
         the parameters' too."""
-
-        def spread(tree: Any, split: bool) -> Any:
-            return jax.tree.map(lambda leaf: self._split(leaf.shape) if split else self.replicated, tree)
-
+        shard = self.config.shard
+        whole: TrainState = jax.tree.map(lambda leaf: self.replicated, abstract)
         return dataclasses.replace(
-            spread(abstract, False),
-            params=spread(abstract.params, self.config.shard == "fsdp"),
-            opt_state=spread(abstract.opt_state, self.config.shard in ("zero1", "fsdp")),
+            whole,
+            params=self._pieces(abstract.params) if shard == "fsdp" else whole.params,
+            opt_state=whole.opt_state if shard == "none" else self._pieces(abstract.opt_state),
         )
 
-    def _split(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Splits the largest dimension that the devices divide; replicates a leaf that has none."""
-        candidates = [axis for axis, size in enumerate(shape) if size % self.mesh.size == 0]
-        if not candidates:
-            return self.replicated
-        largest = max(candidates, key=lambda axis: shape[axis])
-        return NamedSharding(self.mesh, PartitionSpec(*(None,) * largest, AXIS))
+    def _pieces(self, tree: Any) -> Any:
+        """The sharding of each leaf where the devices share parameters, or the moments of them."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._piece_specs(tree))
+
+    def _piece_specs(self, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda axis: PartitionSpec() if axis == WHOLE else PartitionSpec(*(None,) * axis, AXIS),
+            self._dimensions(tree),
+        )
+
+    def _dimensions(self, tree: Any) -> Any:
+        """For each leaf the dimension that the devices share: of a matrix, the largest that they divide."""
+
+        def dimension(path: tuple[Any, ...], leaf: Any) -> int:
+            layers = "blocks" in jax.tree_util.keystr(path)  # each stays whole in its stack
+            fits = [axis for axis in range(layers, leaf.ndim) if leaf.shape[axis] % self.mesh.size == 0]
+            return max(fits, key=lambda axis: leaf.shape[axis]) if fits and is_matrix(path) else WHOLE
+
+        return jax.tree_util.tree_map_with_path(dimension, tree)
 
     def compile_init(self, program: Program) -> Callable[[], TrainState]:
         """``program.init``, each leaf made where it will live; runs of another λ share what is compiled."""
@@ -160,17 +180,50 @@ class Layout:
 
     def compile_step(self, program: Program) -> TrainStep:
         """The step over all devices. It takes the state's buffers (donated) and what ``place`` returned."""
+        abstract = program.abstract_state()
         if self.config.mode == "pmap":
-            return jax.pmap(
-                make_train_step(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
-            )
-        shardings = self.state_shardings(program.abstract_state())
+            gradient = make_gradient(program, self._exchange(program, abstract))
+            return self._pmap(make_train_step(program, gradient, axis_name=AXIS))
+        shardings = self.state_shardings(abstract)
         return jax.jit(
-            make_train_step(program),
+            make_train_step(
+                program,
+                self._shared_gradient(program, abstract),
+                as_moments=partial(self._as_moments, self._pieces(abstract.params)),
+            ),
             in_shardings=(shardings, self.batch),
             out_shardings=(shardings, self.replicated),
             donate_argnums=0,
         )
+
+    def _shared_gradient(self, program: Program, abstract: TrainState) -> Gradient:
+        """The gradient of a batch that the devices share, each taking its own sequences."""
+        if self.mesh.size == 1:
+            return make_gradient(program)
+        pieces, whole = self._piece_specs(abstract.params), PartitionSpec()
+        shard = self.config.shard
+        return jax.shard_map(
+            make_gradient(program, self._exchange(program, abstract)),
+            mesh=self.mesh,
+            in_specs=(pieces if shard == "fsdp" else whole, whole, PartitionSpec(AXIS), whole),
+            out_specs=(whole if shard == "none" else pieces, whole),
+            check_vma=False,  # sums are written out, and interpreted kernels would not pass
+        )
+
+    def _exchange(self, program: Program, abstract: TrainState) -> Exchange:
+        shard = self.config.shard
+        return Exchange(
+            AXIS,
+            shard,
+            self._dimensions(abstract.params),
+            jnp.dtype(program.config.model.dtype),
+            every_micro_batch=shard == "fsdp" or program.config.optimizer.accumulation == 1,
+        )
+
+    def _as_moments(self, pieces: Params, params: Params) -> Params:
+        """Parameters as their moments are split: under ZeRO-1 each device then renews its own pieces, which
+        are gathered once."""
+        return params if self.config.shard == "none" else jax.lax.with_sharding_constraint(params, pieces)
 
     def order_refresh(self, program: Program) -> OrderRefresh:
         """``(step, state, tokens) -> state``, for every step from 1 before it runs: renews what the model's
@@ -179,9 +232,7 @@ class Layout:
         if not program.abstract_state().buffers:
             return lambda step, state, tokens: state
         if self.config.mode == "pmap":
-            refresh: Any = jax.pmap(
-                make_order_refresh(program, AXIS), AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0
-            )
+            refresh: Any = self._pmap(make_order_refresh(program, AXIS))
         else:
             shardings = self.state_shardings(program.abstract_state())
             refresh = jax.jit(
@@ -193,18 +244,30 @@ class Layout:
         every = program.config.refresh_order_every
         return lambda step, state, tokens: state if (step - 1) % every else refresh(state, tokens)
 
-    def compiled_step(self, program: Program, tokens: jax.typing.ArrayLike) -> jax.stages.Compiled:
+    def _pmap(self, function: Callable[..., Any]) -> Any:
+        """Of the state, which every device holds (and donates), and of what ``place`` returned."""
+        some = None if self.mesh.size == jax.device_count() else list(self.mesh.devices.flat)
+        return jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=some)
+
+    def compiled_step(
+        self,
+        program: Program,
+        tokens: jax.typing.ArrayLike,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> jax.stages.Compiled:
         """`compile_step`, compiled ahead for what ``place`` returned;
         programs may be compiled side by side."""
         with self.step_scope():
             step: Any = self.compile_step(program)
-            return step.lower(program.abstract_state(), tokens).compile()
+            lowered = step.lower(program.abstract_state(), tokens)
+            compiled: jax.stages.Compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+            return compiled
 
     def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:
         """This process's rows (local B, S + 1) as the step wants them:
         a global array, or one block a device."""
         if self.config.mode == "pmap":
-            return tokens.reshape(jax.local_device_count(), -1, tokens.shape[-1])
+            return tokens.reshape(len(self.mesh.local_devices), -1, tokens.shape[-1])
         return self.place_global(tokens)
 
     def place_global(self, tokens: np.ndarray) -> jax.Array:

@@ -120,9 +120,10 @@ def weight_decay_mask(params: Params) -> Any:
 
     Names decide and not ranks, because layers under ``scan`` stack a vector into a matrix.
     """
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
-    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        names = jax.tree_util.keystr(path, simple=True, separator=".")
-        return leaf.ndim >= 2 and "norm" not in names and "bias" not in names
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+def is_matrix(path: tuple[Any, ...]) -> bool:
+    """Whether the path of a parameter, or of the optimizer's moments of it, is a matrix's."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return "norm" not in name and "bias" not in name

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from pallas_kernels import FFNStats
 from sparse_lm import sparsity
+from train.gradient import Gradient, make_gradient
 from train.revive import revive_dead
 from train.state import Params, Program, TrainState
 
@@ -18,40 +18,38 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-def make_train_step(program: Program, axis_name: str | None = None) -> TrainStep:
+def make_train_step(
+    program: Program,
+    gradient: Gradient | None = None,
+    *,
+    axis_name: str | None = None,
+    as_moments: Callable[[Params], Params] = lambda params: params,
+) -> TrainStep:
     """The step ``(state, tokens (B, S + 1) int32) -> (state, metrics)``, ready for ``jit`` or ``pmap``.
 
-    The loss is ``CE + λ(step) · mean over layers of l1`` (paper section 4). B is the batch that this call
-    sees; with ``axis_name`` the gradients and statistics are reduced over that mapped axis.
+    The loss is ``CE + λ(step) · mean over layers of l1`` (`training_loss`). B is the batch that this call
+    sees.
 
     Metrics are f32 scalars ``loss, ce, l1, l0, grad_norm, lr, l1_coefficient``, int32 scalars
     ``max_nnz, overflow_rows``, and per layer (L,) ``l0_per_layer`` f32 and ``dead_per_layer`` int32.
+
+    Args:
+      program: the run.
+      gradient: of the batch, over whatever devices there are; by default that of one device.
+      axis_name: the mapped axis under ``pmap``.
+      as_moments: places parameters where the optimizer's moments of them are.
     """
     config = program.config
-
-    def loss_and_statistics(
-        params: Params, buffers: Params, tokens: jax.Array, coefficient: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        logits, stats = nnx.merge(program.graphdef, params | buffers)(tokens[:, :-1])
-        loss, terms = sparsity.training_loss(logits, tokens[:, 1:], stats, coefficient)
-        return loss, ({"loss": loss, **terms}, stats)
+    gradient = gradient or make_gradient(program)
 
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         sparse = config.model.sparsity
         coefficient = sparsity.l1_coefficient(state.step, sparse, state.l1_coefficient)
-        gradient = jax.grad(loss_and_statistics, has_aux=True)
-        grads, (terms, stats) = accumulated_gradient(
-            lambda params, micro: gradient(params, state.buffers, micro, coefficient),
-            state.params,
-            tokens,
-            config.optimizer.accumulation,
-        )
-        if axis_name is not None:
-            grads, terms = jax.lax.pmean((grads, terms), axis_name)
-            stats = stats.all_reduce(axis_name)
-        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+        grads, (terms, stats) = gradient(state.params, state.buffers, tokens, coefficient)
+        params = as_moments(state.params)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, params)
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=optax.apply_updates(params, updates),
             buffers=state.buffers,
             opt_state=opt_state,
             rng=state.rng,
@@ -110,35 +108,3 @@ def _only_if(finite: jax.Array, after: TrainState, before: TrainState) -> TrainS
         return new if is_count else jnp.where(finite, new, old)
 
     return jax.tree.map(choose, after, before)
-
-
-def accumulated_gradient(
-    gradient: Callable[[Params, jax.Array], tuple[Params, Any]],
-    params: Params,
-    tokens: jax.Array,
-    accumulation: int,
-) -> tuple[Params, tuple[Metrics, FFNStats]]:
-    """Gradient and statistics of the whole batch from ``accumulation`` equal micro-batches,
-    one in memory at a time.
-
-    Args:
-      gradient: (params, tokens (B / accumulation, S + 1)) -> (gradient of the mean loss, (terms, stats)).
-      params: what to differentiate.
-      tokens: (B, S + 1) int32.
-      accumulation: how many micro-batches; divides B.
-
-    Returns:
-      What ``gradient(params, tokens)`` returns, up to the order of f32 sums.
-    """
-    if accumulation == 1:
-        return gradient(params, tokens)
-    # Micro-batch a takes rows a, a + A, a + 2A, ...: each device then cuts its own rows and none moves.
-    micro_batches = tokens.reshape(-1, accumulation, tokens.shape[-1]).swapaxes(0, 1)
-
-    def add(total: Params, micro: jax.Array) -> tuple[Params, Any]:
-        grads, aux = gradient(params, micro)
-        return jax.tree.map(jnp.add, total, grads), aux
-
-    total, (terms, stats) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro_batches)
-    grads = jax.tree.map(lambda g: g / accumulation, total)
-    return grads, (jax.tree.map(lambda term: term.mean(0), terms), FFNStats.merged(stats))

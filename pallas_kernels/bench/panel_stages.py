@@ -125,11 +125,10 @@ def candidates(stage: str, base: PanelConfig, itemsize: int, gated: bool, device
     """
     own = getattr(base, stage)
     if stage in _TRIED and itemsize == 2 and device.shared_memory >= _LISTS_NEED:
-        tiles = [(tile,) for tile in _lawful_tiles(base, stage)] if stage in TIED else [()]
+        tiles = [(tile,) for tile in _lawful_tiles(base)] if stage in TIED else [()]
         found = [StageConfig(*tile, *fields) for tile in tiles for fields in _TRIED[stage]]
     else:
         found = list(_steps(own))
-    operands = 2 if stage == "dx" and gated else 1
     return [
         config
         for config in dict.fromkeys([own, *found])
@@ -137,7 +136,7 @@ def candidates(stage: str, base: PanelConfig, itemsize: int, gated: bool, device
         and (
             config == own
             or not isinstance(config, StageConfig)
-            or config.misfit(base.panel, itemsize, device, operands) is None
+            or config.misfit(base.panel, itemsize, device) is None
         )
     ]
 
@@ -156,11 +155,9 @@ def _steps(config: Config) -> Iterator[Config]:
                 continue
 
 
-def _lawful_tiles(base: PanelConfig, stage: str) -> list[int]:
-    """One chunk of the lists, or two where a stage may pair them."""
-    return (
-        [base.chunk] if stage == "up_keep" else [tile for tile in (base.chunk, 2 * base.chunk) if tile <= 256]
-    )
+def _lawful_tiles(base: PanelConfig) -> list[int]:
+    """One chunk of the lists, or two."""
+    return [tile for tile in (base.chunk, 2 * base.chunk) if tile <= 256]
 
 
 def _is_lawful(base: PanelConfig, stage: str, config: Config) -> bool:
@@ -176,6 +173,6 @@ def with_chunk(config: PanelConfig, chunk: int) -> PanelConfig | None:
     tiles = {name: min(getattr(config, name).tile // config.chunk * chunk, 256) for name in TIED}
     tied = {name: dataclasses.replace(getattr(config, name), tile=tile) for name, tile in tiles.items()}
     try:
-        return dataclasses.replace(config, **tied)
+        return dataclasses.replace(config, chunk=chunk, **tied)
     except ValueError:
         return None

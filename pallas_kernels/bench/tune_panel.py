@@ -124,12 +124,13 @@ def tune_panel(
     changed = {
         stage: getattr(chosen, stage) for stage in STAGES if getattr(chosen, stage) != getattr(plain, stage)
     }
-    entry = {
-        "config": {stage: dataclasses.asdict(config) for stage, config in changed.items()},
-        "ms": round(after, 4),
-    }
+    entry: dict[str, Any] = {stage: dataclasses.asdict(config) for stage, config in changed.items()}
+    if chosen.chunk != plain.chunk:
+        entry["chunk"] = chosen.chunk
     key, device = configs.bucket(x, weight, plain.panel), device_lib.current()
-    path = tuning.save(device.table_name, "panel", {key: entry}, directory=directory)
+    path = tuning.save(
+        device.table_name, "panel", {key: {"config": entry, "ms": round(after, 4)}}, directory=directory
+    )
     return Found(plain.panel, changed, before, after, path)
 
 
@@ -334,7 +335,7 @@ def _choose(
             better |= dict.fromkeys(TIED, True)
         changes = {stage: new[stage].config for stage, gained in better.items() if gained}
         try:
-            config = dataclasses.replace(search.plain, **changes)
+            config = dataclasses.replace(search.plain, chunk=chunk, **changes)
         except ValueError:  # a slice of the down projection that the other chunk does not hold
             continue
         after = {stage: now[stage] if better[stage] else old[stage] for stage in new}

@@ -51,17 +51,17 @@ class StageConfig:
                 f"got {self.num_stages} and {self.per_core}"
             )
 
-    def shared_memory(self, panel: int, itemsize: int, operands: int = 1) -> int:
-        """Bytes of the pipeline's slices, for ``operands`` pairs of them."""
-        return (self.tile + panel) * self.tile_k * itemsize * self.num_stages * operands
+    def shared_memory(self, panel: int, itemsize: int) -> int:
+        """Bytes of the pipeline's slices."""
+        return (self.tile + panel) * self.tile_k * itemsize * self.num_stages
 
-    def misfit(self, panel: int, itemsize: int, device: Device, operands: int = 1) -> str | None:
+    def misfit(self, panel: int, itemsize: int, device: Device) -> str | None:
         """Why it cannot run panels of ``panel`` tokens on a device; None if it can."""
-        needed = self.shared_memory(panel, itemsize, operands)
+        needed = self.shared_memory(panel, itemsize)
         room = device.shared_memory - _SHARED_MEMORY_ROOM
         if needed > room:
             return (
-                f"(tile + panel) * tile_k * {itemsize} bytes * num_stages * {operands} must fit {room} bytes "
+                f"(tile + panel) * tile_k * {itemsize} bytes * num_stages must fit {room} bytes "
                 f"of shared memory on {device.kind}; got {needed} with panel={panel} and {self}"
             )
         return None
@@ -85,7 +85,7 @@ class PackConfig:
 @dataclasses.dataclass(frozen=True)
 class HotConfig:
     """How the weight gradients of hot neurons are cut: ``tile`` neurons by ``tile_d`` columns, ``tile_k``
-    tokens a slice.
+    tokens a slice. A core has registers and shared memory for ``per_core`` programs; 0 where that is unknown.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
@@ -96,11 +96,15 @@ class HotConfig:
     tile_k: int
     num_warps: int
     num_stages: int
+    per_core: int = 0
 
     def __post_init__(self) -> None:
         powers_of_2.check(self, tile=(16, 256), tile_d=(16, 256), tile_k=(16, 128), num_warps=(1, 16))
-        if self.num_stages < 1:
-            raise ValueError(f"HotConfig.num_stages must be at least 1; got {self.num_stages}")
+        if self.num_stages < 1 or self.per_core < 0:
+            raise ValueError(
+                "HotConfig.num_stages must be at least 1 and per_core at least 0; "
+                f"got {self.num_stages} and {self.per_core}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +138,17 @@ class RareConfig:
 class PanelConfig:
     """Configs of all stages of a call; ``panel`` is P.
 
-    ``up_keep`` is ``up`` where the gate and the up projection are kept for a backward. Its tile is also the
-    *chunk*, the number that the slots of a panel are a multiple of. A *tile* is what a program works on at a
-    time: that of ``up`` and ``dh`` is one chunk, or two where a panel has two left. The tile_k of ``down``
-    and ``dx`` divides the chunk.
+    The slots of a panel are a multiple of the ``chunk``. ``up_keep`` is ``up`` where the gate and the up
+    projection are kept for a backward. A *tile* is what a program works on at a time: that of ``up``,
+    ``up_keep`` and ``dh`` is one chunk, or two where a panel has two left. The tile_k of ``down`` and ``dx``
+    divides the chunk.
 
     Raises:
       ValueError: a tile or a slice that the chunk does not allow, or a slice that does not divide a panel.
     """
 
     panel: int
+    chunk: int
     gate: StageConfig
     pack: PackConfig
     up: StageConfig
@@ -155,25 +160,21 @@ class PanelConfig:
     rare: RareConfig = RareConfig()
 
     def __post_init__(self) -> None:
-        for name in ("up", "dh"):
+        powers_of_2.check(self, chunk=(16, 256))
+        for name in ("up", "up_keep", "dh"):
             if getattr(self, name).tile not in (self.chunk, 2 * self.chunk):
                 raise ValueError(
-                    f"PanelConfig.{name}.tile must be up_keep.tile={self.chunk}, the chunk of the "
-                    f"lists, or twice that; got {getattr(self, name).tile}"
+                    f"PanelConfig.{name}.tile must be chunk={self.chunk} or twice that; "
+                    f"got {getattr(self, name).tile}"
                 )
         for name in ("down", "dx"):
             if self.chunk % getattr(self, name).tile_k:
                 raise ValueError(
-                    f"PanelConfig.{name}.tile_k must divide up_keep.tile={self.chunk}, the chunk of the "
-                    f"lists; got {getattr(self, name).tile_k}"
+                    f"PanelConfig.{name}.tile_k must divide chunk={self.chunk}; "
+                    f"got {getattr(self, name).tile_k}"
                 )
         if self.panel % self.dw.tile_k:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
-
-    @property
-    def chunk(self) -> int:
-        """What the slots of a panel are a multiple of."""
-        return self.up_keep.tile
 
 
 class BreakEven(NamedTuple):
@@ -240,8 +241,11 @@ def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:
 
 
 def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
-    stages = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in entry.items()}
-    return dataclasses.replace(config, **stages)
+    changes = {
+        name: value if name == "chunk" else dataclasses.replace(getattr(config, name), **value)
+        for name, value in entry.items()
+    }
+    return dataclasses.replace(config, **changes)
 
 
 def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
@@ -252,28 +256,32 @@ def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
         deep = panel == 128 and device.shared_memory >= 220 * 1024
         # A rest of D takes the shared memory of one slice more.
         wide = StageConfig(256, 32, 8, 6, 16) if d_model % 64 else StageConfig(256, 64, 8, 4, 16)
+        kept = wide if deep else StageConfig(128, 64, warps, 4, per_core)
+        over_columns = StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6)
         return PanelConfig(
             panel,
+            chunk=128,
             gate=StageConfig(256 if panel == 128 else 128, 64, warps, 3),
             pack=_pack(panel, itemsize=2),
             up=wide if deep else StageConfig(128, 64, 4, 3, 32),
-            up_keep=StageConfig(128, 64, warps, 4, per_core),
-            down=StageConfig(256, 32, 8, 8) if deep else StageConfig(128, 32, 4, 6),
-            dh=StageConfig(128, 64, warps, 4, per_core),
-            dx=StageConfig(128, 32, 4, 5),
-            dw=HotConfig(128, 128, min(64, panel), 8, 3),
+            up_keep=kept,
+            down=over_columns,
+            dh=kept,
+            dx=over_columns,
+            dw=HotConfig(128, 256, 32, 8, 8, 1) if deep else HotConfig(128, 128, min(64, panel), 8, 3, 2),
         )
     narrow = StageConfig(128, 32, 4, 3)
     return PanelConfig(
         panel,
-        narrow,
-        _pack(panel, itemsize=2),
-        narrow,
-        narrow,
-        narrow,
-        narrow,
-        StageConfig(128, 32, 4, 2),
-        HotConfig(64, 128, 16, 4, 3),
+        chunk=128,
+        gate=narrow,
+        pack=_pack(panel, itemsize=2),
+        up=narrow,
+        up_keep=narrow,
+        down=narrow,
+        dh=narrow,
+        dx=narrow,
+        dw=HotConfig(64, 128, 16, 4, 3),
     )
 
 
@@ -293,5 +301,14 @@ def _for_f32(panel: int) -> PanelConfig:
     """f32 multiplies without tensor cores: a thread also keeps its operands in registers."""
     small = StageConfig(32, 16, 4, 2)
     return PanelConfig(
-        panel, small, _pack(panel, itemsize=4), small, small, small, small, small, HotConfig(32, 32, 16, 4, 2)
+        panel,
+        chunk=32,
+        gate=small,
+        pack=_pack(panel, itemsize=4),
+        up=small,
+        up_keep=small,
+        down=small,
+        dh=small,
+        dx=small,
+        dw=HotConfig(32, 32, 16, 4, 2),
     )

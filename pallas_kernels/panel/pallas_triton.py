@@ -282,22 +282,23 @@ def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
     within = lax.iota(jnp.int32, panel)
     columns = (tile_id * config.tile + lax.iota(jnp.int32, config.tile))[None, :]
 
-    def step(nth, acc):
+    def add(h_ref, w_ref, nth, acc):
         slots = start + nth * config.tile_k + lax.iota(jnp.int32, config.tile_k)
         neurons = plt.load(neurons_ref.at[slots])
-        for h_ref, w_ref in zip(terms[::2], terms[1::2], strict=True):
-            h = plt.load(h_ref.at[slots[:, None], within[None, :]])
-            place = w_ref.at[neurons[:, None], columns]
-            if d_model % config.tile:
-                inside = jnp.broadcast_to(columns < d_model, (config.tile_k, config.tile))
-                weight = plt.load(place, mask=inside, other=0)
-            else:
-                weight = plt.load(place)
-            acc += dot(h, weight, CONTRACT_FIRST)
-        return acc
+        h = plt.load(h_ref.at[slots[:, None], within[None, :]])
+        place = w_ref.at[neurons[:, None], columns]
+        if d_model % config.tile:
+            inside = jnp.broadcast_to(columns < d_model, (config.tile_k, config.tile))
+            weight = plt.load(place, mask=inside, other=0)
+        else:
+            weight = plt.load(place)
+        return acc + dot(h, weight, CONTRACT_FIRST)
 
     steps = (count + config.tile_k - 1) // config.tile_k
-    acc = lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((panel, config.tile), jnp.float32))
+    acc = jnp.zeros((panel, config.tile), jnp.float32)
+    # A loop a term: with both in one, shared memory holds half as many slices of each.
+    for h_ref, w_ref in zip(terms[::2], terms[1::2], strict=True):
+        acc = lax.fori_loop(jnp.int32(0), steps, partial(add, h_ref, w_ref), acc)
     rows = (which * panel + within)[:, None]
     mask = jnp.broadcast_to((rows < tokens) & (columns < d_model), acc.shape)
     plt.store(y_ref.at[rows, columns], acc.astype(y_ref.dtype), mask=mask)

@@ -6,7 +6,8 @@ token by token.
 A neuron that is active for many tokens is worth a row of a dense product over all of them; one that is active
 for few is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430
 neurons hold 60 % of all activity, and 3500 share the rest. The border is where both ways take the
-same time: `RareConfig.share`.
+same time, `RareConfig.share`, and from there up to what the cores take in the same number of rounds: places
+in a round that would stay empty cost as much.
 
 **`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons
 and of D in one of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P
@@ -28,6 +29,7 @@ No two programs write one value and none is added in memory: the same input give
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import device
 from pallas_kernels.activations import stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import dot
@@ -72,30 +75,65 @@ def panel_dw(
     zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
     xs = [x] * (len(zs) - 1) + [dy]
     limit = max(x.shape[0] // rare_config.share, _SHORTEST_LIMIT)
-    totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
-    order = busiest_first(totals, limit=limit, interpret=interpret)
-    rows = _hot(
-        zs, xs, order, totals, lists.slots, limit=limit, config=hot_config, dtype=dtype, interpret=interpret
+    round_up = partial(
+        _fill_rounds, tiles=len(zs) * pl.cdiv(x.shape[1], hot_config.tile_d), config=hot_config
     )
-    tokens = token_lists(gate, lists, totals, limit=limit, interpret=interpret)
-    *dw_gate, dw_up, dw_down = _rare(zs, xs, order, tokens, rows, config=rare_config, interpret=interpret)
+    ranking = rank(lists.hits, limit=limit, round_up=round_up, interpret=interpret)
+    rows = _hot(zs, xs, ranking, lists.slots, config=hot_config, dtype=dtype, interpret=interpret)
+    tokens = token_lists(gate, lists, ranking, limit=limit, interpret=interpret)
+    *dw_gate, dw_up, dw_down = _rare(zs, xs, ranking, tokens, rows, config=rare_config, interpret=interpret)
     return (dw_gate[0] if dw_gate else None), dw_up, dw_down
 
 
-def busiest_first(totals: jax.Array, *, limit: int, interpret: bool = False) -> jax.Array:
-    """(F,) int32, all neurons: those of more than ``limit`` tokens, then the others by
-    classes of their totals (F,)."""
-    return pl.pallas_call(
-        partial(_busiest_first_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
-        out_shape=varying_axes.output(totals, totals.shape, jnp.int32),
+# -- which neurons are hot -----------------------------------------------------------------------------------
+
+
+class Ranking(NamedTuple):
+    """The neurons, from busy to quiet.
+
+    Attributes:
+      totals: (F,) int32, for how many tokens each neuron is active.
+      order: (F,) int32, all neurons, by classes of their totals.
+      ranks: (F,) int32, the place of each neuron in the order.
+      n_hot: (1,) int32, how many of the first are hot; the others are rare.
+    """
+
+    totals: jax.Array
+    order: jax.Array
+    ranks: jax.Array
+    n_hot: jax.Array
+
+
+def rank(
+    hits: jax.Array, *, limit: int, round_up: Callable[[jax.Array], jax.Array], interpret: bool = False
+) -> Ranking:
+    """Neurons of more than ``limit`` tokens are hot, and those next to them up to ``round_up(their number)``:
+    hits (n_panels, F)."""
+    totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
+    n_hot = round_up(jnp.sum(totals > limit, dtype=jnp.int32))
+    order, ranks = pl.pallas_call(
+        partial(_rank_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
+        out_shape=(varying_axes.output(totals, totals.shape, jnp.int32),) * 2,
         grid=(1,),
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        name="panel_busiest_first",
+        compiler_params=plt.CompilerParams(num_warps=16, num_stages=1),
+        name="panel_rank",
     )(totals)
+    return Ranking(totals, order, ranks, jnp.minimum(n_hot, totals.shape[0])[None])
 
 
-def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
+def _fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
+    """As many neurons as take no longer than ``neurons``, where ``config.tile`` of them are
+    ``tiles`` programs."""
+    rows = (neurons + (config.tile - 1)) // config.tile
+    at_once = device.current().cores * config.per_core
+    if at_once >= tiles:
+        rounds = (rows * tiles + (at_once - 1)) // at_once
+        rows = rounds * at_once // tiles
+    return rows * config.tile
+
+
+def _rank_kernel(totals_ref, order_ref, ranks_ref, *, bounds):
     (d_ff,) = totals_ref.shape
     width = min(_ORDER_BLOCK, pl.next_power_of_2(d_ff))
     found = jnp.int32(0)
@@ -108,8 +146,9 @@ def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
             if above is not None:
                 here &= totals <= above
             counted = here.astype(jnp.int32)
-            place = scatter_index(found + jnp.cumsum(counted) - counted, here)
-            plt.store(order_ref.at[place], neuron, mask=here)
+            place = found + jnp.cumsum(counted) - counted
+            plt.store(order_ref.at[scatter_index(place, here)], neuron, mask=here)
+            plt.store(ranks_ref.at[scatter_index(neuron, here)], place, mask=here)
             return found + jnp.sum(counted)
 
         found = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, found)
@@ -118,15 +157,14 @@ def _busiest_first_kernel(totals_ref, order_ref, *, bounds):
 # -- hot neurons ---------------------------------------------------------------------------------------------
 
 
-def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
+def _hot(zs, xs, ranking, slots, *, config, dtype, interpret):
     """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of
     hot neurons j.
 
-    Other rows of the (F, D) results are not written. ``order`` has the hot neurons first.
+    Other rows of the (F, D) results are not written.
     """
-    (d_ff,), d_model = order.shape, xs[0].shape[1]
+    (d_ff,), d_model = ranking.order.shape, xs[0].shape[1]
     tiles = pl.cdiv(d_ff, config.tile) * pl.cdiv(d_model, config.tile_d)
-    n_hot = jnp.sum(totals > limit, dtype=jnp.int32)[None]
     return pl.pallas_call(
         partial(_hot_kernel, panel=zs[0].shape[1], count=len(zs), config=config),
         out_shape=(varying_axes.output(zs[0], (d_ff, d_model), dtype),) * len(zs),
@@ -134,7 +172,7 @@ def _hot(zs, xs, order, totals, slots, *, limit, config, dtype, interpret):
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_dw_hot",
-    )(order, n_hot, slots, *zs, xs[0], xs[-1])
+    )(ranking.order, ranking.n_hot, slots, *zs, xs[0], xs[-1])
 
 
 def _hot_kernel(order_ref, n_hot_ref, slots_ref, *refs, panel, count, config):
@@ -179,29 +217,22 @@ class TokenLists(NamedTuple):
     an (M, F) array in bf16.
 
     Attributes:
-      rows: (F, limit) int32, tokens; the first ``totals[j]`` of a rare neuron j mean something.
+      rows: (F, limit) int32, tokens; of a rare neuron, as many as it is active for mean something.
       slots: (F, limit) int32, the neuron's slot in the token's panel.
-      totals: (F,) int32, for how many tokens a neuron is active: it is rare up to ``limit``.
     """
 
     rows: jax.Array
     slots: jax.Array
-    totals: jax.Array
-
-    @property
-    def limit(self) -> int:
-        return self.rows.shape[1]
 
 
 def token_lists(
-    gate: jax.Array, lists: NeuronLists, totals: jax.Array, *, limit: int, interpret: bool = False
+    gate: jax.Array, lists: NeuronLists, ranking: Ranking, *, limit: int, interpret: bool = False
 ) -> TokenLists:
-    """The panels' lists transposed for the neurons of at most ``limit`` tokens:
-    gate (n_slots, P), totals (F,)."""
+    """The panels' lists transposed for rare neurons, of at most ``limit`` tokens: gate (n_slots, P)."""
     chunk = gate.shape[0] // lists.owner.shape[0]
     tile = min(_LIST_TILE, chunk)
-    begin = jnp.where(totals > limit, -1, _before(lists.hits))
-    shape = varying_axes.output(gate, (totals.shape[0], limit), jnp.int32)
+    begin = jnp.where(ranking.ranks < ranking.n_hot, -1, _before(lists.hits))
+    shape = varying_axes.output(gate, (ranking.ranks.shape[0], limit), jnp.int32)
     rows, slots = pl.pallas_call(
         partial(_token_lists_kernel, chunk=chunk, tile=tile),
         out_shape=(shape, shape),
@@ -210,7 +241,7 @@ def token_lists(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="panel_token_lists",
     )(lists.neurons, lists.owner, lists.offsets, begin, gate)
-    return TokenLists(rows, slots, totals)
+    return TokenLists(rows, slots)
 
 
 def _before(hits: jax.Array) -> jax.Array:
@@ -255,12 +286,12 @@ def _token_lists_kernel(
                 plt.store(ref.at[target, place], jnp.broadcast_to(value, mask.shape), mask=mask)
 
 
-def _rare(zs, xs, order, tokens: TokenLists, rows, *, config, interpret):
-    """Fills the rows of all but hot neurons into ``rows``, one (F, D) for each z (n_slots, P) and
+def _rare(zs, xs, ranking: Ranking, tokens: TokenLists, rows, *, config, interpret):
+    """Fills the rows of rare neurons into ``rows``, one (F, D) for each z (n_slots, P) and
     its x (M, D)."""
     d_ff, d_model = rows[0].shape
     config = dataclasses.replace(config, slice_d=min(config.slice_d, pl.next_power_of_2(max(d_model, 16))))
-    operands = [order, tokens.totals, tokens.rows, tokens.slots, *zs, xs[0], xs[-1]]
+    operands = [ranking.order, ranking.totals, ranking.n_hot, *tokens, *zs, xs[0], xs[-1]]
     return pl.pallas_call(
         partial(_rare_kernel, count=len(zs), panel=zs[0].shape[1], config=config),
         out_shape=tuple(varying_axes.output(zs[0], row.shape, row.dtype) for row in rows),
@@ -272,10 +303,11 @@ def _rare(zs, xs, order, tokens: TokenLists, rows, *, config, interpret):
     )(*operands, *rows)
 
 
-def _rare_kernel(order_ref, totals_ref, rows_ref, slots_ref, *refs, count, panel, config):
+def _rare_kernel(order_ref, totals_ref, n_hot_ref, rows_ref, slots_ref, *refs, count, panel, config):
     z_refs, (x_ref, dy_ref), outputs = refs[:count], refs[count : count + 2], refs[-count:]
     (d_ff, limit), d_model, entries = rows_ref.shape, x_ref.shape[1], config.entries
-    neuron = order_ref[pl.program_id(0) % d_ff]
+    nth_busiest = pl.program_id(0) % d_ff
+    neuron = order_ref[nth_busiest]
     column = (pl.program_id(0) // d_ff * config.slice_d + lax.iota(jnp.int32, config.slice_d))[None, :]
     inside, total = column < d_model, totals_ref[neuron]
 
@@ -301,7 +333,7 @@ def _rare_kernel(order_ref, totals_ref, rows_ref, slots_ref, *refs, count, panel
         ]
         return *accs, *following
 
-    @pl.when(total <= limit)
+    @pl.when(nth_busiest >= n_hot_ref[0])
     def _():
         zero = jnp.zeros((config.slice_d,), jnp.float32)
         steps = (total + entries - 1) // entries

@@ -46,12 +46,14 @@ _UNKNOWN = jax.jit(unknown.ffn, static_argnums=0)
 
 
 def _mesh(*arrays: jax.Array) -> AbstractMesh | None:
-    """The mesh that arrays are on, if it has more than one device and they are not local to one already.
+    """The mesh that arrays are on, if they are not local to one of its devices already.
 
-    Auto axes that a ``shard_map`` of the caller's leaves to the compiler are left to it here, too.
+    A single device shares nothing; but arrays that are split over Explicit axes, of whatever size, have that
+    in their types, and outside of a ``shard_map`` products of such types are refused. Auto axes that a
+    ``shard_map`` of the caller's leaves to the compiler are left to it here, too.
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     mesh = next((mesh for mesh in meshes if not mesh.empty), None)
-    if mesh is None or math.prod(mesh.axis_sizes) == 1:
-        return None
-    return None if mesh.manual_axes and AxisType.Explicit not in mesh.axis_types else mesh
+    if mesh is None or AxisType.Explicit in mesh.axis_types:
+        return mesh
+    return None if mesh.manual_axes or math.prod(mesh.axis_sizes) == 1 else mesh

@@ -6,12 +6,12 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import pytest
-from collectives import Collective, collectives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from lowering import H200, on_h200, shapes
 from on_meshes import P, check_traffic, check_values, inputs, mesh_of, modes, place, program, run
 
 from pallas_kernels import FFNOptions, Panel, sparse_ffn, sparse_mlp
+from pallas_kernels.bench.collectives import Collective, collectives
 from pallas_kernels.partition.layer import Layer
 
 D, F = 8, 32
@@ -219,18 +219,10 @@ def test_kernels_pass_the_check_of_shard_map(format):
     assert sent[1][1] == 3
 
 
-def test_the_inspection_reads_what_xla_writes():
-    text = """
-  %all-reduce.1 = (f32[2,16]{1,0}, s32[]) all-reduce(%a, %b), channel_id=1
-  %ag = (u16[8]{0}, u16[32]{0}) all-gather-start(%c), dimensions={0}
-  ROOT %rs = bf16[4,2]{1,0} reduce-scatter(%d), dimensions={0}
-  %none = f32[8]{0} add(%all-reduce.1, %ag)
-"""
-    found = collectives(text)
-    assert found == [
-        Collective("all-reduce", "f32", 32),
-        Collective("all-reduce", "s32", 1),
-        Collective("all-gather", "u16", 32),
-        Collective("reduce-scatter", "bf16", 8),
-    ]
-    assert [c.nbytes for c in found] == [128, 4, 64, 16]
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_one_device(kind):
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:1])
+    x, weights, dy = inputs(4, 16, D, F, "float32")
+    x_placed, dy_placed = jax.device_put((x, dy), NamedSharding(mesh, P("data")))
+    placed = x_placed, jax.device_put(weights, NamedSharding(mesh, P("model"))), dy_placed
+    check_values(program(DENSE, True)(*placed), program(DENSE, True)(x, weights, dy), "float32")

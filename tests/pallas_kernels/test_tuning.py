@@ -54,7 +54,8 @@ def check_panel(key, fields):
     x = jax.ShapeDtypeStruct((128, 128), jnp.float32 if "32bit" in key else jnp.bfloat16)
     options = FFNOptions(format=Panel(tokens=int(key.rpartition("p")[2])))
     config = panel_configs._with_entry(panel_configs.heuristic(x, options.layout.tokens, HOPPER), fields)
-    assert fields == {name: dataclasses.asdict(getattr(config, name)) for name in fields}
+    stages = {name: dataclasses.asdict(getattr(config, name)) for name in fields if name != "chunk"}
+    assert fields == stages | ({"chunk": config.chunk} if "chunk" in fields else {})
 
 
 def test_the_tables_that_ship_hold_valid_configs():
@@ -69,9 +70,13 @@ def test_the_tables_that_ship_hold_valid_configs():
 
 def test_a_panel_entry_that_breaks_a_law_is_noticed():
     stage = {"tile": 256, "tile_k": 32, "num_warps": 8, "num_stages": 6, "per_core": 0}
-    check_panel("m65536-d2048-f4096-16bit-p128", dict.fromkeys(("up", "up_keep", "dh"), stage))
-    with pytest.raises(ValueError, match=r"PanelConfig\.dh\.tile must be up_keep\.tile=256"):
-        check_panel("m65536-d2048-f4096-16bit-p128", {"up_keep": stage})
+    tied = dict.fromkeys(("up", "up_keep", "dh"), stage)
+    check_panel("m65536-d2048-f4096-16bit-p128", tied | {"chunk": 256})
+    with pytest.raises(ValueError, match=r"PanelConfig\.dh\.tile must be chunk=256 or twice that; got 128"):
+        check_panel(
+            "m65536-d2048-f4096-16bit-p128",
+            {"chunk": 256, "up": stage, "up_keep": stage, "dh": stage | {"tile": 128}},
+        )
 
 
 MAKE_INPUTS = partial(ffn_inputs, activity=Activity(4.0), tokens=32, d_model=32, d_ff=64, dtype=jnp.bfloat16)

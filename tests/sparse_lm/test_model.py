@@ -12,9 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels import FFNOptions, device
 from sparse_lm import ModelConfig, SparseLM
 from sparse_lm.attention import _implementation, attend
-from sparse_lm.layers import RMSNorm
+from sparse_lm.layers import RMSNorm, rms_norm
 from sparse_lm.model import flops_per_token, num_parameters
-from sparse_lm.sparsity import training_loss
 
 
 def _norm(x, scale, eps):
@@ -83,8 +82,10 @@ def assert_close(got, want, *, of_largest: float = 1e-5) -> None:
 
 
 def loss_and_stats(graphdef, state, tokens, coefficient):
-    logits, stats = nnx.merge(graphdef, state)(tokens[:, :-1])
-    return training_loss(logits, tokens[:, 1:], stats, coefficient)[0], stats
+    model = nnx.merge(graphdef, state)
+    hidden, stats = model.hidden_states(tokens[:, :-1])
+    ce, _ = model.cross_entropy(hidden, tokens[:, 1:])
+    return ce + coefficient * jnp.mean(stats.l1), stats
 
 
 gradients = jax.jit(jax.value_and_grad(loss_and_stats, argnums=1, has_aux=True), static_argnums=0)
@@ -181,6 +182,20 @@ def without_the_path(tree):
     return [leaf for path, leaf in found if not str(path[-1]).endswith(("pairs", "dense_tokens"))]
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolled_layers_give_the_same_gradients_and_put_them_together_once(remat, model, tokens):
+    graphdef, state = nnx.split(model)
+    want = gradients(graphdef, state, tokens, 0.1)
+    unrolled = abstract(dataclasses.replace(model.config, remat=remat, layer_loop="unrolled"))[0]
+    got = gradients(unrolled, state, tokens, 0.1)
+    assert_close(got, want)
+    program = gradients.lower(unrolled, state, tokens, 0.1).as_text()
+    assert program.count("stablehlo.while") == 1  # the loss's, over chunks of tokens
+    assert "stablehlo.pad" not in program  # a slice's own gradient is the whole stack, mostly zeros
+    # Without the barrier a compiler finds that it has computed all this before.
+    assert ("optimization_barrier" in program) == (remat == "full")
+
+
 @pytest.mark.parametrize("ffn", INTERPRETED.values(), ids=INTERPRETED)
 def test_the_sparse_remat_policy_runs_no_kernel_twice(ffn, config, tokens):
     def kernels(remat):
@@ -267,6 +282,26 @@ def test_rms_norm_keeps_its_statistics_in_f32():
     got = norm(jnp.full((2, 4), 300.0, jnp.float16))
     assert got.dtype == jnp.float16
     np.testing.assert_array_equal(got, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rms_norm_keeps_for_its_backward_what_it_was_given(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 8)), dtype)
+    scale, dy = (jnp.asarray(rng.standard_normal(n), jnp.float32) for n in (8, (2, 3, 8)))
+    plain = jax.vjp(lambda x, scale: _norm(x.astype(jnp.float32), scale, 1e-5).astype(dtype), x, scale)
+    kept = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=1e-5, dtype=dtype), x, scale)
+    results = [(value, *pullback(dy.astype(dtype))) for value, pullback in (kept, plain)]
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert _relative(found, expected) < (1e-6 if dtype == jnp.float32 else 4e-3)
+    sizes = sorted((leaf.dtype.name, leaf.size) for leaf in jax.tree.leaves(kept[1]))
+    assert sizes == sorted([(x.dtype.name, 48), ("float32", 6), ("float32", 8)])
+
+
+def _relative(found, expected) -> float:
+    found, expected = (jnp.asarray(array, jnp.float32) for array in (found, expected))
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("which", ["model", "tied_model"])

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import FFNStats
 from sparse_lm import SparsityConfig, sparsity
-from sparse_lm.sparsity import NeuronActivity, l1_coefficient, layer_summary, training_loss
+from sparse_lm.sparsity import NeuronActivity, l1_coefficient, layer_summary
 
 STATS = FFNStats(
     l1=jnp.array([2.0, 4.0]),
@@ -72,18 +72,6 @@ def test_steered_coefficient_moves_towards_the_wanted_l0(l0, factor):
 def test_sparsity_options_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         SparsityConfig(**options)
-
-
-def test_training_loss_is_ce_plus_the_mean_l1_of_the_layers():
-    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-    targets = np.array([[0, 4, 2], [1, 1, 3]])
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    ce = -np.mean([np.log(probabilities[b, s, targets[b, s]]) for b in range(2) for s in range(3)])
-    loss, parts = training_loss(jnp.asarray(logits), jnp.asarray(targets), STATS, 0.5)
-    assert float(loss) == pytest.approx(ce + 0.5 * 3.0, rel=1e-6)
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(
-        {"ce": ce, "l1": 3.0, "l0": 1.5}, rel=1e-6
-    )
 
 
 def test_layer_summary():

@@ -15,6 +15,7 @@ benchmarks:
   step     time training steps, and measure their memory
   decode   time a token of generation, and a feed-forward layer of a few tokens
   order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
+  scaling  time training steps on one device and on several, and count what they send each other
   curves   draw break-even curves from files of bench layers
 
 {PROGRAM} bench BENCHMARK --help lists its options.
@@ -30,6 +31,7 @@ def run(argv: list[str]) -> int | None:
         "step": _step,
         "decode": _decode,
         "order": _order,
+        "scaling": _scaling,
         "curves": _curves,
     }
     first = argv[0] if argv else None
@@ -87,6 +89,15 @@ def _order(argv: list[str]) -> None:
     from train.bench import bench_order
 
     bench_order.run(parse_options(bench_order.BenchOrderOptions, argv, "bench order"))
+
+
+def _scaling(argv: list[str]) -> None:
+    preset, config = preset_of(argv, "1p5b")
+
+    from train.bench import scaling
+
+    default = scaling.ScalingOptions(config=preset, model=config.model)
+    scaling.run(parse_options(scaling.ScalingOptions, argv, "bench scaling", default))
 
 
 def _curves(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ from train.data.batches import TrainBatches, heldout_batches
 from train.data.corpus import Corpus
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
-from train.run import background_errors
+from train.run import background_errors, compilation_cache
 from train.run.begin import check_trainable, held, run_corpus, run_tokenizer
 from train.run.checkpoint import (
     Checkpoints,
@@ -87,7 +87,8 @@ def run(
     reporter = Reporter(config, primary=jax.process_index() == 0)
     try:
         holding = contextlib.nullcontext() if dry_run else held(config, reporter)
-        with background_errors.kept_quiet(), parallel.losing_no_process(), holding:
+        compiled = compilation_cache.kept(config.compilation_cache)
+        with background_errors.kept_quiet(), parallel.losing_no_process(), compiled, holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
                 return _run(config, hooks, reporter, checkpoints, dry_run, cache)

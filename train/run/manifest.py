@@ -31,6 +31,7 @@ from train.config import TrainConfig, changed_fields, to_dict
 from train.config_file import write_config
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
+from train.run import compilation_cache
 from train.state import Program, learning_rate_schedule
 
 FILE_NAME = "manifest.json"
@@ -50,6 +51,7 @@ class Manifest:
       state_bytes: parameters, optimizer and counters, over all devices together.
       kernels: what runs the feed-forward layers, and why.
       devices: how many of which kind.
+      compiled: directory that compiled programs are kept in, if any.
     """
 
     config: TrainConfig
@@ -59,6 +61,7 @@ class Manifest:
     state_bytes: int
     kernels: str
     devices: str
+    compiled: str | None
 
     @classmethod
     def of(cls, program: Program, corpus: CorpusIdentity, *, start: int, evaluated_tokens: int) -> "Manifest":
@@ -73,6 +76,7 @@ class Manifest:
             state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state),
             kernels=_kernels(config),
             devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            compiled=compilation_cache.where(),
         )
 
     @property
@@ -104,6 +108,7 @@ class Manifest:
             "flops_per_step": self.flops_per_step,
             "kernels": self.kernels.splitlines(),
             "devices": self.devices,
+            "compiled": self.compiled,
         }
 
     def lines(self) -> str:
@@ -122,6 +127,7 @@ class Manifest:
                 f"{self.tokens / corpus.tokens:.2f} epochs in all",
                 f"devices  {self.devices}",
                 f"kernels  {self.kernels.splitlines()[-1]}",
+                f"compiled programs are {f'kept in {self.compiled}' if self.compiled else 'not kept'}",
             ]
         )
 

@@ -7,10 +7,10 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import FFNOptions, sparse_ffn
+from pallas_kernels.bench.collectives import collectives
 
 P = PartitionSpec
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import on_h200
 from op_contract import DL1, Contract, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
@@ -83,10 +84,10 @@ def test_the_kernels_write_the_format(pattern, tokens):
     [
         (
             {"up": configs.StageConfig(128, 16, 4, 2)},
-            "up.tile must be up_keep.tile=32, .* or twice that; got 128",
+            "up.tile must be chunk=32 or twice that; got 128",
         ),
-        ({"dh": configs.StageConfig(16, 16, 4, 2)}, "dh.tile must be up_keep.tile=32"),
-        ({"down": configs.StageConfig(32, 64, 4, 2)}, "down.tile_k must divide up_keep.tile=32"),
+        ({"dh": configs.StageConfig(16, 16, 4, 2)}, "dh.tile must be chunk=32"),
+        ({"down": configs.StageConfig(32, 64, 4, 2)}, "down.tile_k must divide chunk=32"),
         ({"dw": configs.HotConfig(32, 32, 32, 4, 2)}, "dw.tile_k must divide panel=16"),
     ],
 )
@@ -124,12 +125,12 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, PANEL)
     lists, _, kept = written(x, weight)
-    totals = jnp.sum(lists.hits, axis=0, dtype=jnp.int32)
-    np.testing.assert_array_equal(totals, active.sum(axis=0))
-    found = weights.token_lists(kept, lists, totals, limit=limit, interpret=True)
-    for neuron, total in enumerate(active.sum(axis=0)):
-        if total > limit:
-            continue
+    ranking = weights.rank(lists.hits, limit=limit, round_up=lambda n: n + 3, interpret=True)
+    np.testing.assert_array_equal(ranking.totals, active.sum(axis=0))
+    found = weights.token_lists(kept, lists, ranking, limit=limit, interpret=True)
+    for neuron in np.asarray(ranking.order)[int(ranking.n_hot[0]) :]:
+        total = active[:, neuron].sum()
+        assert total <= limit
         rows = np.flatnonzero(active[:, neuron])
         np.testing.assert_array_equal(found.rows[neuron, :total], rows)
         np.testing.assert_array_equal(
@@ -139,11 +140,39 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
 
 def test_neurons_in_order_of_activity():
     totals = np.random.default_rng(0).integers(0, 40, 200)
-    order = np.asarray(weights.busiest_first(jnp.asarray(totals, jnp.int32), limit=16, interpret=True))
-    np.testing.assert_array_equal(np.sort(order), np.arange(200))
+    hits = jnp.asarray(totals[None], jnp.uint8)
+    ranking = weights.rank(hits, limit=16, round_up=lambda n: n + 5, interpret=True)
+    order = np.asarray(ranking.order)
+    np.testing.assert_array_equal(np.asarray(ranking.ranks)[order], np.arange(200))
     classes = np.digitize(totals[order], [1, 3, 9, 17])
     assert (np.diff(classes) <= 0).all()
-    assert (totals[order[: (totals > 16).sum()]] > 16).all()
+    assert ranking.n_hot.tolist() == [(totals > 16).sum() + 5]
+
+
+def test_there_are_no_more_hot_neurons_than_neurons():
+    hits = jnp.asarray([[17, 0, 20]], jnp.uint8)
+    assert weights.rank(hits, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("neurons", "tiles", "filled"),
+    [
+        (0, 24, 0),
+        (391, 24, 5 * 128),  # four rows of tiles are 96 of 132 programs, and five 120
+        (1084, 24, 11 * 128),
+        (5 * 128, 24, 5 * 128),
+        (200, 200, 2 * 128),  # a row of tiles is more than one round
+    ],
+)
+def test_hot_neurons_fill_the_rounds_of_the_cores(neurons, tiles, filled):
+    config = configs.HotConfig(128, 256, 32, 8, 8, per_core=1)
+    assert (
+        on_h200(lambda: int(weights._fill_rounds(jnp.int32(neurons), tiles=tiles, config=config))) == filled
+    )
+    unknown = dataclasses.replace(config, per_core=0)
+    assert (
+        int(weights._fill_rounds(jnp.int32(neurons), tiles=tiles, config=unknown)) == -(-neurons // 128) * 128
+    )
 
 
 @pytest.mark.parametrize("block", [8192, 8])

@@ -1,0 +1,76 @@
+"""A stack of layers, run as a loop or one layer after the other, and what the backward keeps of each.
+
+A loop is compiled once for all layers, and copies: each layer's weights out of the stack, what the backward
+needs into stacked arrays and out of them again, gradients into arrays that were zeros. In a straight line the
+compiler sees through all of that. At 8 layers of width 2048 and 16,384 tokens (dense, bf16, one H100) the
+copies were a tenth of the training step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pallas_kernels import device
+from pallas_kernels.options import RESIDUAL_NAMES
+from sparse_lm.config import ModelConfig, RematPolicy
+
+MOST_UNROLLED = 48
+"""Layers that ``layer_loop="auto"`` unrolls at most: compiling takes time in proportion to their number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """What makes the weights that each layer computes with, where devices share them out.
+
+    Attributes:
+      make: (what the model holds of the layer, what ``stored`` holds of it), both nested dicts of arrays, to
+        the layer's weights, a dict like the first. Called in each layer, and again in its backward if remat
+        computes the layer again.
+      stored: a tree with a leading layer axis on every leaf, or None.
+    """
+
+    make: Callable[[Any, Any], Any]
+    stored: Any
+
+
+def over_layers(
+    run_layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, config: ModelConfig
+) -> tuple[Any, Any]:
+    """``jax.lax.scan(run_layer, carry, inputs)``, as ``config.layer_loop`` and ``config.remat`` say.
+
+    Args:
+      run_layer: (carry, one layer's inputs) -> (carry, outputs).
+      carry: what passes from layer to layer.
+      inputs: of all layers, every leaf with a leading layer axis.
+      config: of the model.
+
+    Returns:
+      The last carry, and all outputs with a leading layer axis on every leaf.
+    """
+    layers = jax.tree.leaves(inputs)[0].shape[0]
+    unrolled = config.layer_loop == "unrolled" or (
+        config.layer_loop == "auto" and device.current().is_nvidia and layers <= MOST_UNROLLED
+    )
+    run_layer = _remat(run_layer, config.remat, one_program=unrolled)
+    return jax.lax.scan(run_layer, carry, inputs, unroll=layers if unrolled else 1)
+
+
+def _remat(run_layer: Callable, policy: RematPolicy, *, one_program: bool) -> Callable:
+    """Makes the backward recompute in each layer what ``policy`` does not keep.
+
+    Where forward and backward are ``one_program``, and not two loops, the compiler has to be kept from
+    merging what is computed again with what was computed before, which would keep it.
+    """
+    match policy:
+        case "none":
+            return run_layer
+        case "full":
+            keep = None
+        case "dots":
+            # Products of activations with weights only: attention scores grow with the square of the context.
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        case "sparse":
+            keep = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+    return jax.checkpoint(run_layer, prevent_cse=one_program, policy=keep)

@@ -1,0 +1,102 @@
+"""What crosses devices in a step is what `train.exchange` says, and the step is that of one device."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from jax.sharding import AxisType
+
+from pallas_kernels.bench.collectives import collectives
+from train.config import ParallelConfig
+from train.parallel import AXIS, Layout
+from train.state import Program, build_program, is_matrix
+
+DEVICES = 4
+EMBEDDING = tiny_runs.MODEL.vocab_size * tiny_runs.MODEL.d_model
+TOKENS = np.random.default_rng(0).integers(0, 257, (8, 17)).astype(np.int32)
+LAYOUTS = {
+    "data-parallel": ParallelConfig(),
+    "zero1": ParallelConfig(shard="zero1"),
+    "fsdp": ParallelConfig(shard="fsdp"),
+    "pmap": ParallelConfig(mode="pmap"),
+}
+
+
+def program_of(accumulation: int, dtype: str, remat: str = "none") -> Program:
+    config = tiny_runs.tiny_config("none", "none")
+    sparse = dataclasses.replace(config.model.sparsity, revive="off")  # which counts dead neurons of its own
+    model = dataclasses.replace(config.model, dtype=dtype, remat=remat, sparsity=sparse)
+    optimizer = dataclasses.replace(config.optimizer, accumulation=accumulation)
+    return build_program(dataclasses.replace(config, model=model, optimizer=optimizer))
+
+
+def compiled(layout: Layout, program: Program) -> jax.stages.Compiled:
+    return layout.compiled_step(program, layout.place(TOKENS))
+
+
+def sent(step: jax.stages.Compiled) -> dict[tuple[str, str], int]:
+    """Bytes of each kind of collective and type."""
+    total: Counter[tuple[str, str]] = Counter()
+    for collective in collectives(step.as_text()):
+        total[collective.kind, collective.dtype] += collective.nbytes
+    return dict(total)
+
+
+def parameters(program: Program) -> tuple[int, int]:
+    """How many in matrices, and how many in norms."""
+    leaves = jax.tree_util.tree_leaves_with_path(program.abstract_state().params)
+    matrices = sum(leaf.size for path, leaf in leaves if is_matrix(path))
+    return matrices, sum(leaf.size for _, leaf in leaves) - matrices
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_matrices_cross_once_a_step_or_once_a_micro_batch_under_fsdp(mode, accumulation):
+    program = program_of(accumulation, "bfloat16")
+    found = sent(compiled(Layout.over_all_devices(LAYOUTS[mode]), program))
+    matrices, norms = parameters(program)
+    scalars = 256  # terms, the gradient's norm, statistics that are one number a layer
+    hits = found.pop(("all-reduce", "s32"))
+    assert 4 * 2 * 64 <= hits <= 4 * 2 * 64 + scalars
+    small = found.pop(("all-reduce", "f32"))
+    if mode == "fsdp":
+        # The compiler may gather the embedding, which is outside the layers, once for all micro-batches.
+        gathered = found.pop(("all-gather", "u16")) // 2
+        assert gathered in {accumulation * matrices, accumulation * matrices - (accumulation - 1) * EMBEDDING}
+        expected = {("reduce-scatter", "f32"): accumulation * 4 * matrices // DEVICES}
+    elif mode == "zero1":
+        expected = {("reduce-scatter", "f32"): 4 * matrices // DEVICES, ("all-gather", "f32"): 4 * matrices}
+    else:
+        small -= 4 * matrices
+        expected = {}
+    assert 4 * norms <= small <= 4 * norms + scalars
+    assert found == expected
+
+
+def test_fsdp_gathers_a_layers_weights_again_where_remat_computes_it_again():
+    program = program_of(1, "bfloat16", remat="full")
+    found = sent(compiled(Layout.over_all_devices(LAYOUTS["fsdp"]), program))
+    matrices, _ = parameters(program)
+    assert found["all-gather", "u16"] == 2 * (matrices + matrices - EMBEDDING)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return one_step(Layout(ParallelConfig(), mesh))
+
+
+def one_step(layout: Layout):
+    program = program_of(1, "float32")
+    state, metrics = compiled(layout, program)(layout.compile_init(program)(), layout.place(TOKENS))
+    return tiny_runs.snapshot(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_a_step_whose_gradients_cross_layer_by_layer_is_that_of_one_device(mode, alone):
+    found = one_step(Layout.over_all_devices(LAYOUTS[mode]))
+    # Sums over devices in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, alone)
