@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +65,6 @@ def run(
     hooks: Sequence[Hook] = (),
     dry_run: bool = False,
     cache: Path | None = None,
-    build: Callable[[TrainConfig], Program] = build_program,
 ) -> RunResult:
     """Trains until ``config.steps``, from the newest complete checkpoint of the workdir if it has one.
 
@@ -74,7 +73,6 @@ def run(
       hooks: called besides the run's own (evaluation, checkpoints), before them.
       dry_run: stop where the first step would be: everything is checked and shown, and no run is begun.
       cache: directory of what is made from text, for runs that share it; by default one in the workdir.
-      build: what is trained; the parameters must be those of ``SparseLM(config.model)``.
 
     Raises:
       UserError: the configuration does not fit the machine, the corpus or the checkpoint; the loss is not
@@ -93,7 +91,7 @@ def run(
         with background_errors.kept_quiet(), parallel.losing_no_process(), compiled, holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
-                return _run(config, hooks, reporter, checkpoints, dry_run, cache, build)
+                return _run(config, hooks, reporter, checkpoints, dry_run, cache)
             finally:
                 checkpoints.close()
     except OSError as error:
@@ -112,7 +110,6 @@ def _run(
     checkpoints: Checkpoints,
     dry_run: bool,
     shared_cache: Path | None,
-    build: Callable[[TrainConfig], Program],
 ) -> RunResult:
     if checkpoints.ignored:
         reporter.say(f"ignoring half-written checkpoints: {', '.join(checkpoints.ignored)}")
@@ -131,7 +128,7 @@ def _run(
             reporter.next_commands()
             return RunResult("already-finished", start, checkpoints.path(start))
         corpus = run_corpus(config, checkpoints, start, tokenizer, cache, reporter)
-    run = _Run(config, hooks, reporter, checkpoints, corpus, start, build(config))
+    run = _Run(config, hooks, reporter, checkpoints, corpus, start)
     if dry_run:
         run.show()
         reporter.say("dry run: no step was taken")
@@ -151,7 +148,6 @@ class _Run:
         checkpoints: Checkpoints,
         corpus: Corpus,
         start: int,
-        program: Program,
     ) -> None:
         self.config, self.reporter, self.checkpoints = config, reporter, checkpoints
         self.corpus, self.start = corpus, start
@@ -171,7 +167,7 @@ class _Run:
         )
         self._check_samples()
         self.layout = parallel.Layout.over_all_devices(config.parallel)
-        self.program = program
+        self.program: Program = build_program(config)
         self.evaluator = make_evaluator(self.program.graphdef)
         self.evaluation: EvaluationReport | None = None
         self.hooks = (

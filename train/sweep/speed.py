@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
@@ -15,14 +15,16 @@ from pallas_kernels.bench import timing
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig, SparsityConfig
 from train import parallel
+from train.bench import nvml
+from train.bench.energy import measure as measure_energy
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
 from train.state import Params, Program, build_program
-from train.sweep.energy import EnergyCounter
 
 DENSE: Literal["dense"] = "dense"
 _COMPILERS = 4  # at a time: on a GPU each of them takes memory to try out products in
 _ROUNDS = 3
 _CHAIN_MS = 40.0
+_ENERGY_SECONDS = 1.0  # some tens of the counter's steps
 _UNCHANGING = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
 
 
@@ -34,7 +36,8 @@ class Cost:
       forward_ms: samples of a forward of the model without its output head.
       train_ms: samples of a training step on one micro-batch, its optimizer included.
       train_bytes: temporary memory of that step, as its compiler plans it.
-      forward_joules: energy of the forward; None without a counter.
+      forward_joules: energy of the forward, with what the device takes at rest subtracted; None without
+        a counter.
     """
 
     forward_ms: tuple[float, ...]
@@ -100,6 +103,9 @@ class SpeedTest:
       forward: (N, C + 1) int32, tokens of a forward and one more in each row.
       train: the same of a training step's micro-batch.
 
+    Attributes:
+      no_energy: why there is no energy, in one sentence; empty if there is.
+
     Raises:
       ValueError: a format cannot run here.
     """
@@ -110,7 +116,7 @@ class SpeedTest:
         self._layout = parallel.Layout.over_all_devices(ParallelConfig())
         self._forward_tokens = self._layout.place_global(forward[:, :-1])
         self._train_tokens = self._layout.place_global(train)
-        self._energy = EnergyCounter()
+        self._gpu, self.no_energy = nvml.find()
         names: list[Format] = [DENSE, *(format for format in formats if format != DENSE)]
         self._programs = {name: build_program(_run_of(model, name, len(train))) for name in names}
         self._inits = {name: self._layout.compile_init(build) for name, build in self._programs.items()}
@@ -120,11 +126,6 @@ class SpeedTest:
             self._steps = dict(zip(names, steps, strict=True))
             self._forwards = dict(zip(names, forwards, strict=True))
 
-    @property
-    def no_energy(self) -> str | None:
-        """Why there is no energy, in one sentence."""
-        return self._energy.missing
-
     def measure(self, variables: Params) -> Speed:
         """Times the model with the weights of a checkpoint, formats taking turns."""
         forwards = {
@@ -133,7 +134,7 @@ class SpeedTest:
         }
         with self._layout.scope():
             forward_times = timing.measure(forwards, rounds=_ROUNDS, chain_ms=_CHAIN_MS)
-            joules = {name: self._energy.joules(call) for name, call in forwards.items()}
+            joules = self._joules(forwards)
             steps = {name: self._step(name, variables) for name in self._steps}
             train_times = timing.measure(steps, rounds=_ROUNDS, chain_ms=_CHAIN_MS)
         return Speed(
@@ -145,11 +146,22 @@ class SpeedTest:
                     forward_times[name].samples_ms,
                     train_times[name].samples_ms,
                     timing.temporary_bytes(step),
-                    joules[name],
+                    joules.get(name),
                 )
                 for name, step in self._steps.items()
             },
         )
+
+    def _joules(self, calls: Mapping[Format, Callable[[], Any]]) -> dict[Format, float]:
+        """Energy of a call; empty without a counter that moves."""
+        if self._gpu is None:
+            return {}
+        try:
+            report = measure_energy(self._gpu, calls, seconds=_ENERGY_SECONDS, idle_seconds=_ENERGY_SECONDS)
+        except RuntimeError as error:
+            self.no_energy = str(error)
+            return {}
+        return {name: energy.joules for name, energy in report.calls.items()}
 
     def _own(self, name: Format, variables: Params) -> Params:
         """What this format's model has of them: a dense one keeps no order of tokens."""

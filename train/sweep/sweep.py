@@ -20,21 +20,22 @@ from train import parallel
 from train.config import TrainConfig, changed_fields
 from train.config_file import read_config
 from train.errors import UserError
-from train.run import loop, manifest
+from train.run import compilation_cache, loop, manifest
 from train.run.checkpoint import SUBDIRECTORY, check_local, complete_steps, load_for_inference
 from train.run.checkpoint_errors import check_writable, making
 from train.sweep import report
-from train.sweep.compiled import compiling_once
 from train.sweep.figures import HeldoutText, read_quality, unions_of_run
 from train.sweep.results import FIGURE_NAME, JSON_NAME, TABLE_NAME, Result, Results
 from train.sweep.rows import Row, Sweep
 from train.sweep.speed import SpeedTest, shape_of
 
 FormatName = Literal["auto", "panel", "hybrid", "twell"]
-COMPILED = "compiled"
+_COMPILED = "compiled"
 _FORWARD_TOKENS = 65_536
 # What a row may differ in from the run that its directory holds: nothing that its figures depend on.
-_MAY_DIFFER = ("workdir", "checkpoint.", "report.every", "report.tensorboard", "report.wandb")
+_MAY_DIFFER = (
+    "workdir", "compilation_cache", "checkpoint.", "report.every", "report.tensorboard", "report.wandb",
+)  # fmt: skip
 
 
 def run(
@@ -72,7 +73,7 @@ def run(
         text = HeldoutText(sweep.base, sweep.workdir / loop.CACHE, say=console.print)
         sweep.workdir.mkdir(parents=True, exist_ok=True)
     results = Results(sweep, preset)
-    with compiling_once(sweep.workdir / COMPILED):
+    with compilation_cache.kept(_compiled(sweep)):
         for number, result in enumerate(results.rows, start=1):
             name = report.label(result.row)
             console.print(f"row {number} of {len(results.rows)}: {name}", markup=False)
@@ -112,6 +113,13 @@ def _check(sweep: Sweep) -> None:
                 f"{row.workdir} must hold the same row of an earlier start; found one with "
                 f"{name.replace('_', '-')} {there!r} where {here!r} is asked for: choose another --workdir"
             )
+
+
+def _compiled(sweep: Sweep) -> str:
+    """Where rows keep what they compile, so that the next ones take it from there: as the options or the
+    environment say, else beside them."""
+    asked = sweep.base.compilation_cache
+    return asked if asked or compilation_cache.where() else str(sweep.workdir / _COMPILED)
 
 
 def _absolute(row: Row) -> TrainConfig:
@@ -155,9 +163,9 @@ def _time(
         micro_batch = config.batch_size // config.optimizer.accumulation
         whole = max(1, _FORWARD_TOKENS // shape.context_length)
         test = SpeedTest(shape, formats, text.batch(whole), text.batch(micro_batch))
-        if test.no_energy is not None and test.no_energy not in results.notes:
-            results.notes.append(test.no_energy)
         for result in rows:
             model = load_for_inference(result.row.workdir)[0]
             result.speed = test.measure(nnx.to_pure_dict(nnx.split(model)[1]))
+            if test.no_energy and (note := f"Energy is left out: {test.no_energy}") not in results.notes:
+                results.notes.append(note)
             yield result

@@ -34,14 +34,13 @@ def printed(**changes):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "new" / "step.json"
-    rows, text = printed(formats=("dense", "twell"), remats=("none", "sparse"), json=str(path))
+    rows, text = printed(formats=("dense", "panel"), remats=("sparse",), json=str(path))
     return rows, text, json.loads(path.read_text())
 
 
 def test_every_case_has_its_times_memory_and_activity(measured):
     rows, text, _ = measured
-    cases = [("dense", "none"), ("twell", "none"), ("dense", "sparse"), ("twell", "sparse")]
-    assert [(row.case.format, row.case.remat) for row in rows] == cases
+    assert [str(row.case) for row in rows] == ["dense, remat sparse", "panel, remat sparse"]
     for row in rows:
         assert row.failure is None
         assert len(row.samples_ms) == 2
@@ -63,8 +62,8 @@ def test_json_has_every_row_and_what_it_was_asked(measured):
     assert document["options"]["nnz"] == 6
     assert document["options"]["model"]["d_ff"] == 128
     assert [row["median_ms"] for row in document["rows"]] == [row.median_ms for row in rows]
-    assert document["rows"][1]["format"] == "twell"
-    assert document["rows"][1]["name"] == "twell, remat none"
+    assert document["rows"][1]["format"] == "panel"
+    assert document["rows"][1]["name"] == "panel, remat sparse"
     assert document["versions"]["jax"] == jax.__version__
 
 
@@ -76,8 +75,23 @@ def test_a_silu_case_is_the_dense_layer_with_that_activation():
     assert silu == dense
 
 
-def test_times_stand_beside_an_older_file(measured, tmp_path):
-    document = measured[2]
+@pytest.fixture
+def a_millisecond_each(monkeypatch):
+    monkeypatch.setattr(
+        bench_step, "measure", lambda options, cases: (Row(case, "cpu", (1.0,)) for case in cases)
+    )
+
+
+def test_every_format_is_timed_under_every_policy(a_millisecond_each):
+    rows, text = printed(formats=("dense", "twell"), remats=("none", "sparse"))
+    cases = ["dense, remat none", "twell, remat none", "dense, remat sparse", "twell, remat sparse"]
+    assert [str(row.case) for row in rows] == cases
+    assert [f"{case}: 1.0 ms a step" in text for case in cases] == [True] * 4
+
+
+def test_times_stand_beside_an_older_file(a_millisecond_each, tmp_path):
+    printed(formats=("dense",), remats=("none",), json=str(tmp_path / "new.json"))
+    document = json.loads((tmp_path / "new.json").read_text())
     old = tmp_path / "old.json"
     faster = [row | {"median_ms": row["median_ms"] / 1e6} for row in document["rows"]]
     old.write_text(json.dumps(document | {"rows": faster}))

@@ -11,8 +11,8 @@ from train.errors import UserError
 from train.run.compilation_cache import kept, where
 
 
-def train(corpus, workdir, *options):
-    assert cli.main(programs.train(corpus, workdir, "--steps", "1", *options)) == 0
+def train(corpus, workdir, *options, steps=1):
+    assert cli.main(programs.train(corpus, workdir, "--steps", str(steps), *options)) == 0
     return json.loads((workdir / "manifest.json").read_text())["compiled"]
 
 
@@ -23,6 +23,8 @@ def test_a_run_keeps_its_programs_where_it_is_told_to(corpus, tmp_path, capsys):
     assert f"compiled programs are kept in {directory}\n" in capsys.readouterr().out
     assert any("train_step" in path.name for path in directory.iterdir())
     assert where() == before
+    resumed = train(corpus, tmp_path / "run", "--compilation-cache", f"{directory}-2", steps=2)
+    assert resumed == f"{directory}-2"
 
 
 def test_a_run_that_keeps_none(corpus, tmp_path, capsys):

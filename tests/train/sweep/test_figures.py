@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import types
 
 import jax.numpy as jnp
@@ -12,12 +11,13 @@ from flax import nnx
 
 from pallas_kernels.bench import timing
 from sparse_lm import clusters, order
+from train.bench import energy, nvml
 from train.run.checkpoint import load_for_inference
-from train.sweep import energy, report
+from train.sweep import report, speed
 from train.sweep.figures import count_unions, read_quality
 from train.sweep.results import Results
 from train.sweep.rows import Sweep
-from train.sweep.speed import Cost, Speed, SpeedTest, shape_of
+from train.sweep.speed import DENSE, Cost, Speed, SpeedTest, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +67,45 @@ def test_quality_is_that_of_the_run(finished):
     assert quality.tokens_per_second > 0
 
 
-def test_speed_of_a_row_is_beside_dense_and_changes_no_weight(model, sequences, monkeypatch):
+@pytest.fixture
+def counter(monkeypatch):
+    """A GPU with an energy counter: two joules for a dense forward and one and a half for any other."""
+    gpu = types.SimpleNamespace(moves=True)
+
+    def measure(found, calls, **_):
+        assert found is gpu
+        if not gpu.moves:
+            raise RuntimeError("the counter must move")
+        power = energy.Power(400.0, 1.0, 50, 1500.0)
+        joules = {name: 2.0 if name == DENSE else 1.5 for name in calls}
+        used = {name: energy.Energy(power, 5.0, 200, joules[name], 2.5) for name in calls}
+        return energy.EnergyReport(power, 2.0, used)
+
+    monkeypatch.setattr(nvml, "find", lambda: (gpu, ""))
+    monkeypatch.setattr(speed, "measure_energy", measure)
+    return gpu
+
+
+def test_speed_of_a_row_is_beside_dense_and_changes_no_weight(model, sequences, counter, monkeypatch):
     measure = timing.measure
     monkeypatch.setattr(timing, "measure", lambda calls, **_: measure(calls, rounds=2, chain_ms=0.0))
     tokens = np.concatenate([sequences, sequences[:, :1]], axis=1)
     variables = nnx.to_pure_dict(nnx.split(model)[1])
     test = SpeedTest(shape_of(model.config), ["auto"], tokens, tokens[:4])
-    speed = test.measure(variables)
-    assert (speed.forward_tokens, speed.train_tokens) == (12 * 16, 4 * 16)
-    assert list(speed.costs) == ["dense", "auto"]
-    for cost in speed.costs.values():
-        assert [len(cost.forward_ms), len(cost.train_ms), cost.forward_joules] == [2, 2, None]
+    found = test.measure(variables)
+    assert (found.forward_tokens, found.train_tokens) == (12 * 16, 4 * 16)
+    assert list(found.costs) == [DENSE, "auto"]
+    for cost in found.costs.values():
+        assert (len(cost.forward_ms), len(cost.train_ms)) == (2, 2)
         assert cost.train_bytes > 0
-    assert speed.forward("dense") == speed.train("dense") == speed.memory("dense") == 1
-    assert Speed.from_dict(json.loads(json.dumps(dataclasses.asdict(speed)))) == speed
-    assert "nvidia-ml-py" in test.no_energy or "no counter" in test.no_energy
-    assert test.measure(variables).costs.keys() == speed.costs.keys(), "weights are still there"
+    assert found.forward(DENSE) == found.train(DENSE) == found.memory(DENSE) == 1
+    assert found.energy("auto") == 0.75
+    assert Speed.from_dict(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    assert test.no_energy == ""
+    counter.moves = False
+    again = test.measure(variables)  # the weights are still there
+    assert again.energy("auto") is None
+    assert test.no_energy == "the counter must move"
 
 
 def test_speeds_are_columns_of_the_table(finished, tmp_path):
@@ -105,34 +128,3 @@ def test_speeds_are_columns_of_the_table(finished, tmp_path):
     assert dense.endswith("|  |  |  |  |")
     report.draw(results, tmp_path / "sweep.svg")
     assert "times as fast as dense (auto)" in (tmp_path / "sweep.svg").read_text()
-
-
-def test_energy_is_the_counters_difference_a_call(monkeypatch):
-    calls = 0
-
-    def call():
-        nonlocal calls
-        calls += 1
-        return jnp.zeros(())
-
-    monkeypatch.setattr(energy, "_SECONDS", 0.01)
-    fake = types.SimpleNamespace(
-        NVMLError=OSError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        # Three joules a call, and a thousand before the first.
-        nvmlDeviceGetTotalEnergyConsumption=lambda device: 1e6 + 3000 * calls,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    counter = energy.EnergyCounter()
-    assert counter.missing is None
-    assert counter.joules(call) == pytest.approx(3)
-
-
-def test_without_nvml_there_is_no_energy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    counter = energy.EnergyCounter()
-    assert counter.joules(lambda: None) is None
-    assert (
-        counter.missing == "energy is read through NVML, whose package is missing: pip install nvidia-ml-py"
-    )

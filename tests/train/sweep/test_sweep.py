@@ -1,4 +1,4 @@
-"""``sparse-lm sweep`` at a size of seconds: what it writes, what a kill costs, and what it refuses."""
+"""``sparse-lm sweep`` at a size of seconds: what it writes, how it goes on, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,13 @@ import configs
 from sparse_lm.model import num_parameters
 from train import cli
 from train.config import changed_fields
+from train.errors import UserError
+from train.run import loop
 from train.sweep.rows import Sweep
 
 OPTIONS = (
-    *programs.TINY, "--steps", "6", "--report.every", "2", "--report.evaluate-every", "0",
-    "--checkpoint.every", "2", "--l1", "0", "0.5", "--variants", "silu",
+    *programs.TINY, "--steps", "4", "--report.every", "2", "--report.evaluate-every", "0",
+    "--checkpoint.every", "4", "--l1", "0", "0.5", "--variants", "silu",
 )  # fmt: skip
 ROWS = ("l1-0", "l1-0.5", "silu")
 
@@ -25,20 +27,26 @@ def words(corpus: Path, workdir: Path, *options: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def killed(corpus, tmp_path_factory):
-    """A sweep whose process was killed when its second row had begun, and the first row's files then."""
+def cut_off(corpus, tmp_path_factory):
+    """A sweep that ended when its second row was to begin, and the first row's files then."""
     workdir = tmp_path_factory.mktemp("sweep")
-    with programs.start(words(corpus, workdir)) as process:
-        programs.wait_for_line(process, "row 2 of 3: λ 0.5")
-        process.kill()
-        process.wait()
-    return workdir, {path: path.read_bytes() for path in (workdir / "l1-0").glob("*.json*")}
+    train = loop.run
+
+    def first_row_only(config, **how):
+        if Path(config.workdir).name != ROWS[0]:
+            raise UserError("no power")
+        return train(config, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run", first_row_only)
+        assert cli.main(words(corpus, workdir)) == 1
+    return workdir, {path: path.read_bytes() for path in (workdir / ROWS[0]).glob("*.json*")}
 
 
 @pytest.fixture(scope="module")
-def finished_sweep(corpus, killed):
+def finished_sweep(corpus, cut_off):
     """The same command again, and what it printed."""
-    workdir, _ = killed
+    workdir, _ = cut_off
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr(
@@ -48,11 +56,11 @@ def finished_sweep(corpus, killed):
     return workdir, json.loads((workdir / "sweep.json").read_text()), "\n".join(said)
 
 
-def test_a_killed_sweep_goes_on_and_runs_no_finished_row_again(killed, finished_sweep):
-    workdir, before = killed
+def test_a_sweep_that_was_cut_off_goes_on_and_runs_no_finished_row_again(cut_off, finished_sweep):
+    workdir, before = cut_off
     assert len(before) == 3  # config, manifest, metrics
     assert {path: path.read_bytes() for path in before} == before
-    assert f"{workdir / 'l1-0'} was finished before" in finished_sweep[2]
+    assert f"{workdir / ROWS[0]} was finished before" in finished_sweep[2]
     assert not any((workdir / name / "cache").exists() for name in ROWS), "text is tokenized once"
 
 
@@ -63,7 +71,7 @@ def test_each_row_is_a_run_of_its_own(finished_sweep):
         config = json.loads((workdir / row["name"] / "config.json").read_text())
         assert config["model"] == row["config"]["model"]
         steps = [r for r in tiny_runs.read_records(workdir / row["name"]) if "ce" in r]
-        assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+        assert [record["step"] for record in steps] == [1, 2, 3, 4]
         assert {record["l1_coefficient"] for record in steps} == {row["l1"]}
         assert row["quality"]["ce"] == tiny_runs.read_records(workdir / row["name"])[-1]["evaluation"]["ce"]
         assert row["speed"] is None
@@ -86,7 +94,7 @@ def test_the_table_has_the_figures_of_the_file(finished_sweep):
         assert cells[1] == f"{row['quality']['ce']:.4f}"
         assert cells[2] == f"{row['quality']['ce'] / document['rows'][0]['quality']['ce'] - 1:+.2%}"
         assert cells[3] == f"{row['quality']['l0_per_layer'][0]:.1f}"
-    assert "6 steps of 4 × 16 tokens, 384 in all; one seed (0)" in table
+    assert "4 steps of 4 × 16 tokens, 256 in all; one seed (0)" in table
     assert "Speed, memory and energy are measured on a GPU, and left out here on a CPU." in table
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -94,7 +102,7 @@ def test_the_table_has_the_figures_of_the_file(finished_sweep):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--steps", "8"), "found one with steps 6 where 8 is asked for: choose another --workdir"),
+        (("--steps", "8"), "found one with steps 4 where 8 is asked for: choose another --workdir"),
         (("--model.dtype", "float32"), "found one with model.dtype 'bfloat16' where 'float32' is asked for"),
     ],
 )
