@@ -8,7 +8,7 @@ from op_contract import Contract, Path
 from step_parts import check_add_norm, check_attention, check_project
 
 from pallas_kernels import FFNOptions, sparse_ffn
-from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.bench.inputs import Activity, ffn_inputs, like_trained
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +32,22 @@ def test_the_papers_layer(tokens):
     scale = float(jnp.abs(want.astype(jnp.float32)).max())
     np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), atol=0.02 * scale)
     np.testing.assert_allclose(stats.l0, expected.l0, rtol=0.01)  # gates about zero round either way
+
+
+@pytest.mark.parametrize(("tokens", "alone"), [(8, 3), (32, 17), (64, 33)])
+def test_a_row_does_not_depend_on_the_others(tokens, alone):
+    """Bit for bit: neither on how many there are, nor on what they activate, which is everything for the
+    first."""
+    inputs = ffn_inputs(jax.random.key(0), like_trained(45), tokens=tokens, d_model=2048, d_ff=5632)
+    inputs["x"] = inputs["x"].at[:, 1].set(0).at[0, 1].set(100)
+    inputs["w_gate"] = inputs["w_gate"].at[:, 1].set(1)
+    step = jax.jit(lambda x, weights: sparse_ffn(x, **weights, options=FFNOptions(format="decode")))
+    x = inputs.pop("x")
+    together, stats = step(x, inputs)
+    assert np.all(stats.neuron_hits)
+    fewer, stats = step(x[-alone:], inputs)
+    assert not np.all(stats.neuron_hits)
+    np.testing.assert_array_equal(fewer, together[-alone:])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
