@@ -27,17 +27,24 @@ from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import CONTRACT_FIRST, dot
 from pallas_kernels.decode.config import DownConfig
 from pallas_kernels.decode.pallas_triton_hidden import Hidden
-from pallas_kernels.decode.pallas_triton_tiles import barrier, load
+from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, load
 
 
 def decode_down(
-    hidden: Hidden, w_down: jax.Array, *, tokens: int, config: DownConfig, interpret: bool = False
+    hidden: Hidden,
+    w_down: jax.Array,
+    layer: jax.Array | None = None,
+    *,
+    tokens: int,
+    config: DownConfig,
+    interpret: bool = False,
 ) -> jax.Array:
-    """y (M, D) of the hidden activations of M tokens and a weight (F, D).
+    """y (M, D) of the hidden activations of M tokens and a weight (F, D), or that of one ``layer`` (1,) int32
+    of a stack (L, F, D).
 
     ``hidden.arrivals`` needs a counter for each of ``config.n_tiles(D)`` tiles of y.
     """
-    n_blocks, d_model = hidden.h.shape[0], w_down.shape[1]
+    n_blocks, d_model = hidden.h.shape[0], w_down.shape[-1]
     n_tiles = config.n_tiles(d_model)
     output = partial(varying_axes.output, hidden.h)
     y, *_ = pl.pallas_call(
@@ -52,17 +59,20 @@ def decode_down(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_down",
-    )(hidden.hits, hidden.h, w_down, hidden.arrivals)
+    )(hidden.hits, hidden.h, as_rows(w_down), hidden.arrivals, *([] if layer is None else [layer]))
     return y
 
 
-def _kernel(hits_ref, h_ref, w_ref, _, y_ref, parts_ref, arrivals_ref, *, config, interpret):
+def _kernel(hits_ref, h_ref, w_ref, _, *refs, config, interpret):
+    *layer_refs, y_ref, parts_ref, arrivals_ref = refs
     (n_tokens, d_model), (_, d_ff, rows) = y_ref.shape, h_ref.shape
     tile, split, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     columns = tile * config.tile_d + lax.iota(jnp.int32, config.tile_d)
     place = lax.iota(jnp.int32, rows)
     tokens = block * rows + place
     column_here = columns < d_model
+    inside = column_here if d_model % config.tile_d else None
+    first = first_row(layer_refs, w_ref, d_ff)
 
     def step(nth, acc):
         # The splits take turns: neighbours in the order of activity are shared out evenly.
@@ -70,7 +80,7 @@ def _kernel(hits_ref, h_ref, w_ref, _, y_ref, parts_ref, arrivals_ref, *, config
         needed = plt.load(hits_ref.at[block, neurons], mask=neurons < d_ff, other=0) > 0
         h_mask = jnp.broadcast_to(needed[:, None], (config.tile, rows))
         h = plt.load(h_ref.at[block, neurons[:, None], place[None, :]], mask=h_mask, other=0)
-        weight = load(w_ref, neurons, needed, columns, column_here if d_model % config.tile_d else None)
+        weight = load(w_ref, first + neurons, needed, columns, inside)
         return acc + dot(weight, h, CONTRACT_FIRST)
 
     steps = pl.cdiv(pl.cdiv(d_ff, config.tile), config.splits)

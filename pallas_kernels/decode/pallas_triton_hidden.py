@@ -32,7 +32,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode.config import HiddenConfig
-from pallas_kernels.decode.pallas_triton_tiles import barrier, product, products
+from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, product, products
 
 _GROUP = 16
 
@@ -59,14 +59,17 @@ def decode_hidden(
     x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
+    layer: jax.Array | None = None,
     *,
     n_counters: int,
     rule: Rule,
     config: HiddenConfig,
     interpret: bool = False,
 ) -> Hidden:
-    """The hidden activations of x (M, D) for weights (F, D)."""
-    tokens, d_ff = x.shape[0], w_up.shape[0]
+    """The hidden activations of x (M, D) for weights (F, D), or for those of one ``layer`` (1,) int32 of a
+    stack (L, F, D), which are read where they stand."""
+    tokens, d_ff = x.shape[0], w_up.shape[-2]
+    weights = [as_rows(weight) for weight in (w_gate, w_up) if weight is not None]
     n_blocks = pl.cdiv(tokens, config.rows)
     output = partial(varying_axes.output, x)
     return Hidden(
@@ -83,19 +86,20 @@ def decode_hidden(
             interpret=interpret,
             compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
             name="decode_hidden",
-        )(x, *([w_up] if w_gate is None else [w_gate, w_up]))
+        )(x, *weights, *([] if layer is None else [layer]))
     )
 
 
 def _kernel(x_ref, *refs, gated, rule, config, interpret):
-    *w_refs, hits_ref, nnz_ref, l1_ref, h_ref, arrivals_ref = refs
-    gate_ref, up_ref = w_refs[0], w_refs[-1]
+    *inputs, hits_ref, nnz_ref, l1_ref, h_ref, arrivals_ref = refs
+    (gate_ref, *up_refs), layer_refs = inputs[: 1 + gated], inputs[1 + gated :]
     dtype, n_tokens, d_ff = x_ref.dtype, x_ref.shape[0], hits_ref.shape[1]
     program, block = pl.program_id(0), pl.program_id(1)
     neurons = program + config.programs * lax.iota(jnp.int32, config.tile)
     place = lax.iota(jnp.int32, config.rows)
     tokens = block * config.rows + place
     token_here, neuron_here = tokens < n_tokens, neurons < d_ff
+    first = first_row(layer_refs, gate_ref, d_ff)
 
     @pl.when(program == 0)
     def reset_arrivals():
@@ -103,7 +107,7 @@ def _kernel(x_ref, *refs, gated, rule, config, interpret):
         counters = lax.iota(jnp.int32, pl.next_power_of_2(n_counters))
         plt.store(arrivals_ref.at[block, counters], jnp.zeros_like(counters), mask=counters < n_counters)
 
-    gate = product(gate_ref, neurons, neuron_here, x_ref, tokens, token_here, tile_k=config.tile_k)
+    gate = product(gate_ref, first + neurons, neuron_here, x_ref, tokens, token_here, tile_k=config.tile_k)
     gate = gate.astype(dtype)
     active = rule.active(gate.astype(jnp.float32), dtype) & token_here[None, :] & neuron_here[:, None]
     counted = active.astype(jnp.int32)
@@ -151,7 +155,10 @@ def _kernel(x_ref, *refs, gated, rule, config, interpret):
             plt.load(h_place(chosen), mask=mask, other=0)
             for (chosen, _), mask in zip(groups, masks, strict=True)
         ]
-        ups = products(up_ref, groups, x_ref, tokens, nnz > 0, tile_k=config.tile_k, chains=config.chains)
+        up_rows = [(first + chosen, here) for chosen, here in groups]
+        ups = products(
+            up_refs[0], up_rows, x_ref, tokens, nnz > 0, tile_k=config.tile_k, chains=config.chains
+        )
         barrier(interpret)  # the gates have been read
         hs = []
         for (chosen, here), mask, g, up in zip(groups, masks, gates, ups, strict=True):

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode.config import RowsConfig
+from pallas_kernels.decode.pallas_triton_tiles import as_rows, first_row
 
 _MOST_SHARES = 256
 _SUM_COLUMNS = 32
@@ -56,15 +57,18 @@ def rows_hidden(
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
+    layer: jax.Array | None = None,
     *,
     rule: Rule,
     config: RowsConfig,
     interpret: bool = False,
 ) -> Shares:
-    """The shares of y for x (M, D), M a handful, and weights (F, D)."""
-    (tokens, d_model), d_ff = x.shape, w_up.shape[0]
+    """The shares of y for x (M, D), M a handful, and weights (F, D), or those of one ``layer`` (1,)
+    int32 of a stack (L, F, D), which are read where they stand."""
+    (tokens, d_model), d_ff = x.shape, w_up.shape[-2]
     n_tiles = pl.cdiv(d_ff, config.tile)
-    operands = [w_up, w_down] if w_gate is None else [w_gate, w_up, w_down]
+    operands = [as_rows(weight) for weight in (w_gate, w_up, w_down) if weight is not None]
+    operands += [] if layer is None else [layer]
     return Shares(
         *pl.pallas_call(
             partial(_hidden_kernel, gated=w_gate is not None, rule=rule, config=config),
@@ -84,14 +88,18 @@ def rows_hidden(
 
 
 def _hidden_kernel(x_ref, *refs, gated, rule, config):
-    weight_refs, (hits_ref, active_ref, nnz_ref, l1_ref, shares_ref) = refs[:-5], refs[-5:]
-    gate_ref, up_ref, down_ref = weight_refs[0], weight_refs[1] if gated else None, weight_refs[-1]
-    (tokens, d_model), d_ff, dtype = x_ref.shape, gate_ref.shape[0], x_ref.dtype
+    *inputs, hits_ref, active_ref, nnz_ref, l1_ref, shares_ref = refs
+    (gate_ref, *up_refs, down_ref), layer_refs = inputs[: 2 + gated], inputs[2 + gated :]
+    (tokens, d_model), d_ff, dtype = x_ref.shape, hits_ref.shape[1], x_ref.dtype
     tile_id, within = pl.program_id(0), lax.iota(jnp.int32, config.tile)
     neurons = tile_id * config.tile + within
     neuron_here = neurons < d_ff
+    first = first_row(layer_refs, gate_ref, d_ff)
 
-    gates = [gate.astype(dtype) for gate in _products(gate_ref, neurons, neuron_here, x_ref, config.slice_d)]
+    gates = [
+        gate.astype(dtype)
+        for gate in _products(gate_ref, first + neurons, neuron_here, x_ref, config.slice_d)
+    ]
     masks = [rule.active(gate.astype(jnp.float32), dtype) & neuron_here for gate in gates]
     hits = jnp.zeros((config.tile,), jnp.int32)
     for mask in masks:
@@ -115,9 +123,9 @@ def _hidden_kernel(x_ref, *refs, gated, rule, config):
         def one(nth, state):
             sums, shares = state[:tokens], state[tokens:]
             which = jnp.sum(jnp.where((rank == nth) & (needed > 0), within, 0))
-            neuron = tile_id * config.tile + which
-            rows = [_row(down_ref, neuron, start, config.slice_d) for start in starts]
-            ups = [_row(up_ref, neuron, start, config.slice_d) for start in starts] if gated else []
+            neuron_row = first + tile_id * config.tile + which
+            rows = [_row(down_ref, neuron_row, start, config.slice_d) for start in starts]
+            ups = [_row(ref, neuron_row, start, config.slice_d) for ref in up_refs for start in starts]
             following, following_sums = [], []
             for token, (gate, mask) in enumerate(zip(gates, masks, strict=True)):
                 chosen = within == which

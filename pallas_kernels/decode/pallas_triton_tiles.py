@@ -13,6 +13,19 @@ from pallas_kernels.common.products import CONTRACT_LAST, dot
 _LEAST_SLICE = 16
 
 
+def as_rows(weight: jax.Array) -> jax.Array:
+    """A stack of weights (L, F, D) as one matrix (L F, D); a single weight as it is."""
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def first_row(layer_refs, w_ref, d_ff: int):
+    """Where the rows of a layer's F neurons begin in ``as_rows`` of a stack; a number outside of the stack is
+    that of the nearest layer, as in `jax.lax.dynamic_index_in_dim`."""
+    for layer_ref in layer_refs:
+        return jnp.clip(layer_ref[0], 0, w_ref.shape[0] // d_ff - 1) * d_ff
+    return 0
+
+
 def load(ref, rows, row_here, columns, column_here=None):
     """A tile of a matrix; zero outside of what is asked for, of which nothing is read."""
     mask = jnp.broadcast_to(row_here[:, None], (rows.shape[0], columns.shape[0]))

@@ -1,16 +1,17 @@
 """The contract on the decode kernels, run by Pallas' interpreter on a CPU."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import Contract, Path
+from op_contract import Contract, Path, call
 from step_parts import check_add_norm, check_attention, check_project
 from truth import exact, forward
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, decode
 from pallas_kernels.activations import RELU
 from pallas_kernels.decode import config as configs
 from pallas_kernels.decode.config import DecodeConfig, DownConfig, HiddenConfig
@@ -76,6 +77,43 @@ def test_a_row_does_not_depend_on_the_others(config):
     alone, hidden = run_here(inputs, inputs["x"][-3:], config)
     assert np.count_nonzero(hidden.hits) < 16
     np.testing.assert_array_equal(alone, together[-3:])
+
+
+@pytest.mark.parametrize("kind", ["gated", "non-gated"])
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_a_layer_of_a_stack(tokens, kind):
+    """The same bits as the layer alone; a number behind the last is the last's."""
+    path = TestDecodeInterpreted.path
+    layers = [path.layer("uneven", tokens, "bfloat16", kind, seed=seed)[0] for seed in range(3)]
+    x = jnp.asarray(layers[0]["x"])
+    stack = [jnp.stack([layer[name] for layer in layers]) if name in layers[0] else None for name in WEIGHTS]
+    step = jax.jit(partial(decode.layer_of_stack, interpret=True))
+    for nth in (0, 2, 7):
+        y, stats = step(x, *stack, nth)
+        alone = layers[min(nth, 2)] | {"x": x}
+        want, expected = call(alone, path.options)
+        np.testing.assert_array_equal(y, want)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), stats, expected)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sentence"),
+    [
+        ({"w_up": (5, 4)}, r"w_up must have shape \(L, F, D\), L as in w_up; got \(5, 4\)"),
+        ({"w_down": (3, 5, 4)}, r"w_down must have shape \(L, F, D\)"),
+        ({"w_gate": (2, 4, 5)}, "w_gate must be neuron-major"),
+        ({"x": (0, 4)}, r"x must have tokens, in the weights' type float32; got float32\(0, 4\)"),
+        (
+            {"w_gate": None, "w_up": (2**19, 2**10, 4), "w_down": (2**19, 2**10, 4)},
+            "less than 2\\^31 elements",
+        ),
+    ],
+)
+def test_stacks_that_do_not_fit(shapes, sentence):
+    given = {"x": (3, 4), "w_gate": (2, 5, 4), "w_up": (2, 5, 4), "w_down": (2, 5, 4)} | shapes
+    arguments = {n: None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for n, s in given.items()}
+    with pytest.raises(ValueError, match=sentence):
+        jax.eval_shape(lambda arguments: decode.layer_of_stack(**arguments, layer=0), arguments)
 
 
 DEVICES = [

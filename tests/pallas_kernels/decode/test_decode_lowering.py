@@ -48,6 +48,18 @@ def test_auto_leaves_float32_to_xla():
     assert "decode_" not in lowered(partial(call, options=FFNOptions()), shapes(1, 256, 512, "float32"))
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_layer_of_a_stack_is_not_copied(tokens):
+    def stack(x, *weights):
+        return jax.lax.fori_loop(0, 3, lambda nth, x: decode.layer_of_stack(x, *weights, nth)[0], x)
+
+    weight = jax.ShapeDtypeStruct((3, 512, 256), jnp.bfloat16)
+    text = lowered(stack, jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16), weight, weight, weight)
+    assert "tensor<1536x256xbf16>" in text
+    assert "dynamic_slice" not in text
+    assert "tensor<512x256xbf16>" not in text
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", decode.HEAD_DIMS)
 def test_the_kernels_around_the_layer(head_dim, dtype):
