@@ -8,7 +8,7 @@ from op_contract import Contract, Path
 from step_parts import check_add_norm, check_attention, check_project
 
 from pallas_kernels import FFNOptions, sparse_ffn
-from pallas_kernels.bench.inputs import Activity, ffn_inputs, like_trained
+from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 
 pytestmark = pytest.mark.gpu
 
@@ -24,9 +24,12 @@ class TestDecodeOnGPU(Contract):
     )
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["as trained", "every neuron active"])
 @pytest.mark.parametrize("tokens", [1, 8, 32, 64])
-def test_the_papers_layer(tokens):
-    inputs = ffn_inputs(jax.random.key(0), Activity(45, 0.8, 2.0), tokens=tokens, d_model=2048, d_ff=5632)
+def test_the_papers_layer(tokens, everything):
+    inputs = ffn_inputs(jax.random.key(0), like_trained(45), tokens=tokens, d_model=2048, d_ff=5632)
+    if everything:  # the first column of x is 1
+        inputs["w_gate"] = inputs["w_gate"].at[:, 0].set(10)
     y, stats = jax.jit(lambda inputs: sparse_ffn(**inputs, options=FFNOptions(format="decode")))(inputs)
     want, expected = jax.jit(lambda inputs: sparse_ffn(**inputs, options=FFNOptions(format="dense")))(inputs)
     scale = float(jnp.abs(want.astype(jnp.float32)).max())
