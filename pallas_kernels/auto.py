@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import dense, device, panel, reference
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.groups import Groups
+from pallas_kernels.common.platforms import where_kernels_run
 from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
@@ -90,7 +91,7 @@ def infer(
         decision = pays(x, w_up if w_gate is None else w_gate, options, share)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
-    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
+    return where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
 
 
 def forward(
@@ -121,15 +122,7 @@ def forward(
         decision = pays(x, w_up if w_gate is None else w_gate, options, share)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
-    return _where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
-
-
-def _where_kernels_run(kernels, instead, backend: str, *arguments):
-    """``kernels`` where the program is lowered for CUDA, ``instead`` for any other platform: the process
-    that traces a call may have a GPU and run it on a CPU all the same."""
-    if backend == "interpret":
-        return kernels(*arguments)
-    return lax.platform_dependent(*arguments, cuda=kernels, default=instead)
+    return where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
 
 
 def _into(values: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -175,4 +168,4 @@ def backward(
     def as_decided(kept, dy, scale):
         return lax.cond(kept.fits, sparse, instead, kept, dy, scale)
 
-    return _where_kernels_run(as_decided, instead, backend, kept, dy, scale)
+    return where_kernels_run(as_decided, instead, backend, kept, dy, scale)

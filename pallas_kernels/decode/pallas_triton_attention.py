@@ -24,10 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import varying_axes
-from pallas_kernels.decode.pallas_triton import dot
+from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, dot
 
-_CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_CONTRACT_FIRST = (((0,), (0,)), ((), ()))
 _LEAST_ROWS = 16
 HEAD_DIMS = (32, 64, 128, 256)
 
@@ -139,13 +137,13 @@ def _kernel(
             mask = jnp.broadcast_to(inside[:, None], (block, columns.shape[0]))
             return plt.load(ref.at[row, positions[:, None], kv_head, columns[None, :]], mask=mask, other=0)
 
-        scores = dot(load(keys_ref, first), query[0], _CONTRACT_LAST)
-        scores += dot(load(keys_ref, first + half), query[1], _CONTRACT_LAST)
+        scores = dot(load(keys_ref, first), query[0], CONTRACT_LAST)
+        scores += dot(load(keys_ref, first + half), query[1], CONTRACT_LAST)
         scores = jnp.where(inside[:, None], scores * scale, -jnp.inf)
         following = jnp.maximum(highest, jnp.max(scores, axis=0))
         weights = jnp.exp(scores - following[None, :])
         correction = jnp.exp(highest - following)
-        weighted = dot(weights.astype(dtype), load(values_ref, whole), _CONTRACT_FIRST)
+        weighted = dot(weights.astype(dtype), load(values_ref, whole), CONTRACT_FIRST)
         total = total * correction + jnp.sum(weights, axis=0)
         return following, total, sums * correction[:, None] + weighted
 

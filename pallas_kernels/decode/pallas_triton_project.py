@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode import config as configs
 from pallas_kernels.decode.config import ProjectConfig
-from pallas_kernels.decode.pallas_triton import product
 from pallas_kernels.decode.pallas_triton_rows import rows_project
+from pallas_kernels.decode.pallas_triton_tiles import product
 
 
 def decode_project(
@@ -55,7 +55,7 @@ def _project_kernel(x_ref, w_ref, y_ref, *, config):
     rows = pl.program_id(1) * config.rows + lax.iota(jnp.int32, config.rows)
     outputs = pl.program_id(0) * config.tile + lax.iota(jnp.int32, config.tile)
     row_here, output_here = rows < x_ref.shape[0], outputs < w_ref.shape[0]
-    y = product(w_ref, outputs, output_here, x_ref, rows, row_here, config.tile_k)
+    y = product(w_ref, outputs, output_here, x_ref, rows, row_here, tile_k=config.tile_k)
     mask = output_here[:, None] & row_here[None, :]
     plt.store(y_ref.at[rows[None, :], outputs[:, None]], y.astype(y_ref.dtype), mask=mask)
 

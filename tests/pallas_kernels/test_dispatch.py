@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import Auto, Dense, FFNOptions, Twell, device, dispatch, sparse_ffn
+from pallas_kernels import Auto, Decode, Dense, FFNOptions, Twell, device, dispatch, sparse_ffn
 from pallas_kernels.device import Device
 from pallas_kernels.options import parse_layout
 
@@ -116,6 +116,14 @@ def test_auto_decides_inside_the_program_where_they_can():
         assert dispatch.choose(FFNOptions(backend="xla"), MANY) == (Dense(), "xla")
     with on(A100):
         assert dispatch.choose(FFNOptions(), MANY) == (Auto(), "triton")
+
+
+@pytest.mark.parametrize(("found", "most"), [(H200, 64), (A100, 2)], ids=["H200", "A100"])
+def test_auto_decodes_as_many_tokens_as_were_measured_to_pay(found, most):
+    with on(found):
+        for tokens in (1, most, most + 1):
+            choice = dispatch.choose(FFNOptions(), PLAIN._replace(tokens=tokens))
+            assert choice == ((Dense(), "xla") if tokens > most else (Decode(), "triton"))
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 2047}, {"dtype": jnp.dtype("float32")}], ids=str)

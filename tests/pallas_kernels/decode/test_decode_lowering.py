@@ -21,20 +21,43 @@ OPTIONS = FFNOptions(format="decode", backend="triton")
 )
 def test_types_and_odd_sizes(sizes, dtype, kind):
     text = lowered(partial(call, options=OPTIONS), shapes(*sizes, dtype, kind))
-    first = "decode_rows_hidden" if sizes[0] <= 2 else "decode_hidden"
-    assert first in text
-    assert "decode_sum" in text
-    assert ("decode_down" in text) == (sizes[0] > 8)
+    few = sizes[0] <= 2
+    for name in ("decode_rows_hidden", "decode_sum"):
+        assert (name in text) == few
+    for name in ("decode_hidden", "decode_down"):
+        assert (name in text) != few
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_auto_takes_the_decode_kernels_for_one_or_two_tokens(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "kernels"), [(1, "decode_sum"), (3, "decode_down"), (64, "decode_down"), (65, "")]
+)
+def test_auto_takes_the_decode_kernels_for_up_to_64_tokens(tokens, kernels):
     text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 2048, 5632))
-    assert ("decode_sum" in text) == (tokens <= 2)
+    assert ("decode_" in text) == bool(kernels)
+    assert kernels in text
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_auto_is_dense_where_the_program_runs_on_no_gpu(tokens):
+    text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 256, 512), platform="cpu")
+    assert "decode_" not in text
+    assert "dot_general" in text
 
 
 def test_auto_leaves_float32_to_xla():
-    assert "decode_sum" not in lowered(partial(call, options=FFNOptions()), shapes(1, 256, 512, "float32"))
+    assert "decode_" not in lowered(partial(call, options=FFNOptions()), shapes(1, 256, 512, "float32"))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_layer_of_a_stack_is_not_copied(tokens):
+    def stack(x, *weights):
+        return jax.lax.fori_loop(0, 3, lambda nth, x: decode.layer_of_stack(x, *weights, nth)[0], x)
+
+    weight = jax.ShapeDtypeStruct((3, 512, 256), jnp.bfloat16)
+    text = lowered(stack, jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16), weight, weight, weight)
+    assert "tensor<1536x256xbf16>" in text
+    assert "dynamic_slice" not in text
+    assert "tensor<512x256xbf16>" not in text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
