@@ -18,13 +18,16 @@ MOST_TOKENS = 64
 ROWS_TOKENS = 2
 """Tokens up to which rows of weights meet vectors, without tensor cores."""
 
+AUTO_TOKENS = ROWS_TOKENS
+"""Tokens up to which ``format="auto"`` takes these kernels: for one or two the layer reads a third of the
+bytes of a dense one whatever the device. More wait for a measurement of whole layers."""
+
 _LEAST_ROWS = 16
 _MOST_NEURONS = 64
 _LEAST_NEURONS = 16
 _MOST_SPLITS = 16
 _CORES = 132
 _SHARED_MEMORY_ROOM = 8 * 1024
-_MEASURED_CAPABILITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +156,6 @@ def _at_least_one(config: HiddenConfig | DownConfig | ProjectConfig, *names: str
     for name in names:
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{type(config).__name__}.{name} must be at least 1; got {value}")
-
-
-def most_tokens(device: Device) -> int:
-    """Tokens up to which ``format="auto"`` takes the decode kernels on a device.
-
-    On one NVIDIA H100, with layers as active as trained ones (D 2048, F 5632, bf16; µs a layer, sparse and
-    dense): 18 and 40 at one token, 24 and 32 at eight, 26 and 36 at 32, 30 and 42 at 64. Where nothing was
-    measured, one or two tokens: for them the layer reads a third of the bytes whatever the device.
-    """
-    return MOST_TOKENS if device.capability == _MEASURED_CAPABILITY else ROWS_TOKENS
 
 
 def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfig:

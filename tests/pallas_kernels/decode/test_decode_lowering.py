@@ -28,16 +28,13 @@ def test_types_and_odd_sizes(sizes, dtype, kind):
         assert (name in text) != few
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kernels"), [(1, "decode_sum"), (3, "decode_down"), (64, "decode_down"), (65, "")]
-)
-def test_auto_takes_the_decode_kernels_for_up_to_64_tokens(tokens, kernels):
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_auto_takes_the_decode_kernels_for_one_or_two_tokens(tokens):
     text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 2048, 5632))
-    assert ("decode_" in text) == bool(kernels)
-    assert kernels in text
+    assert ("decode_sum" in text) == (tokens <= 2)
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_auto_is_dense_where_the_program_runs_on_no_gpu(tokens):
     text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 256, 512), platform="cpu")
     assert "decode_" not in text
