@@ -42,9 +42,18 @@ class _Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Dense(_Layout):
-    """No format: the layer as XLA compiles it."""
+    """No format: the layer as XLA compiles it.
 
+    Attributes:
+      tokens: P of the panels whose pairs `FFNStats.pairs` counts, as if they had been made; 0 counts none.
+    """
+
+    tokens: int = 0
     name: ClassVar[Format] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.tokens:
+            _check_panel_tokens("Dense", self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +271,7 @@ class FFNStats:
       max_nnz: () int32, the most active neurons of any token.
       overflow_rows: () int32, tokens that did not fit the compact format and were computed densely.
       pairs: () int32, (panel, neuron) pairs with an active token, which is what PanelELL's time follows; 0
-        where no panels were made.
+        where no panels were made or counted (`Dense`).
       dense_tokens: () int32, tokens that were computed densely, whatever the reason: the format, a lack of
         room, or `Auto`'s choice.
 
@@ -279,17 +288,23 @@ class FFNStats:
     dense_tokens: jax.Array
 
     @classmethod
-    def of_dense(cls, h: jax.Array, mask: jax.Array) -> "FFNStats":
-        """Of a call that was computed densely: its hidden activations (M, F) and active neurons (M, F)."""
+    def of_dense(cls, h: jax.Array, mask: jax.Array, panel: int = 0) -> "FFNStats":
+        """Of a call that was computed densely: its hidden activations (M, F) and active neurons (M, F).
+
+        With ``panel``, pairs are counted for panels of so many tokens, in the pass that counts the hits.
+        """
         tokens = jnp.asarray(h.shape[0], jnp.int32)
-        hits, zero = jnp.sum(mask, axis=0, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
+        panels = _by_panel(mask, panel)
+        in_panel = jnp.sum(panels, axis=1, dtype=jnp.int32)
+        hits = jnp.sum(in_panel, axis=0, dtype=jnp.int32)
         return cls(
             l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / jnp.maximum(tokens, 1),
             l0=jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(tokens, 1),
             neuron_hits=hits,
             max_nnz=jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32), initial=0),
             overflow_rows=zero,
-            pairs=zero,
+            pairs=jnp.sum(in_panel > 0, dtype=jnp.int32) if panel else zero,
             dense_tokens=tokens,
         )
 
@@ -343,6 +358,15 @@ class FFNStats:
     def dead_fraction(self) -> jax.Array:
         """() f32, share of neurons that no token of the call activated."""
         return jnp.mean(self.neuron_hits == 0, dtype=jnp.float32)
+
+
+def _by_panel(mask: jax.Array, panel: int) -> jax.Array:
+    """(n, panel, F) bool: (M, F) in panels, the last one filled up; in one of all tokens if panel is 0."""
+    if not panel:
+        return mask[None]
+    count = -(-len(mask) // panel)
+    padded = jnp.pad(mask, ((0, count * panel - len(mask)), (0, 0)))
+    return padded.reshape(count, panel, mask.shape[1])
 
 
 _REDUCTIONS: dict[str, tuple[str, str | None]] = {

@@ -326,6 +326,7 @@ def _current_ffn(values: Mapping[str, Any]) -> dict[str, Any]:
         names = {
             field.name: "panel" if field.name == "tokens" else field.name
             for field in dataclasses.fields(layout)
+            if layout.name != "dense"  # whose tokens are newer
         }
         flat = {new: values[old] for new, old in names.items() if old in values}
         current["format"] = str(dataclasses.replace(layout, **flat))

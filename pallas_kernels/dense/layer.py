@@ -15,7 +15,7 @@ from pallas_kernels import reference
 from pallas_kernels.activations import Rule
 from pallas_kernels.common.groups import Groups, by_group
 from pallas_kernels.common.products import multiply
-from pallas_kernels.options import FFNOptions, FFNStats
+from pallas_kernels.options import Dense, FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
 
@@ -60,9 +60,11 @@ def forward(
     gate, up = reference.projections(x, w_gate, w_up)
     h, mask = reference.hidden(gate, up, options.rule)
     y = multiply(h, w_down)
+    layout = options.layout
+    stats_of = partial(FFNStats.of_dense, panel=layout.tokens if isinstance(layout, Dense) else 0)
     if groups is None:
-        return (y, FFNStats.of_dense(h, mask)), Projections(gate, up)
-    stats = jax.vmap(FFNStats.of_dense)(by_group(h, groups), by_group(mask, groups))
+        return (y, stats_of(h, mask)), Projections(gate, up)
+    stats = jax.vmap(stats_of)(by_group(h, groups), by_group(mask, groups))
     return (y, stats), Projections(gate, up)
 
 

@@ -153,7 +153,7 @@ def test_tiles_that_the_kernels_cannot_pack():
         ),
         ({"activation": "gelu"}, "activation must be one of relu, relu2, drelu, or Threshold"),
         ({"format": "panel(width=3)"}, "format 'panel' has the options tokens, capacity; got 'width=3'"),
-        ({"format": "dense(tile=3)"}, "format 'dense' has no options; got 'tile=3'"),
+        ({"format": "decode(tile=3)"}, "format 'decode' has no options; got 'tile=3'"),
         ({"format": "panel(tokens=many)"}, "Panel.tokens must be a number; got 'many'"),
         ({"format": 3}, "FFNOptions.format must be one of .*; got 3"),
     ],
@@ -192,7 +192,8 @@ def test_bad_layouts_and_activations(kind, fields, sentence):
 
 
 @pytest.mark.parametrize(
-    "layout", [Auto(), Dense(), Panel(64, 0.5), Panel(), Hybrid(3, None, 32), Hybrid(4, 5), Twell(32, 4, 1)]
+    "layout",
+    [Auto(), Dense(), Dense(32), Panel(64, 0.5), Hybrid(3, None, 32), Hybrid(4, 5), Twell(32, 4, 1)],
 )
 def test_a_layout_is_its_text(layout):
     assert FFNOptions(str(layout)).layout == layout

@@ -20,6 +20,7 @@ def through_json(kind, values):
         ("auto", "auto"),
         (Auto(tokens=64), "auto(tokens=64)"),
         (Dense(), "dense"),
+        (Dense(tokens=64), "dense(tokens=64)"),
         (Panel(), "panel"),
         ("panel( capacity=0.5,tokens=32 )", "panel(tokens=32, capacity=0.5)"),
         (Hybrid(width=48, backup_rows=8), "hybrid(width=48, backup_rows=8)"),

@@ -4,9 +4,29 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from op_contract import Contract, Path, call, check_counts, check_values, run
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, sparse_mlp
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(301, None), (40, 2), (0, None)])
+def test_pairs_of_panels_that_were_not_made(tokens, groups):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((tokens, 8), np.float32), rng.standard_normal((24, 8), np.float32)
+    w[:6] = 0
+
+    def count(x):
+        return sparse_mlp(x, w, w, options=FFNOptions(format="dense(tokens=16)"))[1]
+
+    stats = jax.jit(jax.vmap(count) if groups else count)(x.reshape(groups, -1, 8) if groups else x)
+    active = (x @ w.T > 0).reshape(groups or 1, -1, 24)
+    starts = range(0, active.shape[1], 16)
+    pairs = sum((active[:, at : at + 16].any(1).sum(-1) for at in starts), np.zeros(groups or 1, int))
+    np.testing.assert_array_equal(np.atleast_1d(stats.pairs), pairs)
+    np.testing.assert_array_equal(stats.neuron_hits, active.sum(1) if groups else active[0].sum(0))
+    np.testing.assert_array_equal(stats.dense_tokens, [20, 20] if groups else tokens)
 
 
 class TestDense(Contract):
