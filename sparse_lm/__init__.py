@@ -2,6 +2,7 @@
 
 from sparse_lm.config import ModelConfig, SparsityConfig
 from sparse_lm.ffn import SparseFFN
+from sparse_lm.layer_plan import LayerPlan
 from sparse_lm.model import SparseLM
 
-__all__ = ["ModelConfig", "SparseFFN", "SparseLM", "SparsityConfig"]
+__all__ = ["LayerPlan", "ModelConfig", "SparseFFN", "SparseLM", "SparsityConfig"]

@@ -1,5 +1,6 @@
 """A Llama-style decoder with sparse feed-forward layers."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
 from sparse_lm.layer_loop import LayerWeights, over_layers
+from sparse_lm.layer_plan import LayerPlan, Segment
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
@@ -71,8 +73,20 @@ class SparseLM(nnx.Module):
     the mesh themselves and XLA splits everything else, as the placement of parameters and tokens asks.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """Draws all weights from ``rngs``; the same seed gives the same model."""
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, plan: LayerPlan | None = None) -> None:
+        """Draws all weights from ``rngs``; the same seed gives the same model.
+
+        Args:
+          config: what the model is.
+          rngs: source of the weights.
+          plan: the format of each layer, in place of ``config.ffn.format`` for all.
+
+        Raises:
+          ValueError: the plan is of another number of layers, or of a model without silent neurons.
+        """
+        if plan is not None:
+            _check_plan(plan, config)
+        self.plan = plan
         init = nnx.initializers.normal(config.init_std)
         shape = (config.vocab_size, config.d_model)
         self.config = config
@@ -111,28 +125,33 @@ class SparseLM(nnx.Module):
         fixed_order = self.token_order.before_layers(tokens)
         ordered_by_input = self.token_order.needs_input(tokens.shape)
 
-        def run_layer(carry, inputs):
+        def run_layer(segment, carry, layer, inputs):
             x, order = carry
-            layer, state, stored = inputs
+            state, stored = inputs
             if layer_weights is not None:
                 state = layer_weights.make(nnx.to_pure_dict(state), stored)
             block = nnx.merge(graphdef, state)
+            if isinstance(block.ffn, SparseFFN):
+                block.ffn.options = segment.options(block.ffn.options)
             x, entering = block.attend(x)
-            if ordered_by_input:
-                order = jax.lax.cond(
-                    layer == 0, lambda: self.token_order.of_input(entering, tokens), lambda: order
-                )
+            if ordered_by_input and segment.first == 0:
+                make = partial(self.token_order.of_input, entering, tokens)
+                order = make() if segment.stop == 1 else jax.lax.cond(layer == 0, make, lambda: order)
             x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
             return (x, order), stats
 
-        x = self._embed(tokens)
-        stored = None if layer_weights is None else layer_weights.stored
-        inputs = (jnp.arange(self.config.num_layers), layers, stored)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
-        carry = (x, Permutation(unmade, unmade) if ordered_by_input else None)
-        (x, _), stats = over_layers(run_layer, carry, inputs, self.config)
+        carry = (self._embed(tokens), Permutation(unmade, unmade) if ordered_by_input else None)
+        inputs = layers, None if layer_weights is None else layer_weights.stored
+        segments = self._segments(first_alone=ordered_by_input)
+        (x, _), stats = over_layers(run_layer, carry, inputs, segments, self.config)
         return self.final_norm(x), stats
+
+    def _segments(self, *, first_alone: bool) -> list[Segment]:
+        if self.plan is None:
+            return [Segment(0, self.config.num_layers)]
+        return self.plan.segments(first_alone=first_alone)
 
     def refresh_token_order(self, tokens: jax.Array, *, axis_name: str | None = None) -> None:
         """Renews what ``config.token_order`` keeps, from the weights as they are and some tokens.
@@ -209,6 +228,16 @@ class SparseLM(nnx.Module):
         """What the output head multiplies: hidden states and its weight (V, D) f32."""
         head = self.embedding if self.head is None else self.head
         return scaled(hidden, 1.0 / self.config.logit_divisor), head[...]
+
+
+def _check_plan(plan: LayerPlan, config: ModelConfig) -> None:
+    if len(plan.layouts) != config.num_layers:
+        raise ValueError(
+            f"a plan must have a format for each of the model's {config.num_layers} layers; "
+            f"got {len(plan.layouts)}"
+        )
+    if config.activation == SILU:
+        raise ValueError(f"a plan is for layers with silent neurons; the model's activation is {SILU}")
 
 
 def num_parameters(config: ModelConfig) -> int:
