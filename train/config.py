@@ -246,6 +246,10 @@ class TrainConfig:
         anything; the first comes before the first step.
       compilation_cache: directory of compiled programs, which later runs take from there; by default on GPUs
         ``~/.cache/sparse-lm/compiled``, or what JAX_COMPILATION_CACHE_DIR says; ``off`` keeps none.
+      plan: ``"auto"``: where ``model.ffn.format`` is auto and would decide between panels and dense in each
+        call, the run chooses a format for each layer instead, by what its steps count; ``"off"``: it does
+        not.
+      plan_every: steps over which is averaged what a plan is chosen by.
     """
 
     steps: int = 30_000
@@ -254,6 +258,8 @@ class TrainConfig:
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
     compilation_cache: str = ""
+    plan: Literal["auto", "off"] = "auto"
+    plan_every: int = 20
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -271,6 +277,8 @@ class TrainConfig:
             self.refresh_order_every >= 1,
             f"refresh-order-every must be at least 1; got {self.refresh_order_every}",
         )
+        _require(self.plan in ("auto", "off"), f"plan must be auto or off; got {self.plan!r}")
+        _require(self.plan_every >= 1, f"plan-every must be at least 1; got {self.plan_every}")
         _require(
             self.batch_size % self.optimizer.accumulation == 0,
             f"batch-size must be a multiple of optimizer.accumulation={self.optimizer.accumulation}; "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sparse_lm import SparseLM
+from sparse_lm import LayerPlan, SparseLM
 from sparse_lm.sparsity import NeuronActivity
 from train.config import OptimizerConfig, TrainConfig
 
@@ -64,6 +64,16 @@ class Program:
     optimizer: optax.GradientTransformation
     schedule: Callable[[Any], Any]
     init: Callable[[], TrainState]
+
+    def with_plan(self, plan: LayerPlan | None) -> "Program":
+        """The same run, its layers in the formats of ``plan``."""
+
+        def planned() -> SparseLM:
+            model = nnx.merge(self.graphdef, self.init().variables)
+            model.plan = plan
+            return model
+
+        return dataclasses.replace(self, graphdef=nnx.split(nnx.eval_shape(planned))[0])
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, at no memory."""

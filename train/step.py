@@ -31,7 +31,8 @@ def make_train_step(
     sees.
 
     Metrics are f32 scalars ``loss, ce, l1, l0, grad_norm, lr, l1_coefficient``, int32 scalars
-    ``max_nnz, overflow_rows``, and per layer (L,) ``l0_per_layer`` f32 and ``dead_per_layer`` int32.
+    ``max_nnz, overflow_rows``, and per layer (L,) ``l0_per_layer`` f32 and ``dead_per_layer, pairs_per_layer,
+    dense_tokens_per_layer`` int32.
 
     Args:
       program: the run.
@@ -65,6 +66,8 @@ def make_train_step(
             **terms,
             "l0_per_layer": stats.l0,
             "dead_per_layer": jnp.sum(new_state.activity.dead(sparse), axis=-1, dtype=jnp.int32),
+            "pairs_per_layer": stats.pairs,
+            "dense_tokens_per_layer": stats.dense_tokens,
             "max_nnz": jnp.max(stats.max_nnz),
             "overflow_rows": jnp.sum(stats.overflow_rows),
             "grad_norm": norm,

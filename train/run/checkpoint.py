@@ -1,9 +1,9 @@
 """Checkpoints: one directory a step that holds all it takes to resume, evaluate or generate.
 
 ``<workdir>/checkpoints/<step>/`` has ``params`` (the weights, and what the token order keeps), ``rest``
-(optimizer, RNG, step, neuron counters), ``data`` (the position in the corpus, and which corpus it is),
-``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a temporary name and renames it when
-it is whole, so that a killed save never looks like a checkpoint.
+(optimizer, RNG, step, neuron counters), ``data`` (the position in the corpus, which corpus it is, and the
+plan), ``run`` (configuration and step) and ``tokenizer``. Orbax writes it under a temporary name and renames
+it when it is whole, so that a killed save never looks like a checkpoint.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ _CE = "heldout_ce"
 # What may differ between the run that saved and the run that resumes; everything else must be equal.
 MAY_CHANGE = (
     "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
-    "model.sparsity", "model.ffn", "model.remat", "model.dtype", "refresh_order_every", "compilation_cache",
+    "model.sparsity", "model.ffn", "model.remat", "model.dtype", "refresh_order_every", "plan",
+    "compilation_cache",
     # The corpus is compared by its content (`check_same_corpus`), not by the names of its files.
     "data.paths", "data.weights", "data.text_field", "data.accept_change", "data.require_paths",
 )  # fmt: skip
@@ -67,15 +68,17 @@ class _TokenizerRestore(ocp.args.CheckpointArgs):
 
 @dataclasses.dataclass(frozen=True)
 class SavedData:
-    """Where a run stands in its data.
+    """Where a run stands in its data, and how its layers run.
 
     Attributes:
       position: windows taken so far, over all processes (`TrainBatches.position`).
       corpus: what they were taken from.
+      plan: the format of each layer (`LayerPlan.texts`), if the run chooses them.
     """
 
     position: int
     corpus: CorpusIdentity
+    plan: tuple[str, ...] | None = None
 
 
 class Checkpoints:
@@ -365,7 +368,10 @@ def read_saved_data(path: Path) -> SavedData:
     """Where a run stood in its data when it saved the checkpoint at ``path``."""
     with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "data")
-    return SavedData(saved["position"], CorpusIdentity(**saved["corpus"]))
+    plan = saved.get("plan")
+    return SavedData(
+        saved["position"], CorpusIdentity(**saved["corpus"]), None if plan is None else tuple(plan)
+    )
 
 
 def read_corpus(path: Path) -> CorpusIdentity | None:

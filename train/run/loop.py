@@ -30,6 +30,8 @@ from train.run.hooks import Clock, Hook, StopSignal
 from train.run.manifest import Manifest, schedule_jumps, steers_anew
 from train.run.manifest import write as write_manifest
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
+from train.run.plan import Planner, Terrain
+from train.run.planned_step import PlannedStep
 from train.run.profile import DIRECTORY as PROFILE
 from train.run.profile import ProfileWindow
 from train.run.report import Reporter
@@ -234,15 +236,15 @@ class _Run:
         config = self.config
         self.show()
         state = self._first_state()
-        train_step = self.layout.compile_step(self.program)
+        self.step = self._planned_step()
         refresh_order = self.layout.order_refresh(self.program)
         pending: tuple[int, Metrics] | None = None
         window = ProfileWindow(config.report.profile_steps, Path(config.workdir).expanduser() / PROFILE)
-        with self.layout.step_scope(), StopSignal() as stop, window:
+        with self.layout.step_scope(), StopSignal() as stop, window, contextlib.closing(self.step):
             for step in range(self.start + 1, config.steps + 1):
                 window.before(step)
                 tokens = self.layout.place(next(self.batches)["tokens"])
-                state, metrics = train_step(refresh_order(step, state, tokens), tokens)
+                state, metrics = self.step(step, refresh_order(step, state, tokens), tokens)
                 window.after(step, metrics)
                 if pending is not None:
                     self._read(*pending)
@@ -261,6 +263,15 @@ class _Run:
                 if stopping:
                     break
             return self._end(step, finished=last)
+
+    def _planned_step(self) -> PlannedStep:
+        planner = plan = None
+        if (terrain := Terrain.of(self.config)) is not None:
+            planner = Planner(terrain, self.config.plan_every)
+            plan = terrain.saved(self.checkpoints.data(self.start).plan if self.start else None)
+            self.reporter.say(f"layers run as {plan}, which may change with their activity")
+        every = self.config.report.every
+        return PlannedStep(self.layout, self.program, planner, plan, say=self.reporter.say, agree_every=every)
 
     def _first_state(self) -> TrainState:
         if not self.start:
@@ -283,7 +294,7 @@ class _Run:
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step's metrics, stops the run if they are not finite, else reports them."""
-        record = to_record(step, metrics)
+        record = self.step.observe(to_record(step, metrics))
         if is_finite(record):
             self.skipped = 0
         else:
@@ -350,8 +361,10 @@ class _Run:
     def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint of ``state``, with its held-out CE if it has just been evaluated."""
         evaluated = self.evaluation if self.evaluation and self.evaluation.step == step else None
+        plan = tuple(self.step.plan.texts) if self.step.plan else None
+        data = SavedData(self.batches.position, self.corpus.identity, plan)
         self.checkpoints.save(
-            state, SavedData(self.batches.position, self.corpus.identity), self.config, self.corpus.tokenizer,
+            state, data, self.config, self.corpus.tokenizer,
             step=step, heldout_ce=evaluated.ce if evaluated else None,
         )  # fmt: skip
 

@@ -32,6 +32,7 @@ from train.config_file import write_config
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
 from train.run import compilation_cache
+from train.run.plan import Terrain
 from train.state import Program, learning_rate_schedule
 
 FILE_NAME = "manifest.json"
@@ -225,4 +226,6 @@ def _kernels(config: TrainConfig) -> str:
     x = jax.ShapeDtypeStruct((sequences * model.context_length, model.d_model), jnp.dtype(model.dtype))
     w_up = jax.ShapeDtypeStruct((model.d_ff, model.d_model), jnp.float32)
     dispatch.choose(model.ffn, dispatch.Call.of(x, w_up))
+    if Terrain.of(config) is not None:
+        return "runs a plan: each layer dense or in panels, by what the steps count of it"
     return dispatch.explain(x, w_up, model.ffn)

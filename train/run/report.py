@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -133,6 +134,10 @@ def progress_line(
         parts += _utilisation(model, tokens_per_second)
     if seconds_left is not None:
         parts.append(f"eta {datetime.timedelta(seconds=round(seconds_left))}")
+    if "plan" in record:
+        dense = statistics.mean(record["dense_tokens_per_layer"]) / (config.batch_size * model.context_length)
+        union = statistics.mean(record["union_per_layer"])
+        parts.append(f"union {union:.0f}  dense tokens {dense:.1%}  layers {record['plan']}")
     return "  ".join(parts)
 
 

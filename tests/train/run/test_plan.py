@@ -1,0 +1,218 @@
+"""A plan for each layer: what it follows, what it withstands, and a run that changes it on the way."""
+
+import dataclasses
+import signal
+import threading
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+
+from pallas_kernels import FFNOptions
+from pallas_kernels.options import Dense, Panel
+from sparse_lm import LayerPlan
+from train.config import CheckpointConfig
+from train.run import plan, planned_step
+from train.run.hooks import Hook
+from train.run.loop import run
+from train.run.plan import Activity, Planner, Terrain
+from train.run.planned_step import PlannedStep
+
+TERRAIN = Terrain(num_layers=8, d_ff=5632, tokens=32768, panel=128, panels=256, chunk=128, break_even=0.55)
+# Neurons that 128 tokens activate, as in a trained model of eight layers.
+TRAINED = np.array([4241, 594, 590, 620, 1100, 1618, 2435, 4369])
+
+
+def counted(union, running):
+    """What a step counts where panels activate ``union`` neurons and lists without room run densely."""
+    full = [
+        isinstance(each, Dense) or each.capacity < u / 5632
+        for each, u in zip(running.layouts, union, strict=True)
+    ]
+    record = {
+        "l0_per_layer": [10.0] * 8,
+        "pairs_per_layer": [256 * int(each) for each in union],
+        "dense_tokens_per_layer": [32768 * each for each in full],
+    }
+    return Activity.of(record, TERRAIN)
+
+
+def proposals(unions, window=2):
+    """Steps at which another plan is proposed, and taken at once."""
+    planner, running, found = Planner(TERRAIN, window), TERRAIN.start, {}
+    for step, union in enumerate(unions, 1):
+        if (proposed := planner.observe(counted(union, running), running)) is not None:
+            found[step] = running = proposed[0]
+            planner.restart()
+    return found
+
+
+def test_a_plan_has_panels_with_room_where_they_pay_and_few_segments():
+    chosen, _ = plan.best(counted(TRAINED, TERRAIN.start), TERRAIN)
+    assert isinstance(chosen.layouts[0], Dense)
+    assert isinstance(chosen.layouts[7], Dense)
+    for layout, union in zip(chosen.layouts[1:7], TRAINED[1:7], strict=True):
+        assert isinstance(layout, Panel)
+        assert 1.2 * union / 5632 < layout.capacity < 3 * union / 5632
+    assert len(chosen.segments(first_alone=False)) <= 5
+    assert plan.best(counted([3400] * 8, TERRAIN.start), TERRAIN)[0] == TERRAIN.start
+
+
+def test_a_plan_follows_the_activity():
+    dense, sparse = np.full(8, 5000), TRAINED
+    found = proposals([dense] * 9 + [sparse] * 9 + [dense] * 9)
+    down, up = found
+    assert 12 <= down <= 14  # the window that it began in, and two more
+    assert found[down] == plan.best(counted(sparse, TERRAIN.start), TERRAIN)[0]
+    assert 22 <= up <= 24
+    assert found[up] == TERRAIN.start
+
+
+def test_neither_a_moment_nor_a_balance_changes_a_plan():
+    assert proposals([np.full(8, 5000), np.full(8, 5000), TRAINED, TRAINED] * 5) == {}
+    rng = np.random.default_rng(0)
+    assert len(proposals([TRAINED * rng.uniform(0.9, 1.1, 8) for _ in range(40)])) == 1
+    about_even = [np.full(8, 0.57 * 5632) * rng.uniform(0.9, 1.1, 8) for _ in range(40)]
+    assert proposals(about_even) == {}
+
+
+def test_a_layer_without_room_gets_more():
+    first, second = proposals([TRAINED] * 6 + [TRAINED * [1, 1, 2.5, 1, 1, 1, 1, 1]] * 6).values()
+    assert first.layouts[2].capacity < 2.5 * TRAINED[2] / 5632 < second.layouts[2].capacity
+
+
+def test_a_saved_plan_is_taken_up_where_it_fits():
+    chosen, _ = plan.best(counted(TRAINED, TERRAIN.start), TERRAIN)
+    assert TERRAIN.saved(chosen.texts) == chosen
+    for other in (None, chosen.texts[1:], ["panel(tokens=64)"] * 8, ["hybrid"] * 8):
+        assert TERRAIN.saved(other) == TERRAIN.start
+
+
+# -- the step ----------------------------------------------------------------------------------------------
+
+
+class Compiling:
+    """A layout whose compilations end when they are told to."""
+
+    def __init__(self, error=None):
+        self.go, self.error = threading.Event(), error
+
+    def compile_step(self, program):
+        return lambda state, tokens: (state, program)
+
+    def compiled_step(self, program, tokens):
+        self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return self.compile_step(program)
+
+
+def stepped(error=None):
+    """Ten steps; the compilation that the first ones ask for ends behind the seventh."""
+    layout, said = Compiling(error), []
+    program = SimpleNamespace(with_plan=lambda chosen: str(chosen))
+    planner = Planner(TERRAIN, window=1)
+    step = PlannedStep(layout, program, planner, TERRAIN.start, say=said.append, agree_every=1)
+    ran = []
+    for n in range(1, 11):
+        _, plan_of_step = step(n, None, np.zeros((2, 3), np.int32))
+        ran.append(plan_of_step)
+        counts = counted(TRAINED, LayerPlan.parse(TERRAIN.start.texts))
+        record = {"step": n, "l0_per_layer": counts.nnz.tolist()}
+        record |= {"pairs_per_layer": counts.union * 256, "dense_tokens_per_layer": counts.dense * 32768}
+        assert step.observe(record)["plan"] == plan_of_step
+        if n == 7:
+            layout.go.set()
+            step._compiler.submit(int).result()
+    step.close()
+    return ran, [text for text in said if isinstance(text, str)], step
+
+
+def test_another_plan_is_compiled_beside_the_steps_and_taken_when_it_is_ready():
+    ran, said, step = stepped()
+    chosen = plan.best(counted(TRAINED, TERRAIN.start), TERRAIN)[0]
+    assert ran == [str(TERRAIN.start)] * 7 + [str(chosen)] * 3
+    assert step.plan == chosen
+    assert said[0] == f"step 2: compiling other formats for the layers: {chosen}"
+    assert said[1] == f"step 8: layers run as {chosen}"
+
+
+def test_a_plan_that_cannot_be_compiled_is_one_sentence():
+    ran, said, _ = stepped(ValueError("shared memory is short\nand more"))
+    assert ran == [str(TERRAIN.start)] * 10
+    assert [line.partition(":")[0] for line in said] == ["step 2", "step 8"]
+    assert "the layers keep their formats; the others could not be compiled (" in said[1]
+    assert "shared memory is short" in said[1]
+
+
+# -- a run -------------------------------------------------------------------------------------------------
+
+PANELS = LayerPlan((Panel(16, 1.0), Panel(16, 1.0)))
+
+
+class AtOnce:
+    """Compiles where it is asked to, so that a run of milliseconds has a plan to take."""
+
+    def __init__(self, *_, **__): ...
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def shutdown(self, **_): ...
+
+
+@pytest.fixture(scope="module")
+def planned(corpus, tmp_path_factory):
+    """Eight steps: dense at first, panels from the third step on, stopped behind the fifth and resumed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planned_step, "ThreadPoolExecutor", AtOnce)
+        patch.setattr(plan, "best", lambda activity, terrain: (PANELS, 0.0))
+        workdir = tmp_path_factory.mktemp("planned")
+        config = config_of(corpus, workdir, FFNOptions("auto(tokens=16)", backend="interpret"))
+        states, saved = {}, []
+
+        def stop(step, state):
+            states[step] = tiny_runs.snapshot(state)
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        saved.append(run(config, hooks=(Hook(stop, 1, on_stop=True),)))
+        saved.append(run(config, hooks=(Hook(stop, 1, on_stop=True),)))
+        return workdir, states, saved
+
+
+def config_of(corpus, workdir, ffn):
+    return tiny_runs.tiny_config(
+        corpus, workdir, model=dataclasses.replace(tiny_runs.MODEL, ffn=ffn), plan_every=1,
+        checkpoint=CheckpointConfig(every=100),
+    )  # fmt: skip
+
+
+def test_a_run_takes_a_plan_saves_it_and_resumes_with_it(planned):
+    workdir, _, results = planned
+    assert [(result.outcome, result.step) for result in results] == [("stopped", 5), ("finished", 8)]
+    records = [record for record in tiny_runs.read_records(workdir) if "ce" in record]
+    dense, panels = str(LayerPlan((Dense(16), Dense(16)))), str(PANELS)
+    assert [record["plan"] for record in records] == [dense] * 2 + [panels] * 6
+    for record in records:
+        assert len(record["union_per_layer"]) == 2
+        assert record["l0"] <= np.mean(record["union_per_layer"]) <= 64
+        assert record["dense_tokens_per_layer"] == ([128, 128] if record["plan"] == dense else [0, 0])
+
+
+def test_a_moving_plan_trains_the_curve_of_the_dense_layer(planned, corpus, tmp_path):
+    _, states, _ = planned
+    config = config_of(corpus, tmp_path, FFNOptions("dense"))
+    _, dense = tiny_runs.run_recording(config)
+    assert not [record for record in tiny_runs.read_records(Path(config.workdir)) if "plan" in record]
+    for step, expected in dense.items():
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), states[step].params, expected.params
+        )
