@@ -69,6 +69,8 @@ def parsed_only(monkeypatch):
             raise Parsed(parse(*arguments, **keywords))
 
         monkeypatch.setattr(command, "parse_options", parse_alone)
+    # Which defaults the options of a run have depends on the model that --from names, and there is none here.
+    monkeypatch.setattr("train.run.parent.inherited", lambda config, source: config)
 
 
 def check_sparse_lm(argv, capsys):

@@ -235,11 +235,17 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _given_name(field: dataclasses.Field) -> str:
+    """A field's own name, or the one that ``tyro.conf.arg`` gives its option."""
+    given = [getattr(extra, "name", None) for extra in getattr(field.type, "__metadata__", ())]
+    return next(filter(None, given), field.name)
+
+
 def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """Each option's name and value."""
     for field in dataclasses.fields(values):
         value = getattr(values, field.name)
-        name = prefix + field.name.replace("_", "-")
+        name = prefix + _given_name(field).replace("_", "-")
         if dataclasses.is_dataclass(value) and not _has_text(field.type):
             yield from _options(value, "--" if name == "--run" else f"{name}.")
         else:

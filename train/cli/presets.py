@@ -14,11 +14,8 @@ if TYPE_CHECKING:
 def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
     """The value of ``--config``, which must be known before the defaults of all other options are,
     and its run."""
-    name = default
-    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        option, equals, value = argument.partition("=")
-        if option == "--config":
-            name = value if equals else following
+    name = value_of(argv, "--config")
+    name = default if name is None else name
     try:
         if name.endswith(".json") or "/" in name:
             from train.config_file import read_config
@@ -27,3 +24,13 @@ def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
         return name, configs.load(name)
     except UserError as error:
         raise UsageError(str(error)) from error
+
+
+def value_of(argv: list[str], wanted: str) -> str | None:
+    """The last value of an option on a command line that is yet to be parsed, if it is there."""
+    found = None
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option == wanted:
+            found = value if equals else following
+    return found

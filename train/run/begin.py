@@ -15,6 +15,8 @@ from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.run.checkpoint import Checkpoints, check_same_corpus, check_same_split, check_same_tokenizer
 from train.run.lock import RunLock
+from train.run.manifest import Parent
+from train.run.parent import parent_tokenizer
 from train.run.report import Reporter
 
 
@@ -49,16 +51,31 @@ def held(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
 
 
 def run_tokenizer(
-    config: TrainConfig, checkpoints: Checkpoints, start: int, cache: Path, reporter: Reporter
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+    start: int,
+    parent: Parent | None,
+    cache: Path,
+    reporter: Reporter,
 ) -> Tokenizer:
-    """The tokenizer of the run; a resumed one must go on with the same one."""
-    if not start:
+    """The tokenizer of the run; a resumed one must go on with the same one, and a child with its parent's."""
+    if start:
+        saved, before, where = (
+            checkpoints.tokenizer(start),
+            checkpoints.config(start),
+            checkpoints.path(start),
+        )
+    elif parent is not None:
+        saved, before, where = parent_tokenizer(config, parent)
+    else:
         return choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
-    saved = checkpoints.tokenizer(start)
     # A BPE fitted on the same data for the same vocabulary size is the same one: no need to fit it again.
-    if (config.data.tokenizer, checkpoints.config(start).data.tokenizer) != ("bpe", "bpe"):
+    # A child has its parent's copy of the tokenizer, whatever has become of the file that was named there.
+    same_name = config.data.tokenizer == before.data.tokenizer
+    if not (same_name and (parent is not None or config.data.tokenizer == "bpe")):
         given = choose_tokenizer(config.data, config.model.vocab_size, cache, say=reporter.say)
-        check_same_tokenizer(saved, given, checkpoints.path(start))
+        remedy = "choose another workdir" if start else "leave data.tokenizer out"
+        check_same_tokenizer(saved, given, where, remedy=remedy)
     return saved
 
 

@@ -245,13 +245,15 @@ def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
         )
 
 
-def check_same_tokenizer(saved: Tokenizer, given: Tokenizer, where: Path) -> None:
-    """Raises UserError unless both tokenizers have the same content."""
+def check_same_tokenizer(
+    saved: Tokenizer, given: Tokenizer, where: Path, *, remedy: str = "choose another workdir"
+) -> None:
+    """Raises UserError unless both tokenizers have the same content; ``remedy`` is what else one can do."""
     if saved.fingerprint != given.fingerprint:
         raise UserError(
             f"{where} was trained with another tokenizer: data.tokenizer has {saved.vocab_size} ids and "
             f"fingerprint {saved.fingerprint[:12]} there, {given.vocab_size} and {given.fingerprint[:12]} "
-            "here: pass the tokenizer it was trained with, or choose another workdir"
+            f"here: pass the tokenizer it was trained with, or {remedy}"
         )
 
 

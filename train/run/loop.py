@@ -27,9 +27,10 @@ from train.run.checkpoint import (
 )
 from train.run.checkpoint_errors import check_writable, is_disk_full, making
 from train.run.hooks import Clock, Hook, StopSignal
-from train.run.manifest import Manifest, schedule_jumps, steers_anew
+from train.run.manifest import Manifest, Parent, schedule_jumps, steers_anew
 from train.run.manifest import write as write_manifest
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
+from train.run.parent import check_child, choose_parent, with_weights_of
 from train.run.plan import Planner, Terrain
 from train.run.planned_step import PlannedStep
 from train.run.profile import DIRECTORY as PROFILE
@@ -64,6 +65,7 @@ class RunResult:
 def run(
     config: TrainConfig,
     *,
+    source: str | None = None,
     hooks: Sequence[Hook] = (),
     dry_run: bool = False,
     cache: Path | None = None,
@@ -72,13 +74,14 @@ def run(
 
     Args:
       config: the run.
+      source: begin with the weights of this checkpoint (`choose_parent`), in place of random ones.
       hooks: called besides the run's own (evaluation, checkpoints), before them.
       dry_run: stop where the first step would be: everything is checked and shown, and no run is begun.
       cache: directory of what is made from text, for runs that share it; by default one in the workdir.
 
     Raises:
-      UserError: the configuration does not fit the machine, the corpus or the checkpoint; the loss is not
-        finite; the disk is full. What was saved before stands.
+      UserError: the configuration does not fit the machine, the corpus, the checkpoint or the source; the
+        loss is not finite; the disk is full. What was saved before stands.
     """
     check_local("workdir", config.workdir)
     check_trainable(config)
@@ -86,6 +89,7 @@ def run(
     parallel.initialize_processes()
     parallel.check_devices()
     parallel.check_batch(config)
+    parent = choose_parent(config, source)  # before anything is made in the workdir
     reporter = Reporter(config, primary=jax.process_index() == 0)
     try:
         holding = contextlib.nullcontext() if dry_run else held(config, reporter)
@@ -93,7 +97,7 @@ def run(
         with background_errors.kept_quiet(), parallel.losing_no_process(), compiled, holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
-                return _run(config, hooks, reporter, checkpoints, dry_run, cache)
+                return _run(config, parent, hooks, reporter, checkpoints, dry_run, cache)
             finally:
                 checkpoints.close()
     except OSError as error:
@@ -107,6 +111,7 @@ def run(
 
 def _run(
     config: TrainConfig,
+    parent: Parent | None,
     hooks: Sequence[Hook],
     reporter: Reporter,
     checkpoints: Checkpoints,
@@ -118,11 +123,13 @@ def _run(
     start = checkpoints.newest() or 0
     if start:
         check_same_run(checkpoints.config(start), config, checkpoints.path(start))
+    elif parent is not None:
+        check_child(config, parent)
     workdir = checkpoints.directory.parent
     cache = shared_cache or workdir / CACHE
     with making(cache.parent):
         check_writable(workdir)  # before the corpus is read
-        tokenizer = run_tokenizer(config, checkpoints, start, cache, reporter)
+        tokenizer = run_tokenizer(config, checkpoints, start, parent, cache, reporter)
         if start >= config.steps:
             reporter.say(
                 f"this run is finished: {start} of {config.steps} steps are done; --steps asks for more"
@@ -130,7 +137,7 @@ def _run(
             reporter.next_commands()
             return RunResult("already-finished", start, checkpoints.path(start))
         corpus = run_corpus(config, checkpoints, start, tokenizer, cache, reporter)
-    run = _Run(config, hooks, reporter, checkpoints, corpus, start)
+    run = _Run(config, parent, hooks, reporter, checkpoints, corpus, start)
     if dry_run:
         run.show()
         reporter.say("dry run: no step was taken")
@@ -145,6 +152,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        parent: Parent | None,
         hooks: Sequence[Hook],
         reporter: Reporter,
         checkpoints: Checkpoints,
@@ -152,7 +160,7 @@ class _Run:
         start: int,
     ) -> None:
         self.config, self.reporter, self.checkpoints = config, reporter, checkpoints
-        self.corpus, self.start = corpus, start
+        self.corpus, self.start, self.parent = corpus, start, parent
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         context_length = config.model.context_length
         self.batches = TrainBatches(
@@ -189,7 +197,7 @@ class _Run:
         )
 
         self.manifest = Manifest.of(
-            self.program, corpus.identity, start=start,
+            self.program, corpus.identity, start=start, parent=parent,
             evaluated_tokens=sum(int(batch["rows"]) for batch in self.heldout) * context_length,
         )  # fmt: skip
         before = checkpoints.config(start) if start else config
@@ -274,14 +282,15 @@ class _Run:
         return PlannedStep(self.layout, self.program, planner, plan, say=self.reporter.say, agree_every=every)
 
     def _first_state(self) -> TrainState:
-        if not self.start:
-            return self.layout.compile_init(self.program)()
         abstract = self.program.abstract_state()
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract,
             self.layout.state_shardings(abstract),
         )
+        if not self.start:
+            state = self.layout.compile_init(self.program)()
+            return state if self.parent is None else with_weights_of(self.parent, state, placed)
         self.batches.seek(self.checkpoints.data(self.start).position)
         state = self.checkpoints.restore(self.start, placed)
         sparse = self.config.model.sparsity

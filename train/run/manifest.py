@@ -27,7 +27,7 @@ from pallas_kernels import dispatch
 from sparse_lm.config import SILU
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
-from train.config import TrainConfig, changed_fields, to_dict
+from train.config import TrainConfig, changed_fields, from_dict, to_dict
 from train.config_file import write_config
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
@@ -38,6 +38,32 @@ from train.state import Program, learning_rate_schedule
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a run began from, in place of random weights.
+
+    Attributes:
+      path: of the checkpoint or converted model, absolute.
+      step: optimizer steps behind it; 0 for a converted model.
+      fingerprint: SHA-256 of its weights' files.
+    """
+
+    path: str
+    step: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.path} (step {self.step}, fingerprint {self.fingerprint[:12]})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """What a run's manifest says of it to later starts: its configuration, and its parent if it has one."""
+
+    config: TrainConfig
+    parent: Parent | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +79,7 @@ class Manifest:
       kernels: what runs the feed-forward layers, and why.
       devices: how many of which kind.
       compiled: directory that compiled programs are kept in, if any.
+      parent: what it began from, if not from random weights.
     """
 
     config: TrainConfig
@@ -63,9 +90,18 @@ class Manifest:
     kernels: str
     devices: str
     compiled: str | None
+    parent: Parent | None = None
 
     @classmethod
-    def of(cls, program: Program, corpus: CorpusIdentity, *, start: int, evaluated_tokens: int) -> "Manifest":
+    def of(
+        cls,
+        program: Program,
+        corpus: CorpusIdentity,
+        *,
+        start: int,
+        evaluated_tokens: int,
+        parent: Parent | None = None,
+    ) -> "Manifest":
         """The facts of a run on the devices that there are."""
         config = program.config
         state = jax.tree.leaves(program.abstract_state())
@@ -78,6 +114,7 @@ class Manifest:
             kernels=_kernels(config),
             devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
             compiled=compilation_cache.where(),
+            parent=parent,
         )
 
     @property
@@ -110,14 +147,17 @@ class Manifest:
             "kernels": self.kernels.splitlines(),
             "devices": self.devices,
             "compiled": self.compiled,
+            "parent": None if self.parent is None else dataclasses.asdict(self.parent),
         }
 
     def lines(self) -> str:
         """For people."""
         model, corpus = self.config.model, self.corpus
         to_come = self.tokens - self.start * self.tokens_per_step
+        begins = [] if self.parent is None else [f"from     {self.parent}"]
         return "\n".join(
             [
+                *begins,
                 f"model    {model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
                 f"{quantity(num_parameters(model))} parameters, state {quantity(self.state_bytes)}B",
                 f"corpus   {corpus.documents:,} documents, {quantity(corpus.tokens)} tokens, fingerprint "
@@ -167,6 +207,17 @@ def write(workdir: Path, manifest: Manifest, changes: Mapping[str, tuple[Any, An
     write_config(manifest.config, partial)
     os.replace(partial, workdir / CONFIG_NAME)
     return hashlib.sha256(json.dumps([str(workdir.absolute()), history[0]]).encode()).hexdigest()[:16]
+
+
+def read_lineage(workdir: Path) -> Lineage | None:
+    """What the manifest in a work directory says of the run there; None if there is no run's manifest."""
+    path = workdir / FILE_NAME
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        parent = facts.get("parent")  # manifests of earlier versions have none
+        return Lineage(from_dict(TrainConfig, facts["config"]), None if parent is None else Parent(**parent))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # `write` says so of a file that is another program's
 
 
 def schedule_jumps(before: TrainConfig, now: TrainConfig, start: int) -> list[str]:

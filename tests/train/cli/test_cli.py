@@ -153,7 +153,7 @@ def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command,
 
 
 def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
-    def run(config, *, dry_run):
+    def run(config, *, source, dry_run):
         x, weight = jnp.ones((2, 4)), jnp.ones((8, 4))
         jax.jit(lambda x: sparse_ffn(x, weight, weight, weight, options=config.model.ffn))(x)
 
@@ -168,11 +168,11 @@ def test_debug_shows_the_traceback(tmp_path):
         cli.main(["evaluate", "--checkpoint", str(tmp_path / "none"), "--debug"])
 
 
-def surprise_of_the_interpreter(config, *, dry_run):
+def surprise_of_the_interpreter(config, *, source, dry_run):
     int("x")
 
 
-def surprise_of_a_library(config, *, dry_run):
+def surprise_of_a_library(config, *, source, dry_run):
     json.loads("{")
 
 
@@ -186,7 +186,7 @@ def test_a_surprise_keeps_its_traceback(monkeypatch, surprise):
 
 def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
+    monkeypatch.setattr("train.run.loop.run", lambda config, source, dry_run: seen.append(config))
     assert cli.main(["train"]) == 0
     assert (
         cli.main(
@@ -204,7 +204,7 @@ def test_train_alone_runs_the_tiny_preset_and_options_change_it(monkeypatch):
 @pytest.mark.parametrize("text", ["panel", "panel(tokens=64)", "panel(tokens=64, capacity=0.5)"])
 def test_a_format_is_one_text(monkeypatch, text):
     seen = []
-    monkeypatch.setattr("train.run.loop.run", lambda config, dry_run: seen.append(config))
+    monkeypatch.setattr("train.run.loop.run", lambda config, source, dry_run: seen.append(config))
     assert cli.main(["train", "--model.ffn.format", text]) == 0
     assert seen[0].model.ffn == FFNOptions(format=text)
 
@@ -220,7 +220,7 @@ def test_a_format_of_a_preset_is_a_default_as_text(capsys):
 
 
 def test_interrupts_end_quietly(capsys, monkeypatch):
-    def interrupted(config, *, dry_run):
+    def interrupted(config, *, source, dry_run):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.run.loop.run", interrupted)
@@ -387,7 +387,7 @@ def test_an_error_of_the_system_is_a_sentence(capsys, evaluated, tmp_path):
 
 
 def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
-    def run(config, *, dry_run):
+    def run(config, *, source, dry_run):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
     monkeypatch.setattr("train.run.loop.run", run)
