@@ -35,8 +35,8 @@ _CE = "heldout_ce"
 # What may differ between the run that saved and the run that resumes; everything else must be equal.
 MAY_CHANGE = (
     "steps", "workdir", "optimizer", "checkpoint", "report", "parallel",
-    "model.sparsity", "model.ffn", "model.remat", "model.dtype", "refresh_order_every", "plan",
-    "compilation_cache",
+    "model.sparsity", "model.ffn", "model.remat", "model.dtype", "model.layer_loop",
+    "refresh_order_every", "plan", "compilation_cache",
     # The corpus is compared by its content (`check_same_corpus`), not by the names of its files.
     "data.paths", "data.weights", "data.text_field", "data.accept_change", "data.require_paths",
 )  # fmt: skip

@@ -38,6 +38,7 @@ def test_a_run_from_its_first_start_to_a_changed_second(corpus, workdir, capsys)
 
     # The file gives every option its default; what is typed besides is what has changed.
     again = ["train", "--config", str(workdir / "config.json")]
+    again += ["--model.layer-loop", "unrolled"]
     assert cli.main([*again, "--steps", "5", "--optimizer.beta1", "0.5", "--model.sparsity.l1", "1"]) == 0
     said = capsys.readouterr().out
     assert "resuming after step 4 of 5\n" in said
