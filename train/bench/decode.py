@@ -32,10 +32,10 @@ from sparse_lm.decoding import decode_block, read_prompts
 from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
 from sparse_lm.sampling import GREEDY
 from train.bench import results
+from train.bench.synthetic import output_share, sparse_embedding
 from train.errors import UserError
 from train.output import JsonFile, print_table
 
-_OUTPUT_SHARE = 0.01
 _LAYERS = 8
 _REPEATS = 4
 _STEPS = 16
@@ -305,7 +305,7 @@ class _Steps:
 def synthetic_model(options: DecodeOptions) -> InferenceModel:
     """A model whose layers are as active as asked, from random weights in the compute type."""
     config = options.model
-    dtype, d = jnp.dtype(config.dtype), config.d_model
+    dtype, d, share = jnp.dtype(config.dtype), config.d_model, output_share(config)
     activity = like_trained(options.nnz or 45.0, config.d_ff)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
 
@@ -315,20 +315,16 @@ def synthetic_model(options: DecodeOptions) -> InferenceModel:
         ffn = _ffn_weights(options, for_ffn, tokens=1)
         scale = jnp.ones(d, jnp.float32)
         qkv = config.init_std * jax.random.normal(for_qkv, (width, d))
-        output = _OUTPUT_SHARE * config.init_std * jax.random.normal(for_output, (d, d))
+        output = share * config.init_std * jax.random.normal(for_output, (d, d))
         bias = jnp.zeros(width, dtype) if config.qkv_bias else None
         return LayerWeights(
             attention_norm=scale, qkv=qkv.astype(dtype), qkv_bias=bias, output=output.astype(dtype),
-            ffn_norm=scale, w_gate=ffn.get("w_gate"), w_up=ffn["w_up"], w_down=_OUTPUT_SHARE * ffn["w_down"],
+            ffn_norm=scale, w_gate=ffn.get("w_gate"), w_up=ffn["w_up"], w_down=share * ffn["w_down"],
         )  # fmt: skip
 
     @jax.jit
     def table(key: jax.Array) -> jax.Array:
-        for_shift, for_rest = jax.random.split(key)
-        shift = activity.token_spread * jax.random.normal(for_shift, (config.vocab_size, 1))
-        rest = jax.random.normal(for_rest, (config.vocab_size, d - 2))
-        rows = jnp.concatenate([jnp.ones((config.vocab_size, 1)), shift, rest], axis=1)
-        return (config.init_std * rows).astype(dtype)
+        return sparse_embedding(jax.random.split(key), activity, config).astype(dtype)
 
     embedding, head, *keys = jax.random.split(jax.random.key(0), 2 + config.num_layers)
     return InferenceModel(

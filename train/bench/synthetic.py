@@ -7,7 +7,7 @@ standard normal values, and copies that module's gates, whose neurons are then a
 layer (`like_trained`).
 
     embedding row of a token:  σ (1, shift, z)       σ = init_std, z standard normal, partly its topic's
-    attention output, w_down:  normal, a small share of their usual deviation (`_output_share`)
+    attention output, w_down:  normal, a small share of their usual deviation (`output_share`)
 
 All layers together then add a hundredth to each coordinate of the residual stream, and RMSNorm gives back
 (1, shift, z) in front of every layer. More would change the activity: the bias of a neuron that fires for
@@ -64,7 +64,7 @@ def _gate(key: jax.Array, gates: Activity, model: ModelConfig) -> jax.Array:
     return inputs["w_gate"]
 
 
-def _output_share(model: ModelConfig) -> float:
+def output_share(model: ModelConfig) -> float:
     """Of their usual deviation, what leaves `_DISTURBANCE` of the residual stream's.
 
     A layer adds the most where a token attends to itself alone: its normalised D coordinates pass two
@@ -74,20 +74,23 @@ def _output_share(model: ModelConfig) -> float:
     return _DISTURBANCE / (model.init_std * model.d_model * math.sqrt(model.num_layers))
 
 
+def sparse_embedding(keys: jax.Array, gates: Activity, model: ModelConfig) -> jax.Array:
+    """(V, D) f32, with which gates of this activity have it; ``keys`` are two."""
+    for_shift, for_tokens = keys
+    columns = [
+        jnp.ones((model.vocab_size, 1)),
+        gates.token_spread * jax.random.normal(for_shift, (model.vocab_size, 1)),
+        token_values(for_tokens, gates, tokens=model.vocab_size, width=model.d_model - 2),
+    ]
+    return model.init_std * jnp.concatenate(columns, axis=1)
+
+
 def _sparse_weights(params: Params, model: ModelConfig, gates: Activity, key: jax.Array) -> Any:
-    for_shift, for_tokens, *for_layers = jax.random.split(key, 2 + model.num_layers)
-    embedding = jnp.concatenate(
-        [
-            jnp.ones((model.vocab_size, 1)),
-            gates.token_spread * jax.random.normal(for_shift, (model.vocab_size, 1)),
-            token_values(for_tokens, gates, tokens=model.vocab_size, width=model.d_model - 2),
-        ],
-        axis=1,
-    )
+    keys = jax.random.split(key, 2 + model.num_layers)
     attention, ffn = params["blocks"]["attention"], params["blocks"]["ffn"]
-    share = _output_share(model)
+    share = output_share(model)
     output = jax.tree.map(lambda weight: share * weight, attention["output"])
-    gate = jax.lax.map(lambda key: _gate(key, gates, model), jnp.stack(for_layers))
+    gate = jax.lax.map(lambda key: _gate(key, gates, model), keys[2:])
     ffn = ffn | {"w_gate" if model.gated else "w_up": gate, "w_down": share * ffn["w_down"]}
     blocks = params["blocks"] | {"attention": attention | {"output": output}, "ffn": ffn}
-    return params | {"embedding": model.init_std * embedding, "blocks": blocks}
+    return params | {"embedding": sparse_embedding(keys[:2], gates, model), "blocks": blocks}
