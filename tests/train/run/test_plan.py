@@ -16,7 +16,7 @@ import tiny_runs
 from pallas_kernels import FFNOptions
 from pallas_kernels.options import Dense, Panel
 from sparse_lm import LayerPlan
-from train.config import CheckpointConfig
+from train.config import CheckpointConfig, ReportConfig
 from train.run import plan, planned_step
 from train.run.hooks import Hook
 from train.run.loop import run
@@ -192,6 +192,7 @@ def config_of(corpus, workdir, ffn):
     return tiny_runs.tiny_config(
         corpus, workdir, model=dataclasses.replace(tiny_runs.MODEL, ffn=ffn), plan_every=1,
         checkpoint=CheckpointConfig(every=100),
+        report=ReportConfig(every=1, evaluate_every=0, evaluate_tokens=128),
     )  # fmt: skip
 
 
