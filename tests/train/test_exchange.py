@@ -9,7 +9,10 @@ import pytest
 import tiny_runs
 from jax.sharding import AxisType
 
+from pallas_kernels import FFNOptions
 from pallas_kernels.bench.collectives import collectives
+from pallas_kernels.options import Dense, Panel
+from sparse_lm import LayerPlan
 from train.config import ParallelConfig
 from train.parallel import AXIS, Layout
 from train.state import Program, build_program, is_matrix
@@ -89,8 +92,8 @@ def alone():
     return one_step(Layout(ParallelConfig(), mesh))
 
 
-def one_step(layout: Layout):
-    program = program_of(1, "float32")
+def one_step(layout: Layout, program: Program | None = None):
+    program = program or program_of(1, "float32")
     state, metrics = compiled(layout, program)(layout.compile_init(program)(), layout.place(TOKENS))
     return tiny_runs.snapshot(state), jax.device_get(metrics)
 
@@ -100,3 +103,16 @@ def test_a_step_whose_gradients_cross_layer_by_layer_is_that_of_one_device(mode,
     found = one_step(Layout.over_all_devices(LAYOUTS[mode]))
     # Sums over devices in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, alone)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_layers_of_formats_of_their_own_are_those_of_one_device_too(mode, alone):
+    config = program_of(1, "float32").config
+    model = dataclasses.replace(config.model, layer_loop="unrolled", ffn=FFNOptions(backend="interpret"))
+    program = build_program(dataclasses.replace(config, model=model))
+    plan = LayerPlan((Dense(16), Panel(16, 1.0)))
+    state, metrics = one_step(Layout.over_all_devices(LAYOUTS[mode]), program.with_plan(plan))
+    assert metrics["dense_tokens_per_layer"].tolist() == [128, 0]
+    assert metrics["overflow_rows"] == 0
+    assert metrics["pairs_per_layer"].min() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), state, alone[0])
