@@ -246,9 +246,8 @@ class TrainConfig:
         anything; the first comes before the first step.
       compilation_cache: directory of compiled programs, which later runs take from there; by default on GPUs
         ``~/.cache/sparse-lm/compiled``, or what JAX_COMPILATION_CACHE_DIR says; ``off`` keeps none.
-      plan: ``"auto"``: where ``model.ffn.format`` is auto and would decide between panels and dense in each
-        call, the run chooses a format for each layer instead, by what its steps count; ``"off"``: it does
-        not.
+      plan: ``"off"``: each call decides between panels and dense, where ``model.ffn.format`` is auto;
+        ``"auto"``: the run chooses a format for each layer there, by what its steps count.
       plan_every: steps over which is averaged what a plan is chosen by.
     """
 
@@ -258,7 +257,7 @@ class TrainConfig:
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
     compilation_cache: str = ""
-    plan: Literal["auto", "off"] = "auto"
+    plan: Literal["auto", "off"] = "off"
     plan_every: int = 20
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -190,7 +190,7 @@ def planned(corpus, tmp_path_factory):
 
 def config_of(corpus, workdir, ffn):
     return tiny_runs.tiny_config(
-        corpus, workdir, model=dataclasses.replace(tiny_runs.MODEL, ffn=ffn), plan_every=1,
+        corpus, workdir, model=dataclasses.replace(tiny_runs.MODEL, ffn=ffn), plan="auto", plan_every=1,
         checkpoint=CheckpointConfig(every=100),
         report=ReportConfig(every=1, evaluate_every=0, evaluate_tokens=128),
     )  # fmt: skip
