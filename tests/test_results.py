@@ -30,7 +30,9 @@ def tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
         elif part.startswith("## "):
             file = None
         elif part.startswith("| ") and file is not None:
-            header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines())
+            header, _, *rows = (
+                [cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()
+            )
             yield file, header, rows
             file = None
 

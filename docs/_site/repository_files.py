@@ -21,13 +21,13 @@ _LOADED = re.compile(
     r"""<(?:script|img|iframe|link rel="(?:stylesheet|preload|icon)")[^>]*(?:src|href)="(?:https?:)?//[^>]+"""
 )
 _LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "sh"}
-_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
 def on_files(files: Files, config) -> Files:
     """Adds what is linked to, and what those files link to."""
     origins = {f"docs/{file.src_uri}": file for file in files.documentation_pages()}
-    origins |= {path: None for path in _PAGES if path != "README.md"}
+    origins |= dict.fromkeys(_PAGES)
     waiting = list(origins)
     while waiting:
         path = waiting.pop()
@@ -35,7 +35,7 @@ def on_files(files: Files, config) -> Files:
             origins[path] = _generated(path, config)
             files.append(origins[path])
         if path.endswith(".md"):
-            new = [target for target in _targets(path) if target not in origins and _is_outside(target)]
+            new = [target for target in _targets(path) if target not in origins and not _is_of_docs(target)]
             origins |= dict.fromkeys(new)
             waiting += new
     return files
@@ -88,8 +88,8 @@ def _resolved(path: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
 
-def _is_outside(path: str) -> bool:
-    return not path.startswith("docs/") and path != "README.md"
+def _is_of_docs(path: str) -> bool:
+    return path.startswith("docs/")
 
 
 def _place(path: str) -> str:
