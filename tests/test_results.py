@@ -1,5 +1,6 @@
-"""The tables of docs/results.md hold the medians of the files that they link to."""
+"""Tables of docs/results.md hold the medians of the files that they link to; README, what stands in docs/."""
 
+import hashlib
 import json
 import re
 import statistics
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+GAIN = ROOT / "pallas_kernels" / "results" / "nvidia_h100_80gb_hbm3" / "layers_nnz.json"
 NAMES = {
     "XLA's product alone": "gate GEMM, XLA",
     "gate stage of panel": "gate_panel",
@@ -79,6 +82,35 @@ def test_the_steps_table_holds_the_files_medians():
             assert agrees(ms, case["median_ms"]), cell
             assert ratio is None or agrees(ratio, case["median_ms"] / dense["median_ms"]), cell
             assert agrees(gibibytes, case["program_bytes"] / 2**30), cell
+
+
+def test_the_readmes_figures_stand_in_docs():
+    """Of ``2.48× (6.72 to 2.71 ms)`` both times, and the ratio follows from them."""
+    table = (ROOT / "README.md").read_text().split("\n## Headline figures\n")[1].split("\n## ")[0]
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    numbers = set(re.findall(r"(?<![\d.,])[\d.,]*\d", pages))
+    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|GiB|tokens/s)\)", table)
+    assert len(pairs) >= 5
+    for ratio, sign, before, after, unit in pairs:
+        assert {before, after} <= numbers
+        first, second = (float(number.replace(",", "")) for number in (before, after))
+        gain = second / first if unit == "tokens/s" else first / second
+        assert float(ratio) == pytest.approx(gain if sign == "×" else 100 / gain, rel=6e-3)
+
+
+def test_the_readmes_picture_is_of_the_stored_file():
+    """Drawn from its present content, and described with its figures."""
+    content = GAIN.read_bytes()
+    picture = (ROOT / "docs" / "images" / "gain.svg").read_text()
+    assert hashlib.sha256(content).hexdigest() in picture, "run python docs/_site/draw.py"
+    (text,) = re.findall(r"!\[(.*?)\]\(docs/images/gain\.svg\)", (ROOT / "README.md").read_text())
+    panel, twell = text.split("TwELL")
+    cases = {round(case["measured"]["mean_nnz"]): medians(case) for case in json.loads(content)["cases"]}
+    described = [(speed, int(nnz)) for speed, nnz in re.findall(r"([\d.]+) at (\d+)", panel)]
+    assert len(described) >= 3
+    for (speed, nnz), of_twell in zip(described, re.findall(r"\d\.\d", twell), strict=True):
+        assert agrees(speed, cases[nnz]["dense"] / cases[nnz]["panel"])
+        assert agrees(of_twell, cases[nnz]["dense"] / cases[nnz]["twell"])
 
 
 def agrees(shown: str, value: float) -> bool:
