@@ -7,7 +7,7 @@ WORKERS ?= auto
 # One more requirement of the test environment, such as an older JAX: make test REQUIRE='jax~=0.11.0' VENV=.venv-0.11
 REQUIRE ?=
 
-.PHONY: train test lint
+.PHONY: train test lint docs
 
 train: $(VENV)/.installed
 	$(BIN)/sparse-lm train --config tiny $(ARGS)
@@ -20,6 +20,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into build/site. A warning or a link that leads nowhere is an error. The variable keeps Material's
+# advertisement out of the output.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -30,3 +35,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(REQUIRE)
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@

@@ -23,8 +23,10 @@ def sparse_ffn(
 
     Args:
       x: (..., D) tokens in any leading shape; bf16, f16 or f32.
-      w_gate, w_up, w_down: (F, D), neuron-major, of the same type as x; or f32 master weights beside a 16-bit
-        x, which are rounded to x's type and get the gradients that ``options.weight_gradients`` describes.
+      w_gate: (F, D), neuron-major, of the same type as x; or f32 master weights beside a 16-bit x, which are
+        rounded to x's type and get the gradients that ``options.weight_gradients`` describes.
+      w_up: (F, D), as w_gate.
+      w_down: (F, D), as w_gate: a Hugging Face ``down_proj.weight`` is (D, F) and wants ``.T``.
       options: the activation a, and how the call runs; the result does not depend on the latter, but for how
         weight gradients are rounded.
 

@@ -1,4 +1,4 @@
-"""What the README and docs/ show can be typed: commands, options, files and names exist. Nothing runs."""
+"""Commands, options, files and names that README, CONTRIBUTING and docs/ show exist. Nothing runs."""
 
 import ast
 import dataclasses
@@ -19,7 +19,10 @@ import sparse_lm
 import train.cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # What has been removed is named in the changelog: its links are checked, and none of its code.
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 PUBLIC = {name: getattr(module, name) for module in (pallas_kernels, sparse_lm) for name in module.__all__}
