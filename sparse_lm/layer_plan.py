@@ -1,10 +1,17 @@
-"""Which format each layer of a model runs in."""
+"""Which format each layer of a model runs in, and how a stack of layers runs in several formats."""
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.options import Dense, FFNOptions, Layout, parse_layout
+from sparse_lm.config import ModelConfig
+from sparse_lm.layer_loop import over_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +64,40 @@ class Segment:
             return model
         backend = "auto" if isinstance(self.layout, Dense) else model.backend
         return dataclasses.replace(model, format=self.layout, backend=backend)
+
+
+def run_segments(
+    run_layer: Callable[[Segment, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any,
+    segments: Sequence[Segment],
+    config: ModelConfig,
+) -> tuple[Any, Any]:
+    """Runs a stack of layers, one segment after the other, each as `over_layers` does.
+
+    Segments of layers that are unrolled cost nothing: the compiler reads each layer where it stands in the
+    stack. Several loops each take a copy of their part of the stack, and their gradients are copied into one.
+
+    Args:
+      run_layer: (segment, carry, one layer's inputs) -> (carry, outputs).
+      carry: what the first layer takes.
+      inputs: of all layers, every leaf with a leading layer axis.
+      segments: of all layers, in order.
+      config: of the model.
+
+    Returns:
+      The last carry, and all outputs with a leading layer axis on every leaf.
+    """
+    parts = []
+    for segment, own in zip(segments, _split(inputs, segments), strict=True):
+        carry, outputs = over_layers(partial(run_layer, segment), carry, own, config)
+        parts.append(outputs)
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _split(inputs: Any, segments: Sequence[Segment]) -> list[Any]:
+    """The part of each segment. (The gradient of a slice would be as large as the stack.)"""
+    leaves, structure = jax.tree.flatten(inputs)
+    sizes = [segment.stop - segment.first for segment in segments]
+    of_segments = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, own) for own in of_segments]

@@ -12,8 +12,8 @@ from sparse_lm.attention import Attention
 from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
 from sparse_lm.ffn import SparseFFN
-from sparse_lm.layer_loop import LayerWeights, over_layers
-from sparse_lm.layer_plan import LayerPlan, Segment
+from sparse_lm.layer_loop import LayerWeights
+from sparse_lm.layer_plan import LayerPlan, Segment, run_segments
 from sparse_lm.layers import RMSNorm, scaled
 from sparse_lm.model_order import ModelOrder
 from sparse_lm.order import Permutation
@@ -125,9 +125,9 @@ class SparseLM(nnx.Module):
         fixed_order = self.token_order.before_layers(tokens)
         ordered_by_input = self.token_order.needs_input(tokens.shape)
 
-        def run_layer(segment, carry, layer, inputs):
+        def run_layer(segment, carry, inputs):
             x, order = carry
-            state, stored = inputs
+            layer, state, stored = inputs
             if layer_weights is not None:
                 state = layer_weights.make(nnx.to_pure_dict(state), stored)
             block = nnx.merge(graphdef, state)
@@ -140,12 +140,13 @@ class SparseLM(nnx.Module):
             x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
             return (x, order), stats
 
+        stored = None if layer_weights is None else layer_weights.stored
+        inputs = (jnp.arange(self.config.num_layers), layers, stored)
         # Until the first layer has made the order, anything of its shape and type stands in its place.
         unmade = tokens.astype(jnp.int32)
         carry = (self._embed(tokens), Permutation(unmade, unmade) if ordered_by_input else None)
-        inputs = layers, None if layer_weights is None else layer_weights.stored
         segments = self._segments(first_alone=ordered_by_input)
-        (x, _), stats = over_layers(run_layer, carry, inputs, segments, self.config)
+        (x, _), stats = run_segments(run_layer, carry, inputs, segments, self.config)
         return self.final_norm(x), stats
 
     def _segments(self, *, first_alone: bool) -> list[Segment]:

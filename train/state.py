@@ -67,13 +67,7 @@ class Program:
 
     def with_plan(self, plan: LayerPlan | None) -> "Program":
         """The same run, its layers in the formats of ``plan``."""
-
-        def planned() -> SparseLM:
-            model = nnx.merge(self.graphdef, self.init().variables)
-            model.plan = plan
-            return model
-
-        return dataclasses.replace(self, graphdef=nnx.split(nnx.eval_shape(planned))[0])
+        return dataclasses.replace(self, graphdef=_structure(self.config, plan))
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, at no memory."""
@@ -82,7 +76,7 @@ class Program:
 
 def build_program(config: TrainConfig) -> Program:
     """Splits the model once and ties it to its optimizer; allocates no parameter."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SparseLM(config.model, rngs=nnx.Rngs(0))))
+    graphdef = _structure(config)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     optimizer = build_optimizer(config.optimizer, schedule)
 
@@ -101,6 +95,11 @@ def build_program(config: TrainConfig) -> Program:
         )
 
     return Program(config, graphdef, optimizer, schedule, init)
+
+
+def _structure(config: TrainConfig, plan: LayerPlan | None = None) -> nnx.GraphDef:
+    model = nnx.eval_shape(lambda: SparseLM(config.model, rngs=nnx.Rngs(0), plan=plan))
+    return nnx.split(model)[0]
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
