@@ -40,8 +40,9 @@ def cross_entropy(
     """Mean over all tokens of ``-ln softmax(hidden weight^T)[target] + z_loss * lse^2``.
 
     Differentiable in ``hidden`` and ``weight``, once and in reverse mode. Under an ambient mesh each device
-    computes its own rows of the batch and the result is of the whole batch, as are gradients; inside
-    ``shard_map`` and ``pmap`` both are of the local tokens.
+    computes its own rows of the batch, or all of them where the number of devices does not divide B, and the
+    result is of the whole batch, as are gradients; inside ``shard_map`` and ``pmap`` both are of the local
+    tokens. On axes of type Explicit the rows are split as those of ``hidden`` are.
 
     Args:
       hidden: (B, S, D) in the compute type.
