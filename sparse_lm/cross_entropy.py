@@ -23,7 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import varying_axes
@@ -40,8 +40,9 @@ def cross_entropy(
     """Mean over all tokens of ``-ln softmax(hidden weight^T)[target] + z_loss * lse^2``.
 
     Differentiable in ``hidden`` and ``weight``, once and in reverse mode. Under an ambient mesh each device
-    computes its own rows of the batch and the result is of the whole batch, as are gradients; inside
-    ``shard_map`` and ``pmap`` both are of the local tokens.
+    computes its own rows of the batch, or all of them where the number of devices does not divide B, and the
+    result is of the whole batch, as are gradients; inside ``shard_map`` and ``pmap`` both are of the local
+    tokens. On axes of type Explicit the rows are split as those of ``hidden`` are.
 
     Args:
       hidden: (B, S, D) in the compute type.
@@ -61,10 +62,23 @@ def cross_entropy(
             "cross_entropy expected hidden (B, S, D), weight (V, D) and targets (B, S); "
             f"got {hidden.shape}, {weight.shape} and {targets.shape}"
         )
-    # Out here, so that the transpose of the weight's cast adds its gradient up over the axes.
-    hidden, weight, targets = varying_axes.vary_alike(hidden, weight, targets)
+    # Out here, so that the transposes of these casts sum gradients over the axes and place them as the arrays
+    # are.
+    hidden, weight, targets = varying_axes.vary_alike(*_split_by_rows(hidden, weight, targets))
     loss, ce = _cross_entropy(z_loss, hidden, weight, targets)
     return loss, lax.stop_gradient(ce)
+
+
+def _split_by_rows(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """On mesh axes of type Explicit, the arrays split as `_over_devices` takes them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = batch_split(mesh, hidden, None)
+    if split is None or AxisType.Explicit not in mesh.axis_types:
+        return hidden, weight, targets
+    hidden, targets = jax.sharding.reshard((hidden, targets), split)
+    return hidden, jax.sharding.reshard(weight, PartitionSpec()), targets
 
 
 def log_likelihoods(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

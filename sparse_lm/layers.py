@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import varying_axes
@@ -34,8 +35,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, dtype: DTypeLike) ->
     The backward keeps x as it came, which the model keeps anyway, and one f32 value a token. Derived by
     autodiff, it would keep three f32 arrays of x's shape, twice in each layer.
     """
-    # Out here, so that the transpose of the scale's cast adds its gradient up over the axes.
-    return _rms_norm(eps, jnp.dtype(dtype), *varying_axes.vary_alike(x, scale))
+    # Out here, so that the transposes of these casts sum the scale's gradient over the axes and place it as
+    # the scale is.
+    return _rms_norm(eps, jnp.dtype(dtype), *varying_axes.vary_alike(x, _split_as_width(x, scale)))
+
+
+def _split_as_width(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The scale (D,) split over mesh axes of type Explicit as x (..., D) is."""
+    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.reshard(scale, PartitionSpec(spec[x.ndim - 1])) if explicit else scale
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -63,7 +72,8 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.expand_dims(scale, range(x.ndim - 1))  # ranks alike, for who forbids promotion
+    # Of equal ranks, since jax_numpy_rank_promotion may forbid others.
+    return jax.lax.expand_dims(scale, range(x.ndim - 1))
 
 
 def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, amplitude: float = 1.0) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,6 +42,14 @@ def collectives(program: str) -> list[Collective]:
         else:
             lines.append(line)
     return [] if entry is None else list(_sent(bodies, entry))
+
+
+def bytes_by_kind(program: str) -> dict[str, int]:
+    """Bytes that arrive on each device in a run of the program, by ``"kind type"`` of collective."""
+    total: Counter[str] = Counter()
+    for collective in collectives(program):
+        total[f"{collective.kind} {collective.dtype}"] += collective.nbytes
+    return dict(total)
 
 
 def _sent(bodies: dict[str, list[str]], name: str) -> Iterator[Collective]:

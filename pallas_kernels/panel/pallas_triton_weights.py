@@ -6,8 +6,8 @@ token by token.
 A neuron that is active for many tokens is worth a row of a dense product over all of them; one that is active
 for few is not, and most neurons are like that: in a layer of 5632 at a mean of 30 active gates a token, 430
 neurons hold 60 % of all activity, and 3500 share the rest. The border is where both ways take the
-same time, `RareConfig.share`, and from there up to what the cores take in the same number of rounds: places
-in a round that would stay empty cost as much.
+same time, `RareConfig.share`. The dense product runs in rounds of as many programs as the cores hold, and a
+round that is not full takes as long as a full one; so the busiest rare neurons fill the last round.
 
 **`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons
 and of D in one of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P
@@ -107,8 +107,8 @@ class Ranking(NamedTuple):
 def rank(
     hits: jax.Array, *, limit: int, round_up: Callable[[jax.Array], jax.Array], interpret: bool = False
 ) -> Ranking:
-    """Neurons of more than ``limit`` tokens are hot, and those next to them up to ``round_up(their number)``:
-    hits (n_panels, F)."""
+    """Orders the neurons by their hits (n_panels, F). Those of more than ``limit`` tokens are hot, and so are
+    the next in the order, up to ``round_up`` of how many exceed the limit."""
     totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
     n_hot = round_up(jnp.sum(totals > limit, dtype=jnp.int32))
     order, ranks = pl.pallas_call(
@@ -123,8 +123,10 @@ def rank(
 
 
 def _fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
-    """As many neurons as take no longer than ``neurons``, where ``config.tile`` of them are
-    ``tiles`` programs."""
+    """The most neurons whose dense product takes no longer than that of ``neurons``.
+
+    ``config.tile`` neurons are ``tiles`` programs, and the cores hold ``config.per_core`` programs each.
+    """
     rows = (neurons + (config.tile - 1)) // config.tile
     at_once = device.current().cores * config.per_core
     if at_once >= tiles:

@@ -149,6 +149,20 @@ def test_over_devices_each_takes_its_own_tokens():
     assert sorted(one.elements for one in sent) == [1, VOCAB * WIDTH]
 
 
+def test_arrays_split_over_explicit_axes_get_gradients_split_like_them():
+    """The head by its vocabulary, hidden states by rows and width, targets not at all."""
+    arguments = inputs(4, 7)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    specs = PartitionSpec("data", None, "model"), PartitionSpec("model"), PartitionSpec()
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        found = gradients(cross_entropy, *placed)
+    assert [jax.typeof(gradient) for gradient in found[1]] == [jax.typeof(array) for array in placed[:2]]
+    wanted = gradients(plain, *arguments)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, targets = inputs(2, 4)
     with pytest.raises(ValueError, match=r"targets \(B, S\); got \(2, 4, 8\), \(96, 8\) and \(2, 3\)"):

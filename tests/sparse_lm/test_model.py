@@ -299,6 +299,30 @@ def test_rms_norm_keeps_for_its_backward_what_it_was_given(dtype):
     assert sizes == sorted([(x.dtype.name, 48), ("float32", 6), ("float32", 8)])
 
 
+@pytest.mark.parametrize(
+    "specs",
+    [(PartitionSpec(None, None, "data"), PartitionSpec()), (PartitionSpec(), PartitionSpec("data"))],
+    ids=["of x", "of the scale"],
+)
+def test_rms_norm_takes_a_width_that_is_split_over_explicit_axes(specs):
+    """Where only one of the two is split, each gradient is still split as what it is of."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), 8)]
+
+    def differentiated(norm):
+        return jax.jit(jax.grad(lambda x, scale: jnp.sum(jnp.sin(norm(x, scale))), argnums=(0, 1)))
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    placed = jax.device_put(arrays, shardings)
+    with jax.set_mesh(mesh):
+        found = differentiated(lambda x, scale: rms_norm(x, scale, eps=1e-5, dtype=jnp.float32))(*placed)
+    wanted = differentiated(lambda x, scale: _norm(x, scale, 1e-5))(*arrays)
+    for got, want, array in zip(found, wanted, placed, strict=True):
+        assert jax.typeof(got) == jax.typeof(array)
+        assert _relative(jax.device_get(got), want) < 1e-6
+
+
 def _relative(found, expected) -> float:
     found, expected = (jnp.asarray(array, jnp.float32) for array in (found, expected))
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))

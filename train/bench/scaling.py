@@ -14,7 +14,6 @@ import gc
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -23,7 +22,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.bench.collectives import collectives
+from pallas_kernels.bench.collectives import bytes_by_kind
 from pallas_kernels.errors import RequestError
 from sparse_lm import ModelConfig
 from train.bench import scaling_checks, synthetic
@@ -223,14 +222,6 @@ def measure(options: ScalingOptions, counts: Sequence[int]) -> Iterator[Row]:
         gc.collect()  # what a step held must be free for the next
 
 
-def exchanged(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes that arrive on each device in a run of the program, by ``"kind type"`` of collective."""
-    total: Counter[str] = Counter()
-    for collective in collectives(compiled.as_text() or ""):
-        total[f"{collective.kind} {collective.dtype}"] += collective.nbytes
-    return dict(total)
-
-
 def program(options: ScalingOptions, devices: int) -> Program:
     """The run whose step it is, the same initial state for every number of devices."""
     config = TrainConfig(
@@ -256,7 +247,7 @@ def _measured(
     row = Row(mode, devices, options.batch_size * devices * options.model.context_length)
     if isinstance(step, str):
         return dataclasses.replace(row, failure=step)
-    row = dataclasses.replace(row, exchanged=exchanged(step) if devices > 1 else {})
+    row = dataclasses.replace(row, exchanged=bytes_by_kind(step.as_text() or "") if devices > 1 else {})
     if memory := step.memory_analysis():
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         row = dataclasses.replace(

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import sparse_ffn, sparse_mlp
 from pallas_kernels.bench import timing
+from pallas_kernels.bench.collectives import bytes_by_kind
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 from sparse_lm import ModelConfig
 from train.bench import synthetic
@@ -39,8 +40,6 @@ def tensor_parallel(
       For each: ``devices``, ``samples_ms``, ``median_ms``, ``of_linear`` (None for the first), and the bytes
       ``exchanged``, as `train.bench.scaling.Row` has them.
     """
-    from train.bench.scaling import exchanged
-
     tokens = batch_size * model.context_length
     inputs = jax.jit(
         lambda key: ffn_inputs(
@@ -79,7 +78,7 @@ def tensor_parallel(
             "samples_ms": list(measured.samples_ms),
             "median_ms": measured.median_ms,
             "of_linear": alone / measured.median_ms / count if count > 1 else None,
-            "exchanged": exchanged(compiled) if count > 1 else {},
+            "exchanged": bytes_by_kind(compiled.as_text() or "") if count > 1 else {},
         }
 
 
@@ -127,11 +126,12 @@ def compare_losses(
             layout = Layout.over_first_devices(parallel, count)
             placed = [layout.place(tokens) for tokens in batches]
             step = layout.compiled_step(build, placed[0])
+            refresh_order = layout.order_refresh(build)
             with layout.step_scope():
                 state, found = layout.compile_init(build)(), []
                 for number in range(steps):
                     tokens = placed[number % _BATCHES]
-                    state = layout.order_refresh(build)(number + 1, state, tokens)
+                    state = refresh_order(number + 1, state, tokens)
                     state, metrics = step(state, tokens)
                     found.append(float(metrics["loss"]))  # simulated devices take one step at a time
             losses[f"{count} {mode}"] = found

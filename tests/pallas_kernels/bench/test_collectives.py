@@ -1,6 +1,6 @@
 """Collectives are read from a program as XLA writes it."""
 
-from pallas_kernels.bench.collectives import Collective, collectives
+from pallas_kernels.bench.collectives import Collective, bytes_by_kind, collectives
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true
@@ -52,6 +52,16 @@ def test_each_result_on_a_device_is_counted_as_often_as_it_is_sent():
         Collective("reduce-scatter", "bf16", 8),
         *[Collective("all-gather", "f32", 8)] * 4,
     ]
+
+
+def test_bytes_are_summed_by_kind_and_type():
+    assert bytes_by_kind(PROGRAM) == {
+        "all-reduce f32": 160,
+        "all-reduce s32": 4,
+        "all-gather u16": 64,
+        "reduce-scatter bf16": 16,
+        "all-gather f32": 128,
+    }
 
 
 def test_bytes():

@@ -17,10 +17,11 @@ from flax import nnx
 
 from pallas_kernels import FFNOptions, Hybrid, Panel
 from train import cli
-from train.config import CheckpointConfig, TrainConfig
+from train.config import CheckpointConfig, ParallelConfig, TrainConfig
 from train.data.corpus import CorpusIdentity
 from train.data.tokenizer import ByteTokenizer, fit_bpe
 from train.errors import UserError
+from train.parallel import Layout
 from train.run import checkpoint
 from train.run.checkpoint import Checkpoints, SavedData, complete_steps, find_checkpoint, load_for_inference
 from train.run.loop import run
@@ -48,6 +49,30 @@ def test_newest_are_kept_and_the_best_besides(finished, first_state, tmp_path):
         saver.save(first_state, DATA, finished.config, ByteTokenizer(), step=step, heldout_ce=ce)
     saver.close()
     assert complete_steps(saver.directory) == [2, 5, 6]
+
+
+def test_state_saved_in_pieces_is_restored_in_others(finished, tmp_path):
+    """Saved by four devices under FSDP; restored whole, in halves, and as ZeRO-1 has it."""
+    abstract = build_program(finished.config).abstract_state()
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda leaf: (100 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), abstract)
+    fsdp = Layout.over_all_devices(ParallelConfig(shard="fsdp"))
+    saver = Checkpoints(tmp_path, CheckpointConfig())
+    saver.open()
+    placed = jax.device_put(values, fsdp.state_shardings(abstract))
+    saver.save(placed, DATA, finished.config, ByteTokenizer(), step=1)
+    for shard, devices in (("none", 1), ("fsdp", 2), ("zero1", 4)):
+        layout = Layout.over_first_devices(ParallelConfig(shard=shard), devices)
+        shardings = layout.state_shardings(abstract)
+        wanted = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract, shardings,
+        )  # fmt: skip
+        saver.wait()
+        restored = saver.restore(1, wanted)
+        jax.tree.map(np.testing.assert_array_equal, restored, values)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings
+    saver.close()
 
 
 def test_run_keeps_the_newest_and_the_best(finished):
