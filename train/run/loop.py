@@ -17,6 +17,7 @@ from train.data.batches import TrainBatches, heldout_batches
 from train.data.corpus import Corpus
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
+from train.lost_process import losing_no_process
 from train.run import background_errors, compilation_cache
 from train.run.begin import check_trainable, held, run_corpus, run_tokenizer
 from train.run.checkpoint import (
@@ -94,7 +95,7 @@ def run(
     try:
         holding = contextlib.nullcontext() if dry_run else held(config, reporter)
         compiled = compilation_cache.kept(config.compilation_cache)
-        with background_errors.kept_quiet(), parallel.losing_no_process(), compiled, holding:
+        with background_errors.kept_quiet(), losing_no_process(), compiled, holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
                 return _run(config, parent, hooks, reporter, checkpoints, dry_run, cache)
