@@ -169,12 +169,13 @@ class Manifest:
             [
                 *begins,
                 f"model    {model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
-                f"{quantity(num_parameters(model))} parameters, state {quantity(self.state_bytes)}B",
+                f"{quantity(num_parameters(model))} parameters, "
+                f"state {quantity(self.state_bytes, giga='G')}B",
                 f"corpus   {corpus.documents:,} documents, {quantity(corpus.tokens)} tokens, fingerprint "
                 f"{corpus.fingerprint[:12]}; held out {quantity(corpus.heldout_tokens)} tokens, of which an "
                 f"evaluation takes {self.evaluated_tokens:,}",
                 f"steps    {self.config.batch_size} × {model.context_length} tokens, "
-                f"{quantity(self.flops_per_step)}FLOPs each; {quantity(to_come)} tokens to come, "
+                f"{quantity(self.flops_per_step, giga='G')}FLOPs each; {quantity(to_come)} tokens to come, "
                 f"{self.tokens / corpus.tokens:.2f} epochs in all",
                 f"devices  {self.devices}; {self.batch_per_device} sequences on each at a time, accumulation "
                 f"{self.config.optimizer.accumulation}",
@@ -185,9 +186,9 @@ class Manifest:
         )
 
 
-def quantity(value: float) -> str:
-    """A number in three or four figures and a unit."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+def quantity(value: float, *, giga: str = "B") -> str:
+    """A number in three or four figures and a unit; ``giga`` is that of 10^9, billions unless it is said."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, giga), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"

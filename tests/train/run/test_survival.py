@@ -242,3 +242,33 @@ def test_processes_that_do_not_find_each_other(corpus, tmp_path):
         "must ask for it; not all did: see that every process runs and can reach that one\n"
     )
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.timeout(120)
+def test_a_shard_cut_short_under_a_run_and_ctrl_c(corpus, tmp_path, capsys):
+    """The first start ends with one sentence, and the second, with the shard restored, at Ctrl-C."""
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    assert cli.main(["tokenize", "--out", str(shards), "--data.paths", str(corpus), "--processes", "1"]) == 0
+    file = shards / "train-00000.tokens"
+    whole = file.read_bytes()
+    words = programs.train(shards, run, *FOR_EVER, "--checkpoint.every", "20")
+    with programs.start(words) as process:
+        programs.wait_until(lambda: bool(complete_steps(run / "checkpoints")))
+        os.truncate(file, 1000)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == (
+        f"sparse-lm: the token shard {file} must be whole; found that it ends after 1,000 bytes: restore the "
+        "file, or make its directory again\n"
+    )
+    newest = complete_steps(run / "checkpoints")[-1]
+
+    file.write_bytes(whole)
+    with programs.start(words) as process:
+        programs.wait_for_line(process, f"step {newest + 1:>7}/1000000")
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "SIGINT: saving after this step; once more to exit at once\n")
+    stopped = complete_steps(run / "checkpoints")[-1]
+    assert stopped > newest
+    assert f"stopped by a signal after step {stopped} of 1000000, saved at " in out
