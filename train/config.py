@@ -216,16 +216,23 @@ class ParallelConfig:
       mode: ``"jit"`` with a mesh, or ``"pmap"``.
       shard: what is split across devices under ``"jit"``: ``"none"`` (data parallel only), ``"zero1"``
         (optimizer state), ``"fsdp"`` (optimizer state and parameters).
+      batch_per_device: sequences that a device takes at a time; how many times it does in a step then follows
+        from ``batch_size``, which stays the batch of a step. 0: ``optimizer.accumulation`` says how many.
     """
 
     mode: Literal["jit", "pmap"] = "jit"
     shard: Literal["none", "zero1", "fsdp"] = "none"
+    batch_per_device: int = 0
 
     def __post_init__(self) -> None:
         _require(self.mode in ("jit", "pmap"), f"parallel.mode must be jit or pmap; got {self.mode!r}")
         _require(
             self.shard in ("none", "zero1", "fsdp"),
             f"parallel.shard must be none, zero1 or fsdp; got {self.shard!r}",
+        )
+        _require(
+            self.batch_per_device >= 0,
+            f"parallel.batch-per-device must be at least 0; got {self.batch_per_device}",
         )
         _require(
             self.mode == "jit" or self.shard == "none",
@@ -283,6 +290,40 @@ class TrainConfig:
             f"batch-size must be a multiple of optimizer.accumulation={self.optimizer.accumulation}; "
             f"got {self.batch_size}",
         )
+
+    def on_devices(self, devices: int) -> "TrainConfig":
+        """The same run on so many devices: with the accumulation that ``parallel.batch_per_device`` makes.
+
+        Raises:
+          RequestError: the batch does not divide, or another accumulation was asked for besides.
+        """
+        at_once = self.parallel.batch_per_device
+        if not at_once:
+            return self
+        unit, asked = devices * at_once, self.optimizer.accumulation
+        product = f"devices × parallel.batch-per-device = {devices} × {at_once} = {unit}"
+        below = self.batch_size // unit * unit
+        _require(
+            self.batch_size == below,
+            f"batch-size must be a multiple of {product}; got {self.batch_size}: choose "
+            + (f"{below} or {below + unit}" if below else f"{unit}")
+            + ", or another number of sequences per device",
+        )
+        accumulation = self.batch_size // unit
+        _require(
+            asked in (1, accumulation),
+            f"optimizer.accumulation must be batch-size / ({product}) = {accumulation} where "
+            f"parallel.batch-per-device is given; got {asked}: leave one of the two out",
+        )
+        return dataclasses.replace(
+            self, optimizer=dataclasses.replace(self.optimizer, accumulation=accumulation)
+        )
+
+    def as_asked(self) -> "TrainConfig":
+        """The run for any number of devices: without the accumulation that `on_devices` has found."""
+        if not self.parallel.batch_per_device:
+            return self
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, accumulation=1))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import ParallelConfig, TrainConfig
-from train.errors import LostProcessError, UserError, short_reason
+from train.errors import UserError, short_reason
 from train.exchange import WHOLE, Exchange
 from train.gradient import Gradient, make_gradient
+from train.lost_process import abort_as_sentence
 from train.state import Params, Program, TrainState, is_matrix
 from train.step import TrainStep, make_order_refresh, make_train_step
 
+_JOIN_SECONDS = 300
 _HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
 OrderRefresh = Callable[[int, TrainState, Any], TrainState]
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
@@ -46,31 +48,24 @@ def initialize_processes() -> None:
                 f"got {', '.join(f'{name}={os.environ.get(name)!r}' for name in names)}: "
                 "set all three or none"
             )
-        jax.distributed.initialize(
-            address, int(count), int(index), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-        )
+        _join(address, int(count), int(index))
     elif tasks != {"1"}:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        _join()
 
 
-@contextlib.contextmanager
-def losing_no_process() -> Iterator[None]:
-    """Turns what the runtime raises when another process of the run has died into LostProcessError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise lost_process(error) from error
-
-
-def lost_process(error: Exception) -> LostProcessError:
-    """What to say of an error that another process's death has caused."""
-    return LostProcessError(
-        f"process {jax.process_index()} of {jax.process_count()} has lost another process of the run "
-        f"({short_reason(error)}); checkpoints are intact: start all processes again, or another number of "
-        "them, to go on from the newest"
-    )
+def _join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    with abort_as_sentence(
+        f"sparse-lm: the first process of the run must answer {f'at {address} ' if address else ''}within "
+        f"{_JOIN_SECONDS} seconds, and all others must ask for it; not all did: see that every process runs "
+        "and can reach that one"
+    ):
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            initialization_timeout=_JOIN_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
 
 
 def check_devices() -> None:

@@ -17,6 +17,7 @@ ALIASES = {
     "--learning-rate": "--optimizer.learning-rate",
     "--warmup": "--optimizer.warmup-steps",
     "--accumulation": "--optimizer.accumulation",
+    "--batch-per-device": "--parallel.batch-per-device",
     "--l1": "--model.sparsity.l1",
     "--context": "--model.context-length",
     "--dtype": "--model.dtype",

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from train.errors import UserError, short_reason
-from train.parallel import lost_process
+from train.lost_process import lost_process
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def writing(where: Path) -> Iterator[None]:
             ) from error
         if jax.process_count() > 1 and not isinstance(error, OSError):
             # Processes wait for each other around a save.
-            raise lost_process(error) from error
+            raise lost_process(short_reason(error)) from error
         raise UserError(
             f"{where} must be a directory that can be written to; a checkpoint could not be saved "
             f"({short_reason(error)}), earlier ones are intact: mend that and run the same command again"

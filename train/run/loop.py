@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from sparse_lm import LayerPlan
 from sparse_lm.generate import Sampling, generate
 from train import parallel
 from train.config import TrainConfig, changed_fields
@@ -17,6 +18,7 @@ from train.data.batches import TrainBatches, heldout_batches
 from train.data.corpus import Corpus
 from train.errors import UserError
 from train.evaluate import EvaluationReport, evaluate, make_evaluator
+from train.lost_process import losing_no_process
 from train.run import background_errors, compilation_cache
 from train.run.begin import check_trainable, held, run_corpus, run_tokenizer
 from train.run.checkpoint import (
@@ -36,6 +38,7 @@ from train.run.planned_step import PlannedStep
 from train.run.profile import DIRECTORY as PROFILE
 from train.run.profile import ProfileWindow
 from train.run.report import Reporter
+from train.run.step_memory import device_limit, step_memory
 from train.run.wandb_sink import WandbSink
 from train.state import Program, TrainState, build_program
 from train.step import Metrics
@@ -88,13 +91,14 @@ def run(
     config = dataclasses.replace(config, data=config.data.absolute())
     parallel.initialize_processes()
     parallel.check_devices()
+    config = config.on_devices(jax.device_count())
     parallel.check_batch(config)
     parent = choose_parent(config, source)  # before anything is made in the workdir
     reporter = Reporter(config, primary=jax.process_index() == 0)
     try:
         holding = contextlib.nullcontext() if dry_run else held(config, reporter)
         compiled = compilation_cache.kept(config.compilation_cache)
-        with background_errors.kept_quiet(), parallel.losing_no_process(), compiled, holding:
+        with background_errors.kept_quiet(), losing_no_process(), compiled, holding:
             checkpoints = Checkpoints(config.workdir, config.checkpoint)
             try:
                 return _run(config, parent, hooks, reporter, checkpoints, dry_run, cache)
@@ -138,6 +142,7 @@ def _run(
             return RunResult("already-finished", start, checkpoints.path(start))
         corpus = run_corpus(config, checkpoints, start, tokenizer, cache, reporter)
     run = _Run(config, parent, hooks, reporter, checkpoints, corpus, start)
+    run.check_memory(always=dry_run)
     if dry_run:
         run.show()
         reporter.say("dry run: no step was taken")
@@ -217,6 +222,17 @@ class _Run:
                 f"report.samples needs a run of one process; got {jax.process_count()}: leave the option out"
             )
 
+    def check_memory(self, *, always: bool) -> None:
+        """Refuses a step that the devices have no room for, where they say how much they have; ``always``
+        counts what it takes."""
+        limit = device_limit()
+        if always or limit is not None:
+            plan = self._first_plan(Terrain.of(self.config))
+            memory = step_memory(self.layout, self.program.with_plan(plan) if plan else self.program, limit)
+            self.manifest = dataclasses.replace(self.manifest, step_memory=memory)
+            if memory is not None:
+                memory.check(self.config)
+
     def show(self) -> None:
         """Says what the run is, before its first step."""
         self.reporter.begin(self.manifest, self.changes, self.jumps)
@@ -272,11 +288,16 @@ class _Run:
                     break
             return self._end(step, finished=last)
 
+    def _first_plan(self, terrain: Terrain | None) -> LayerPlan | None:
+        if terrain is None:
+            return None
+        return terrain.saved(self.checkpoints.data(self.start).plan if self.start else None)
+
     def _planned_step(self) -> PlannedStep:
-        planner = plan = None
-        if (terrain := Terrain.of(self.config)) is not None:
+        planner, terrain = None, Terrain.of(self.config)
+        plan = self._first_plan(terrain)
+        if terrain is not None:
             planner = Planner(terrain, self.config.plan_every)
-            plan = terrain.saved(self.checkpoints.data(self.start).plan if self.start else None)
             self.reporter.say(f"layers run as {plan}, which may change with their activity")
         every = self.config.report.every
         return PlannedStep(self.layout, self.program, planner, plan, say=self.reporter.say, agree_every=every)

@@ -33,6 +33,7 @@ from train.data.corpus import CorpusIdentity
 from train.errors import UserError
 from train.run import compilation_cache
 from train.run.plan import Terrain
+from train.run.step_memory import StepMemory
 from train.state import Program, learning_rate_schedule
 
 FILE_NAME = "manifest.json"
@@ -80,6 +81,7 @@ class Manifest:
       devices: how many of which kind.
       compiled: directory that compiled programs are kept in, if any.
       parent: what it began from, if not from random weights.
+      step_memory: what a step takes of a device, where that is known.
     """
 
     config: TrainConfig
@@ -91,6 +93,7 @@ class Manifest:
     devices: str
     compiled: str | None
     parent: Parent | None = None
+    step_memory: StepMemory | None = None
 
     @classmethod
     def of(
@@ -131,6 +134,11 @@ class Manifest:
         """Model FLOPs, as `flops_per_token` counts them."""
         return self.tokens_per_step * flops_per_token(self.config.model, self.config.model.context_length)
 
+    @property
+    def batch_per_device(self) -> int:
+        """Sequences that a device takes at a time."""
+        return self.config.batch_size // (self.config.optimizer.accumulation * jax.device_count())
+
     def to_dict(self) -> dict[str, Any]:
         """Every fact, ready for JSON."""
         return {
@@ -144,6 +152,8 @@ class Manifest:
             "parameters": num_parameters(self.config.model),
             "state_bytes": self.state_bytes,
             "flops_per_step": self.flops_per_step,
+            "batch_per_device": self.batch_per_device,
+            "step_memory": None if self.step_memory is None else dataclasses.asdict(self.step_memory),
             "kernels": self.kernels.splitlines(),
             "devices": self.devices,
             "compiled": self.compiled,
@@ -159,23 +169,26 @@ class Manifest:
             [
                 *begins,
                 f"model    {model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
-                f"{quantity(num_parameters(model))} parameters, state {quantity(self.state_bytes)}B",
+                f"{quantity(num_parameters(model))} parameters, "
+                f"state {quantity(self.state_bytes, giga='G')}B",
                 f"corpus   {corpus.documents:,} documents, {quantity(corpus.tokens)} tokens, fingerprint "
                 f"{corpus.fingerprint[:12]}; held out {quantity(corpus.heldout_tokens)} tokens, of which an "
                 f"evaluation takes {self.evaluated_tokens:,}",
                 f"steps    {self.config.batch_size} × {model.context_length} tokens, "
-                f"{quantity(self.flops_per_step)}FLOPs each; {quantity(to_come)} tokens to come, "
+                f"{quantity(self.flops_per_step, giga='G')}FLOPs each; {quantity(to_come)} tokens to come, "
                 f"{self.tokens / corpus.tokens:.2f} epochs in all",
-                f"devices  {self.devices}",
+                f"devices  {self.devices}; {self.batch_per_device} sequences on each at a time, accumulation "
+                f"{self.config.optimizer.accumulation}",
+                *([] if self.step_memory is None else [f"memory   {self.step_memory}"]),
                 f"kernels  {self.kernels.splitlines()[-1]}",
                 f"compiled programs are {f'kept in {self.compiled}' if self.compiled else 'not kept'}",
             ]
         )
 
 
-def quantity(value: float) -> str:
-    """A number in three or four figures and a unit."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+def quantity(value: float, *, giga: str = "B") -> str:
+    """A number in three or four figures and a unit; ``giga`` is that of 10^9, billions unless it is said."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, giga), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
@@ -204,7 +217,7 @@ def write(workdir: Path, manifest: Manifest, changes: Mapping[str, tuple[Any, An
     )
     os.replace(partial, path)
     partial = path.with_name(CONFIG_NAME + ".partial")
-    write_config(manifest.config, partial)
+    write_config(manifest.config.as_asked(), partial)
     os.replace(partial, workdir / CONFIG_NAME)
     return hashlib.sha256(json.dumps([str(workdir.absolute()), history[0]]).encode()).hexdigest()[:16]
 

@@ -110,14 +110,18 @@ def assert_same_as_never_killed(corpus: Path, workdir: Path, reference: Path) ->
         with programs.start(programs.train(corpus, directory, *OPTIONS, "--steps", str(steps))) as process:
             _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    killed, whole = ([_figures(record) for record in records(d)] for d in (workdir, reference))
+    killed, whole = figures(workdir), figures(reference)
     assert killed == whole
     assert [record["step"] for record in whole] == list(range(1, steps + 1))
     return steps
 
 
-def _figures(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "tokens_per_second"}
+def figures(workdir: Path) -> list[dict[str, Any]]:
+    """Every figure of every step but its speed."""
+    return [
+        {name: value for name, value in record.items() if name != "tokens_per_second"}
+        for record in records(workdir)
+    ]
 
 
 def table(kills: Sequence[Kill]) -> str:

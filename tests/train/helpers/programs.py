@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,20 @@ def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str
         process.wait()
         for stream in filter(None, (process.stdout, process.stderr)):
             stream.close()
+
+
+@contextlib.contextmanager
+def start_together(words: list[str], count: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """`start`, for the ``count`` processes of one run, of one device each, that find each other over
+    loopback."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(start(words, **cluster, JAX_PROCESS_ID=str(index))) for index in range(count)
+        ]
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 
 import programs
 import pytest
 import tiny_runs
 
 from train import cli
+from train.run import loop
 from train.run.metrics import FILE_NAME as METRICS
 
 
@@ -75,6 +77,9 @@ def test_a_dry_run_shows_the_run_and_begins_none(corpus, workdir, capsys):
     assert cli.main(programs.train(corpus, workdir, "--steps", "4", "--dry-run")) == 0
     said = capsys.readouterr().out
     assert "256 tokens to come" in said
+    assert re.search(
+        r"^memory   \S+ GiB on a device \(state \S+ GiB, temporary \S+ GiB\)$", said, re.MULTILINE
+    )
     assert said.endswith("dry run: no step was taken\n")
     assert os.listdir(workdir) == ["cache"]
 
@@ -117,3 +122,61 @@ def test_mistakes_in_a_configuration_file(tmp_path, capsys, text, sentence):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("sparse-lm: " + sentence.format(file=file))
+
+
+def test_sequences_per_device_make_the_accumulation(corpus, workdir, capsys):
+    """Four devices, as everywhere in these tests."""
+    words = programs.train(corpus, workdir, "--batch-size", "16", "--steps", "2", "--batch-per-device", "2")
+    assert cli.main(words) == 0
+    assert "2 sequences on each at a time, accumulation 2\n" in capsys.readouterr().out
+    assert manifest_of(workdir)["config"]["optimizer"]["accumulation"] == 2
+    # On another number of devices it would be another, so the file leaves that open.
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["accumulation"] == 1
+
+    again = ["train", "--config", str(workdir / "config.json"), "--steps", "3", "--batch-per-device"]
+    assert cli.main([*again, "4"]) == 0
+    said = capsys.readouterr().out
+    assert "4 sequences on each at a time, accumulation 1\n" in said
+    assert "changed on resume: optimizer.accumulation is 1, was 2\n" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ("--batch-per-device", "3"),
+            "batch-size must be a multiple of devices × parallel.batch-per-device = 4 × 3 = 12; got 16: "
+            "choose 12 or 24, or another number of sequences per device\n",
+        ),
+        (
+            ("--batch-per-device", "2", "--accumulation", "4"),
+            "optimizer.accumulation must be batch-size / (devices × parallel.batch-per-device = 4 × 2 = 8) "
+            "= 2 where parallel.batch-per-device is given; got 4: leave one of the two out\n",
+        ),
+    ],
+)
+def test_sequences_per_device_that_do_not_divide_the_batch(corpus, workdir, capsys, options, sentence):
+    assert cli.main(programs.train(corpus, workdir, "--batch-size", "16", *options)) == 1
+    assert capsys.readouterr().err == f"sparse-lm: {sentence}"
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_a_step_that_does_not_fit_is_refused_before_the_first(corpus, workdir, capsys, monkeypatch, mode):
+    words = programs.train(corpus, workdir, "--batch-size", "16", "--steps", "2", "--parallel.mode", mode)
+    monkeypatch.setattr(loop, "device_limit", lambda: 1 << 16)
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "sparse-lm: a step must fit into the memory that a device gives; it would take 0.000"
+    )
+    fsdp = " or set --parallel.shard fsdp" if mode == "jit" else ""
+    assert " GiB of 6.1e-05 GiB on a device (state " in said
+    assert said.endswith(f"): set --parallel.batch-per-device 2 (now 4) or set --model.remat full{fsdp}\n")
+    assert os.listdir(workdir) == ["cache"]
+    monkeypatch.setattr(loop, "device_limit", lambda: 1 << 30)
+    assert cli.main(words) == 0
+    memory = manifest_of(workdir)["step_memory"]
+    assert memory["limit"] == 1 << 30
+    assert memory["state"] > manifest_of(workdir)["state_bytes"]  # and the tokens
+    assert memory["temporary"] > 0

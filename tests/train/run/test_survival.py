@@ -5,8 +5,11 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
+import kill_runs
 import programs
 import pytest
 import tiny_runs
@@ -156,29 +159,116 @@ def test_checkpoints_by_time(corpus, tmp_path):
     assert complete_steps(tmp_path / "checkpoints") == [1, 2, 3, 4]
 
 
-@pytest.mark.timeout(240)
-def test_a_process_that_is_lost_ends_the_others_with_one_sentence(corpus, tmp_path, capsys):
-    """And the run goes on with another number of processes, from what the two have saved."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    words = programs.train(corpus, tmp_path, *FOR_EVER, "--checkpoint.every", "5")
-    with (
-        programs.start(words, **cluster, JAX_PROCESS_ID="0") as first,
-        programs.start(words, **cluster, JAX_PROCESS_ID="1") as second,
-    ):
-        programs.wait_until(lambda: bool(complete_steps(tmp_path / "checkpoints")), seconds=120)
-        second.kill()
+def lose(victim, count, words, workdir):
+    """Kills one of ``count`` processes once there is a checkpoint; what it leaves of the others."""
+    with programs.start_together(words, count) as processes:
+        programs.wait_until(lambda: bool(complete_steps(workdir / "checkpoints")), seconds=120)
+        processes[victim].kill()
         began = time.monotonic()
-        _, errors = first.communicate(timeout=120)
-        assert time.monotonic() - began < 60
-        second.communicate()
-    assert first.returncode == 1, errors
-    assert errors.splitlines()[-1].startswith(
-        "sparse-lm: process 0 of 2 has lost another process of the run ("
+        for index, process in enumerate(processes):
+            _, errors = process.communicate(timeout=120)
+            if index != victim:
+                assert time.monotonic() - began < 60
+                assert process.returncode == 1, errors
+                assert errors.count("\n") == 1, errors
+                assert errors.startswith(
+                    f"sparse-lm: process {index} of {count} has lost another process of the run ("
+                )
+    return complete_steps(workdir / "checkpoints")[-1]
+
+
+# A learning rate that does not depend on the number of steps.
+FLAT = ("--optimizer.final-fraction", "1", "--optimizer.warmup-steps", "0", "--report.evaluate-every", "0")
+
+
+@pytest.mark.timeout(240)
+def test_a_lost_process_ends_the_other_and_one_process_goes_on_bit_for_bit(corpus, tmp_path):
+    """With two devices in all there is one way of adding them up."""
+    lost = programs.train(corpus, tmp_path / "lost", *FOR_EVER, *FLAT, "--checkpoint.every", "5")
+    newest = lose(1, 2, lost, tmp_path / "lost")
+    steps = ("--steps", str(newest + 3))
+    for name in ("lost", "whole"):
+        with programs.start(
+            programs.train(corpus, tmp_path / name, *FLAT, *steps),
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        ) as process:
+            out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert (f"resuming after step {newest} of {newest + 3}\n" in out) == (name == "lost")
+    found, expected = (kill_runs.figures(tmp_path / name) for name in ("lost", "whole"))
+    assert len(expected) == newest + 3
+    assert found == expected
+
+
+@pytest.mark.timeout(240)
+def test_the_first_of_three_processes_is_lost_and_two_go_on(corpus, tmp_path):
+    """The first one holds the directory, and the service through which all of them know of each other."""
+    words = programs.train(corpus, tmp_path, *FOR_EVER, "--checkpoint.every", "5", "--batch-size", "6")
+    newest = lose(0, 3, words, tmp_path)
+    words[words.index("1000000")] = str(newest + 1)
+    with programs.start_together(words, 2) as processes:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "the run that held this directory has died (process " in outputs[0][0]
+    assert f"resuming after step {newest} of {newest + 1}\n" in outputs[0][0]
+    assert complete_steps(tmp_path / "checkpoints")[-1] == newest + 1
+
+
+def test_processes_that_do_not_find_each_other(corpus, tmp_path):
+    """JAX would abort for want of the first process, with a stack dump."""
+    code = """if True:
+        import sys
+        from train import cli, parallel
+        parallel._JOIN_SECONDS = 1
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", code, *programs.train(corpus, tmp_path / "run")],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "JAX_COORDINATOR_ADDRESS": "localhost:1",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert "stack trace" not in errors
-    newest = complete_steps(tmp_path / "checkpoints")[-1]
-    assert cli.main(programs.train(corpus, tmp_path, "--steps", str(newest + 1))) == 0
-    assert f"resuming after step {newest} of {newest + 1}\n" in capsys.readouterr().out
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == (
+        "sparse-lm: the first process of the run must answer at localhost:1 within 1 seconds, and all others "
+        "must ask for it; not all did: see that every process runs and can reach that one\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.timeout(120)
+def test_a_shard_cut_short_under_a_run_and_ctrl_c(corpus, tmp_path, capsys):
+    """The first start ends with one sentence, and the second, with the shard restored, at Ctrl-C."""
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    assert cli.main(["tokenize", "--out", str(shards), "--data.paths", str(corpus), "--processes", "1"]) == 0
+    file = shards / "train-00000.tokens"
+    whole = file.read_bytes()
+    words = programs.train(shards, run, *FOR_EVER, "--checkpoint.every", "20")
+    with programs.start(words) as process:
+        programs.wait_until(lambda: bool(complete_steps(run / "checkpoints")))
+        os.truncate(file, 1000)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == (
+        f"sparse-lm: the token shard {file} must be whole; found that it ends after 1,000 bytes: restore the "
+        "file, or make its directory again\n"
+    )
+    newest = complete_steps(run / "checkpoints")[-1]
+
+    file.write_bytes(whole)
+    with programs.start(words) as process:
+        programs.wait_for_line(process, f"step {newest + 1:>7}/1000000")
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "SIGINT: saving after this step; once more to exit at once\n")
+    stopped = complete_steps(run / "checkpoints")[-1]
+    assert stopped > newest
+    assert f"stopped by a signal after step {stopped} of 1000000, saved at " in out
