@@ -217,8 +217,8 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench layers", description=__doc__)
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"
@@ -311,9 +311,11 @@ def _tune(cases: Sequence[Case | RecordedCase], direction: str, panels: Sequence
                 print(f"not tuned: {error}", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m pallas_kernels.bench layers"
+) -> int:
     """The program; returns its exit status: 0, 1 where a result is wrong, 2 where it cannot run."""
-    parser = _parser()
+    parser = _parser(program)
     args = parser.parse_args(arguments)
     device = device_lib.current()
     if not device.is_nvidia:

@@ -175,8 +175,8 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench stages", description=__doc__)
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default=PAPER.name, help="model (%(default)s)")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384], help="tokens of a call (16,384)")
     parser.add_argument(
@@ -191,9 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m pallas_kernels.bench stages"
+) -> int:
     """The program; returns its exit status: 0, or 2 where it cannot run."""
-    parser = _parser()
+    parser = _parser(program)
     args = parser.parse_args(arguments)
     device = device_lib.current()
     if not device.is_nvidia:

@@ -356,7 +356,7 @@ def table(options: DecodeOptions, rows: Sequence[Row], bandwidth: float) -> Tabl
     nnz = f"nnz {options.nnz:g}" if options.nnz else "every neuron active"
     table = Table(
         title=f"{options.config}, {options.model.num_layers} layers, {nnz}, context {options.context}, "
-        f"{jax.devices()[0].device_kind} ({bandwidth / 1e12:.2f} TB/s in a copy), JAX {jax.__version__}"
+        f"{jax.devices()[0].device_kind} ({bandwidth / 1e9:,.0f} GB/s in a copy), JAX {jax.__version__}"
     )
     for name in ("what", "tokens", "format"):
         table.add_column(name, no_wrap=True)
