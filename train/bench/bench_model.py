@@ -85,7 +85,7 @@ class BenchModelOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
             raise RequestError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:

@@ -59,6 +59,8 @@ def run(options: BenchOrderOptions) -> None:
       UserError: no such checkpoint, no text, a format that cannot run here, or no place for the file.
     """
     console, file = Console(highlight=False, soft_wrap=True), JsonFile(options.json)
+    if options.picture is not None:
+        order_plot.check_possible(options.picture)
     layers = TextLayers(options.checkpoint, max(options.tokens), _FIT_TOKENS)
     orders = order_counts.forward_orders(layers, options.clusters)
     document: dict[str, Any] = {

@@ -77,7 +77,7 @@ class BenchStepOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.steps < 1:
             raise RequestError(f"steps must be at least 1; got {self.steps}")
         if not self.formats or not self.remats:

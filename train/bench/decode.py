@@ -77,7 +77,7 @@ class DecodeOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:

@@ -1,6 +1,7 @@
 """What the result files of whole-model benchmarks have in common."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,14 +32,27 @@ def document(
     return {"options": to_dict(options), **record, **more, "rows": list(rows)}
 
 
-def check_against(path: str | None, tolerance: float | None) -> None:
-    """Raises ValueError for a tolerance that says nothing, or none that there can be."""
-    if tolerance is None:
-        return
-    if path is None:
+def check_against(path: str | None, tolerance: float | None, *, json: str | None) -> None:
+    """Says before a benchmark runs what ``print_against`` could not use behind it.
+
+    Args:
+      path: of ``--against``.
+      tolerance: of ``--tolerance``.
+      json: of ``--json``, which the new result takes.
+
+    Raises:
+      ValueError: a tolerance that says nothing or cannot be, or the older result would be overwritten first.
+      UserError: the file is no result.
+    """
+    if path is None and tolerance is not None:
         raise ValueError("tolerance needs --against, the result that it is of; got none")
-    if not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0; got {tolerance}")
+    if path is None:
+        return
+    if json is not None and Path(json).expanduser().resolve() == Path(path).expanduser().resolve():
+        raise ValueError(f"--json must name another file than --against, which it would replace; got {json}")
+    against.read(path)
 
 
 def print_against(
