@@ -13,7 +13,7 @@ OURS = {"pallas_kernels", "sparse_lm", "train", "configs"}
 THEIRS = {
     "grain", "tokenizers", "optax", "orbax", "flax", "tyro", "rich", "zstandard",
     "safetensors", "huggingface_hub", "jinja2", "lm_eval", "tensorboardX", "wandb", "matplotlib", "pyarrow",
-    "pynvml",
+    "pynvml", "absl",
 }  # fmt: skip
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels", "jax", "jaxlib", "jaxtyping", "numpy"},

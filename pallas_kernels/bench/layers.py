@@ -33,6 +33,7 @@ from pallas_kernels.bench.tune_panel import tune_panel
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
 from pallas_kernels.options import FFNOptions, Panel
 
+_PROGRAM = "python -m pallas_kernels.bench layers"
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
 _TUNING_SECONDS = (
     150.0  # then the search keeps the heuristic for what is left, so that a run ends within four minutes
@@ -217,7 +218,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
@@ -311,9 +312,7 @@ def _tune(cases: Sequence[Case | RecordedCase], direction: str, panels: Sequence
                 print(f"not tuned: {error}", file=sys.stderr)
 
 
-def main(
-    arguments: Sequence[str] | None = None, *, program: str = "python -m pallas_kernels.bench layers"
-) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = _PROGRAM) -> int:
     """The program; returns its exit status: 0, 1 where a result is wrong, 2 where it cannot run."""
     parser = _parser(program)
     args = parser.parse_args(arguments)

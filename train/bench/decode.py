@@ -34,7 +34,7 @@ from sparse_lm.sampling import GREEDY
 from train.bench import results
 from train.bench.synthetic import output_share, sparse_embedding
 from train.errors import UserError
-from train.output import JsonFile, print_table
+from train.output import print_table
 
 _LAYERS = 8
 _REPEATS = 4
@@ -136,7 +136,7 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
             f"context of {longest} tokens; got {options.context} and {options.prompt}"
         )
     console = console or Console(highlight=False, soft_wrap=True)
-    file = JsonFile(options.json)
+    file = results.open_files(options.json, options.against)
     bandwidth = _bandwidth(options.rounds)
     rows = [*_layers(options), *_model(options)]
     rows = [

@@ -10,6 +10,7 @@ from pallas_kernels.bench import machine
 from train.bench import against, nvml
 from train.config import to_dict
 from train.errors import UserError
+from train.output import JsonFile
 
 
 def machine_record() -> dict[str, Any]:
@@ -33,26 +34,35 @@ def document(
 
 
 def check_against(path: str | None, tolerance: float | None, *, json: str | None) -> None:
-    """Says before a benchmark runs what ``print_against`` could not use behind it.
+    """Raises ValueError for a tolerance that says nothing or cannot be, and where the new result would
+    replace the older one before they are compared.
 
     Args:
       path: of ``--against``.
       tolerance: of ``--tolerance``.
-      json: of ``--json``, which the new result takes.
-
-    Raises:
-      ValueError: a tolerance that says nothing or cannot be, or the older result would be overwritten first.
-      UserError: the file is no result.
+      json: of ``--json``.
     """
     if path is None and tolerance is not None:
         raise ValueError("tolerance needs --against, the result that it is of; got none")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0; got {tolerance}")
-    if path is None:
-        return
-    if json is not None and Path(json).expanduser().resolve() == Path(path).expanduser().resolve():
+    if path is not None and json is not None and _absolute(path) == _absolute(json):
         raise ValueError(f"--json must name another file than --against, which it would replace; got {json}")
-    against.read(path)
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def open_files(json: str | None, path: str | None) -> JsonFile:
+    """The file of ``--json``, ready for figures, once the one of ``--against`` has been looked at.
+
+    Raises:
+      UserError: the first cannot be written, or the second is no result.
+    """
+    if path is not None:
+        against.read(path)
+    return JsonFile(json)
 
 
 def print_against(
