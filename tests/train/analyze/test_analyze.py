@@ -191,7 +191,7 @@ def test_a_checkpoint_without_metrics_is_analyzed_all_the_same(finished, tmp_pat
         (["--tokens", "8"], "tokens must be at least 16, one sequence of the model; got 8", 1),
         (["--call-tokens", "0"], "call-tokens must be at least 1; got 0", 2),
         (["--checkpoint", "{tmp}/none"], "a checkpoint must be a directory; there is none at", 1),
-        (["--out", "{tmp}/file/out"], "--out must name a file that can be written", 1),
+        (["--out", "{tmp}/file/out"], "--out must name a directory that can be written", 1),
         (["--out", "{tmp}/other"], "holds the analysis of /runs/8: choose another directory", 1),
     ],
 )
