@@ -131,7 +131,9 @@ class ModelConfig:
       vocab_size: V, rows of the embedding.
       d_model: D, model width.
       d_ff: F, hidden neurons of each feed-forward layer.
-      num_layers, num_heads, num_kv_heads: depth, query heads, key/value heads (grouped-query attention).
+      num_layers: depth.
+      num_heads: query heads.
+      num_kv_heads: key/value heads (grouped-query attention).
       gated: ``act(x Wg) * (x Wu)`` if true, ``act(x Wu)`` if false.
       activation: ``act``: ``"relu"``; ``"relu2"``, its square; ``"threshold(0.01)"``, x where it is over 0.01
         and else 0 (FATReLU); ``"drelu"``, ReLU of the gate and of ``x Wu`` too (gated models only); or

@@ -22,9 +22,10 @@ class RopeScaling:
       factor: how much longer the context becomes.
       original_context: positions of the training before the stretch; ``"dynamic"``, ``"llama3"`` and
         ``"yarn"`` need it.
-      low_freq_factor, high_freq_factor: ``"llama3"``: wavelengths over ``original_context / low_freq_factor``
-        are stretched, those under ``original_context / high_freq_factor`` are not.
-      beta_fast, beta_slow: ``"yarn"``: rotations within ``original_context`` where the ramp begins and ends.
+      low_freq_factor: ``"llama3"``: wavelengths over ``original_context / low_freq_factor`` are stretched.
+      high_freq_factor: ``"llama3"``: wavelengths under ``original_context / high_freq_factor`` are not.
+      beta_fast: ``"yarn"``: rotations within ``original_context`` where the ramp begins.
+      beta_slow: ``"yarn"``: rotations within ``original_context`` where the ramp ends.
       truncate: ``"yarn"``: the ramp begins and ends at whole dimensions.
       attention_factor: ``"yarn"``: factor of the rotated queries and keys; ``None`` means
         ``0.1 ln(factor) + 1``.

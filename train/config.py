@@ -84,14 +84,15 @@ class OptimizerConfig:
       final_fraction: the cosine's end as a share of the peak.
       warmup_steps: steps of linear warm-up.
       weight_decay: decoupled decay, applied to matrices only (not to norms and biases).
-      beta1, beta2, eps: Adam's.
+      beta1: Adam's decay of the mean of gradients.
+      beta2: Adam's decay of the mean of their squares.
+      eps: Adam's, added to the root of the latter.
       clip: global-norm bound of the gradient.
       z_loss: coefficient of the mean square of the logarithm of the softmax's normaliser, which the loss
         adds; PaLM's 1e-4 keeps logits from drifting.
       accumulation: micro-batches summed into one step; the result equals the whole batch at once.
       skip_nonfinite: steps in a row whose loss or gradient is not finite and that are left out; one more
-      stops
-        the run.
+        stops the run.
     """
 
     learning_rate: float = 1e-3

@@ -1,7 +1,6 @@
 """How good and how sparse a model is on text that it was not trained on."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,10 +93,6 @@ class EvaluationReport:
         """Every attribute and derived figure, ready for JSON."""
         derived = {"perplexity": self.perplexity, "l0": self.l0, "silent_fraction": self.silent_fraction}
         return dataclasses.asdict(self) | derived
-
-    def to_json(self) -> str:
-        """For machines: ``to_dict`` as one JSON object."""
-        return json.dumps(self.to_dict())
 
 
 def make_evaluator(graphdef: nnx.GraphDef) -> Evaluator:

@@ -1,7 +1,7 @@
 """``python -m pallas_kernels.bench COMMAND ...``: one program, a command for each question."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "layers": "whole layers of every format beside the dense one",
@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the first argument names on the others; returns its exit status."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     rest = rest[:-1]
+    run: Callable[[Sequence[str]], int]
     if command == "layers":
         from pallas_kernels.bench.layers import main as run
     elif command == "stages":

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ class JsonFile:
     Args:
       path: where; its directory is made, and an older file stands until the first figures replace it.
       option: the option that named it, for messages.
+      kind: what that option names, the file itself or the directory that it is in.
 
     Raises:
       JsonFile.unwritable: it cannot be written.
@@ -21,15 +22,18 @@ class JsonFile:
 
     unwritable: type[Exception] = ValueError
 
-    def __init__(self, path: str | Path | None, *, option: str = "--json") -> None:
-        self._option = option
+    def __init__(self, path: str | Path | None, *, option: str = "--json", kind: str = "file") -> None:
+        self._option, self._kind = option, kind
         self._path = None if path is None else Path(path).expanduser()
         if self._path is not None:
             with self._explained():
                 self._path.parent.mkdir(parents=True, exist_ok=True)
+                new = not self._path.exists()
                 self._path.open("a").close()
+                if new:
+                    self._path.unlink()  # a run that fails leaves no file without figures
 
-    def write(self, document: Mapping[str, Any]) -> None:
+    def write(self, document: Mapping[str, Any] | Sequence[Any]) -> None:
         """Puts the figures so far in place of the last ones."""
         if self._path is not None:
             with self._explained():
@@ -43,5 +47,5 @@ class JsonFile:
             yield
         except OSError as error:
             raise self.unwritable(
-                f"{self._option} must name a file that can be written; {self._path}: {error.strerror}"
+                f"{self._option} must name a {self._kind} that can be written; {self._path}: {error.strerror}"
             ) from error

@@ -33,6 +33,7 @@ from pallas_kernels.bench.tune_panel import tune_panel
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
 from pallas_kernels.options import FFNOptions, Panel
 
+_PROGRAM = "python -m pallas_kernels.bench layers"
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
 _TUNING_SECONDS = (
     150.0  # then the search keeps the heuristic for what is left, so that a run ends within four minutes
@@ -217,8 +218,8 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench layers", description=__doc__)
+def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"
@@ -311,9 +312,9 @@ def _tune(cases: Sequence[Case | RecordedCase], direction: str, panels: Sequence
                 print(f"not tuned: {error}", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = _PROGRAM) -> int:
     """The program; returns its exit status: 0, 1 where a result is wrong, 2 where it cannot run."""
-    parser = _parser()
+    parser = _parser(program)
     args = parser.parse_args(arguments)
     device = device_lib.current()
     if not device.is_nvidia:

@@ -36,6 +36,7 @@ from pallas_kernels.panel.pallas_triton_weights import panel_dw
 OPTIONS = FFNOptions(format=Panel(capacity=1.0))
 FORWARD = ("gate", "counts", "lists", "up", "down")
 TRAIN = ("gate", "counts", "lists", "up_keep", "down", "dh", "dx", "dw")
+_PROGRAM = "python -m pallas_kernels.bench stages"
 _PRODUCTS = {"gate": 1, "up": 1, "up_keep": 1, "down": 1, "dh": 1, "dx": 2, "dw": 3}
 """How many products of a gated layer a stage is, each over a panel's neurons; the gate's is over all."""
 
@@ -175,8 +176,8 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench stages", description=__doc__)
+def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default=PAPER.name, help="model (%(default)s)")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384], help="tokens of a call (16,384)")
     parser.add_argument(
@@ -191,9 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = _PROGRAM) -> int:
     """The program; returns its exit status: 0, or 2 where it cannot run."""
-    parser = _parser()
+    parser = _parser(program)
     args = parser.parse_args(arguments)
     device = device_lib.current()
     if not device.is_nvidia:

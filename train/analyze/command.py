@@ -56,7 +56,7 @@ def run(options: AnalyzeOptions, *, console: Console | None = None) -> Analysis:
     figures.check_installed()
     out = Path(options.out).expanduser()
     _check_unused(out, find_checkpoint(options.checkpoint))
-    numbers = JsonFile(out / NUMBERS, option="--out")
+    numbers = JsonFile(out / NUMBERS, option="--out", kind="directory")
     with work_bar(console) as show:
         found = analysis.analyze(
             options.checkpoint, tokens=options.tokens, call=options.call_tokens, text=options.data,
@@ -71,7 +71,7 @@ def run(options: AnalyzeOptions, *, console: Console | None = None) -> Analysis:
         page.write_text(report.write_html(found, pictures), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--out must be a directory that can be written to; {page}: {error.strerror}"
+            f"--out must name a directory that can be written; {page}: {error.strerror}"
         ) from error
     for note in (*found.notes, report.headline(found)):
         console.print(note, markup=False)

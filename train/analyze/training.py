@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from train.errors import UserError
-from train.run import curves
+from train.run import converted, curves
 from train.run.checkpoint import SUBDIRECTORY
 
 
@@ -33,6 +33,8 @@ def read(checkpoint: Path, *, up_to: int, d_ff: int) -> tuple[Training | None, s
       up_to: its step.
       d_ff: F.
     """
+    if converted.is_converted(checkpoint):
+        return None, "Nothing is known of the training: this is a converted model."
     workdir = checkpoint.parent.parent if checkpoint.parent.name == SUBDIRECTORY else checkpoint
     try:
         per_step, facts, records = curves.read_records(workdir)

@@ -26,7 +26,7 @@ def compare(
     Raises:
       UserError: the file is no such result, or it has no case of these.
     """
-    old = _load(Path(path))
+    old = read(path)
     lines = [f"beside {path}:", *_differences(document, old)]
     before = {row["name"]: row["median_ms"] for row in old["rows"]}
     beyond, found = [], 0
@@ -46,7 +46,13 @@ def compare(
     return lines, beyond
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """An older result.
+
+    Raises:
+      UserError: the file cannot be read, or it is no result.
+    """
+    path = Path(path).expanduser()
     wanted = "--against must name a file that this benchmark's --json has written"
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))

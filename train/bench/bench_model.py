@@ -33,7 +33,7 @@ from train.bench.energy import Energy, EnergyReport
 from train.bench.energy import measure as measure_energy
 from train.data.holdout import TextChoice
 from train.errors import UserError
-from train.output import JsonFile, print_table
+from train.output import print_table
 
 _BATCH = 64
 _CEILING_SIZE = {"gpu": 8192}
@@ -85,7 +85,7 @@ class BenchModelOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
             raise RequestError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
@@ -171,7 +171,7 @@ def run(options: BenchModelOptions, *, console: Console | None = None) -> list[R
       RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    file = JsonFile(options.json)
+    file = results.open_files(options.json, options.against)
     peaks = _peaks(options) if options.peaks else {}
     source = _source(options)
     _check_formats(options, source)

@@ -22,7 +22,7 @@ class BenchOrderOptions:
     order of the tokens, on its held-out text; and what each order costs.
 
     Attributes:
-      checkpoint: a run's work directory, or one checkpoint in it.
+      checkpoint: a run's work directory, one checkpoint in it, or a converted model.
       tokens: tokens of a call, each number a table of its own; text that is shorter gives one shorter call.
       panels: sizes of a panel.
       clusters: how many clusters of the first layer's input, or of the embedding, are told apart; orders of
@@ -59,6 +59,8 @@ def run(options: BenchOrderOptions) -> None:
       UserError: no such checkpoint, no text, a format that cannot run here, or no place for the file.
     """
     console, file = Console(highlight=False, soft_wrap=True), JsonFile(options.json)
+    if options.picture is not None:
+        order_plot.check_possible(options.picture)
     layers = TextLayers(options.checkpoint, max(options.tokens), _FIT_TOKENS)
     orders = order_counts.forward_orders(layers, options.clusters)
     document: dict[str, Any] = {

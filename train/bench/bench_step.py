@@ -33,7 +33,7 @@ from train.bench import results, synthetic
 from train.bench.contestants import Contestant, model_of
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
 from train.errors import UserError
-from train.output import JsonFile, print_table
+from train.output import print_table
 from train.state import Program, build_program
 
 Record = dict[str, Any]
@@ -77,7 +77,7 @@ class BenchStepOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.steps < 1:
             raise RequestError(f"steps must be at least 1; got {self.steps}")
         if not self.formats or not self.remats:
@@ -152,7 +152,7 @@ def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Ro
       ValueError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    file = JsonFile(options.json)
+    file = results.open_files(options.json, options.against)
     cases = [Case(format, remat) for remat in options.remats for format in options.formats]
     rows: list[Row] = []
     document: dict[str, Any] = {}

@@ -34,7 +34,7 @@ from sparse_lm.sampling import GREEDY
 from train.bench import results
 from train.bench.synthetic import output_share, sparse_embedding
 from train.errors import UserError
-from train.output import JsonFile, print_table
+from train.output import print_table
 
 _LAYERS = 8
 _REPEATS = 4
@@ -77,7 +77,7 @@ class DecodeOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance)
+        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
@@ -136,7 +136,7 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
             f"context of {longest} tokens; got {options.context} and {options.prompt}"
         )
     console = console or Console(highlight=False, soft_wrap=True)
-    file = JsonFile(options.json)
+    file = results.open_files(options.json, options.against)
     bandwidth = _bandwidth(options.rounds)
     rows = [*_layers(options), *_model(options)]
     rows = [
@@ -356,7 +356,7 @@ def table(options: DecodeOptions, rows: Sequence[Row], bandwidth: float) -> Tabl
     nnz = f"nnz {options.nnz:g}" if options.nnz else "every neuron active"
     table = Table(
         title=f"{options.config}, {options.model.num_layers} layers, {nnz}, context {options.context}, "
-        f"{jax.devices()[0].device_kind} ({bandwidth / 1e12:.2f} TB/s in a copy), JAX {jax.__version__}"
+        f"{jax.devices()[0].device_kind} ({bandwidth / 1e9:,.0f} GB/s in a copy), JAX {jax.__version__}"
     )
     for name in ("what", "tokens", "format"):
         table.add_column(name, no_wrap=True)

@@ -1,10 +1,26 @@
 """The picture of ``bench order``: neurons that P tokens activate together, against P, a curve an order."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.bench.order_counts import FLOOR, TEXT, Row
 from train.errors import UserError
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_possible(out: str | Path) -> None:
+    """Raises UserError where no picture can be drawn, of that ending or in that directory."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "--picture needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
+        )
+    path = Path(out).absolute()
+    if path.suffix not in ENDINGS:
+        raise UserError(f"--picture must end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}; got {out}")
+    if not path.parent.is_dir():
+        raise UserError(f"--picture must name a file in a directory that is there; {path.parent} is none")
 
 
 def draw(rows: Sequence[Row], panels: Sequence[int], out: str | Path, *, tokens: int, d_ff: int) -> None:
@@ -19,12 +35,9 @@ def draw(rows: Sequence[Row], panels: Sequence[int], out: str | Path, *, tokens:
     Raises:
       UserError: matplotlib is missing, or the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "--picture needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
-        ) from error
+    check_possible(out)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     axes = figure.add_subplot()
     for row in sorted(rows, key=lambda row: -row.unions.mean()):

@@ -1,6 +1,7 @@
 """What the result files of whole-model benchmarks have in common."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from pallas_kernels.bench import machine
 from train.bench import against, nvml
 from train.config import to_dict
 from train.errors import UserError
+from train.output import JsonFile
 
 
 def machine_record() -> dict[str, Any]:
@@ -31,14 +33,36 @@ def document(
     return {"options": to_dict(options), **record, **more, "rows": list(rows)}
 
 
-def check_against(path: str | None, tolerance: float | None) -> None:
-    """Raises ValueError for a tolerance that says nothing, or none that there can be."""
-    if tolerance is None:
-        return
-    if path is None:
+def check_against(path: str | None, tolerance: float | None, *, json: str | None) -> None:
+    """Raises ValueError for a tolerance that says nothing or cannot be, and where the new result would
+    replace the older one before they are compared.
+
+    Args:
+      path: of ``--against``.
+      tolerance: of ``--tolerance``.
+      json: of ``--json``.
+    """
+    if path is None and tolerance is not None:
         raise ValueError("tolerance needs --against, the result that it is of; got none")
-    if not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0; got {tolerance}")
+    if path is not None and json is not None and _absolute(path) == _absolute(json):
+        raise ValueError(f"--json must name another file than --against, which it would replace; got {json}")
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def open_files(json: str | None, path: str | None) -> JsonFile:
+    """The file of ``--json``, ready for figures, once the one of ``--against`` has been looked at.
+
+    Raises:
+      UserError: the first cannot be written, or the second is no result.
+    """
+    if path is not None:
+        against.read(path)
+    return JsonFile(json)
 
 
 def print_against(

@@ -47,13 +47,13 @@ def run(argv: list[str]) -> int | None:
 def _layers(argv: list[str]) -> int:
     from pallas_kernels.bench import layers
 
-    return layers.main(argv)
+    return layers.main(argv, program=f"{PROGRAM} bench layers")
 
 
 def _stages(argv: list[str]) -> int:
     from pallas_kernels.bench import stages
 
-    return stages.main(argv)
+    return stages.main(argv, program=f"{PROGRAM} bench stages")
 
 
 def _model(argv: list[str]) -> None:

@@ -70,7 +70,8 @@ def run(argv: list[str]) -> None:
         raise UsageError(str(error)) from error
     files = find_checkpoint(options.checkpoint) / "tokenizer"
     template = load_chat_template(files)
-    model, tokenizer, _, _ = load_for_inference(options.checkpoint)
+    model, tokenizer, config, _ = load_for_inference(options.checkpoint)
+    _check_reply(options.max_new_tokens, config.model.context_length)
     conversation = Conversation(model)
     limit = model.config.context_length
     del model  # its f32 weights, of which the conversation has a copy in the compute type
@@ -157,6 +158,15 @@ class _Chat:
         raise UserError(
             f"a message must leave room for a reply of {least} tokens in the model's context of "
             f"{self._limit}; got one of {len(ids)} with the template: shorten it"
+        )
+
+
+def _check_reply(most: int | None, context_length: int) -> None:
+    """Raises UserError for a reply beside which no message has room."""
+    if most is not None and most >= context_length:
+        raise UserError(
+            "--max-new-tokens must leave room for messages in the model's context of "
+            f"{context_length} tokens; got {most}: ask for fewer"
         )
 
 

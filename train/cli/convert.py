@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import Literal
 
-from train.cli.options import PROGRAM, UsageError, parse_options
+from train.cli.options import UsageError, parse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ def run(argv: list[str]) -> None:
         )
 
     from train.run import convert
+    from train.run.report import program_as_typed
 
     if options.to == "hf":
         made = convert.to_hf(options.source, options.out)
@@ -46,4 +47,4 @@ def run(argv: list[str]) -> None:
     print(f"{'model' if options.to == 'hf' else 'checkpoint'}: {made.out}")
     if options.to == "sparse-lm":
         place = shlex.quote(str(made.out))
-        print(f'next:\n  {PROGRAM} generate --checkpoint {place} --prompt "Once upon a time"')
+        print(f'next:\n  {program_as_typed()} generate --checkpoint {place} --prompt "Once upon a time"')

@@ -3,12 +3,15 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from train.cli.options import UsageError, parse_options
 from train.data.holdout import TextChoice
 from train.errors import UserError
+
+# What to print, and what to write as JSON.
+Measure = Callable[[], tuple[Any, Mapping[str, Any] | Sequence[Mapping[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +45,19 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> None:
     options = parse_options(EvaluateOptions, argv, "evaluate")
-    table, figures = _heldout(options) if options.tasks is None else _tasks(options)
+    measure = _heldout(options) if options.tasks is None else _tasks(options)
 
     from rich.console import Console
 
-    Console(stderr=options.json == "-", highlight=False, soft_wrap=True).print(table)
-    if options.json == "-":
-        print(figures)
-    elif options.json is not None:
-        try:
-            Path(options.json).write_text(figures + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json must name a file that can be written; {options.json}: {error.strerror}"
-            ) from error
+    from train.output import JsonFile
+
+    to_stdout = options.json == "-"
+    file = JsonFile(None if to_stdout else options.json)  # what cannot be written is said before the work
+    table, figures = measure()
+    Console(stderr=to_stdout, highlight=False, soft_wrap=True).print(table)
+    if to_stdout:
+        print(json.dumps(figures))
+    file.write(figures)
 
 
 def check_text(choice: TextChoice) -> None:
@@ -65,28 +67,31 @@ def check_text(choice: TextChoice) -> None:
         raise UsageError(f"--data.{option} needs --data.paths; got none")
 
 
-def _heldout(options: EvaluateOptions) -> tuple[Any, str]:
-    """What to print and the JSON of the held-out figures."""
+def _heldout(options: EvaluateOptions) -> Measure:
+    """The held-out figures, once the options have been checked."""
     check_text(options.data)
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for --tasks; found no --tasks")
 
-    from train.evaluate import evaluate_checkpoint
+    def measure() -> tuple[Any, Mapping[str, Any]]:
+        from train.evaluate import evaluate_checkpoint
 
-    report = evaluate_checkpoint(
-        options.checkpoint,
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        paths=options.data.paths,
-        text_field=options.data.text_field,
-        every_document=options.data.every_document,
-    )
-    return report.table(), report.to_json()
+        report = evaluate_checkpoint(
+            options.checkpoint,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            paths=options.data.paths,
+            text_field=options.data.text_field,
+            every_document=options.data.every_document,
+        )
+        return report.table(), report.to_dict()
+
+    return measure
 
 
-def _tasks(options: EvaluateOptions) -> tuple[Any, str]:
-    """What to print and the JSON of the harness's figures."""
+def _tasks(options: EvaluateOptions) -> Measure:
+    """The harness's figures, once the options have been checked."""
     assert options.tasks is not None
     if options.tokens is not None:
         raise UsageError("--tokens is for the held-out text; --tasks has --limit")
@@ -102,14 +107,17 @@ def _tasks(options: EvaluateOptions) -> tuple[Any, str]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs the lm-evaluation-harness: pip install 'sparse-lm[eval]'")
 
-    from train import harness
+    def measure() -> tuple[Any, Sequence[Mapping[str, Any]]]:
+        from train import harness
 
-    figures = harness.evaluate_tasks(
-        options.checkpoint,
-        names,
-        include_path=options.include_path,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-    )
-    return harness.table(figures), json.dumps([dataclasses.asdict(figure) for figure in figures])
+        figures = harness.evaluate_tasks(
+            options.checkpoint,
+            names,
+            include_path=options.include_path,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size,
+        )
+        return harness.table(figures), [dataclasses.asdict(figure) for figure in figures]
+
+    return measure

@@ -22,7 +22,7 @@ class GenerateOptions:
     """Continues each prompt, as it is made for one prompt, all at the end for several.
 
     Attributes:
-      checkpoint: a run's work directory, or one checkpoint in it.
+      checkpoint: a run's work directory, one checkpoint in it, or a converted model.
       prompt: text to continue; give the option several times for several texts.
       max_new_tokens: most tokens to add (default: up to 128, as far as the context reaches).
       temperature: 0 takes the most likely token, 1 draws from the model's own distribution.

@@ -9,10 +9,10 @@ from train.cli.options import parse_options
 @dataclasses.dataclass(frozen=True)
 class LayerInputsOptions:
     """Runs a checkpoint over its held-out text and saves, for each layer, what enters its feed-forward part
-    and its weights: a file for python -m pallas_kernels.bench layers --inputs.
+    and its weights: a file for sparse-lm bench layers forward --inputs.
 
     Attributes:
-      checkpoint: a run's work directory, or one checkpoint in it.
+      checkpoint: a run's work directory, one checkpoint in it, or a converted model.
       out: the file to write, .npz.
       tokens: most tokens, in whole sequences (default: 65536, as far as the text reaches).
       layers: numbers of the layers to save, from 0 (default: all).
@@ -33,6 +33,7 @@ def run(argv: list[str]) -> None:
 
     from train.bench import layer_inputs
     from train.output import print_table
+    from train.run.report import program_as_typed
 
     tokens, found = layer_inputs.save_layer_inputs(
         options.checkpoint, options.out, tokens=options.tokens, layers=options.layers
@@ -41,6 +42,6 @@ def run(argv: list[str]) -> None:
     print_table(console, layer_inputs.table(found))
     console.print(
         f"{tokens:,} tokens of each layer: {options.out}\n"
-        f"next: python -m pallas_kernels.bench layers forward --inputs {shlex.quote(options.out)}",
+        f"next:\n  {program_as_typed()} bench layers forward --inputs {shlex.quote(options.out)}",
         markup=False,
     )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro import _errors
 
+from train.cli.help_texts import add_help_texts
 from train.errors import UserError
 
 PROGRAM = "sparse-lm"
@@ -88,6 +89,7 @@ def _full_name(word: str, aliases: Mapping[str, str]) -> str:
 def _registry() -> tyro.constructors.ConstructorRegistry:
     """What tyro reads in another way than its own: numbers, and values that have a text."""
     registry = tyro.constructors.ConstructorRegistry()
+    add_help_texts(registry)
     _add_numbers(registry)
     _add_sequences_of_numbers(registry)
     _add_texts(registry)
@@ -95,8 +97,11 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 
 def _add_numbers(registry: tyro.constructors.ConstructorRegistry) -> None:
-    """Says what a number must be, in place of what Python's ``int`` and ``float`` say."""
-    kinds: dict[Any, type] = {int: int, float: float, int | None: int, float | None: float}
+    """Says what a number must be, in place of what Python's ``int`` and ``float`` say; and shows a text that
+    may be left out as it shows any text."""
+    kinds: dict[Any, type] = {
+        int: int, float: float, int | None: int, float | None: float, str | None: str
+    }  # fmt: skip
 
     @registry.primitive_rule
     def number(

@@ -12,9 +12,11 @@ DEFAULT_PRESET = "study"
 
 
 def run(argv: list[str]) -> None:
-    named = bool(argv) and not argv[0].startswith("-")
-    words = argv[1:] if named else argv
-    preset, config = preset_of(["--config", argv[0]] if named else [], DEFAULT_PRESET)
+    if argv and not argv[0].startswith("-"):
+        if any(word.partition("=")[0] == "--config" for word in argv):
+            raise UsageError(f"sweep takes one preset; got {argv[0]} and --config: leave one out")
+        argv = ["--config", *argv]
+    preset, config = preset_of(argv, DEFAULT_PRESET)
 
     from pallas_kernels.errors import RequestError
     from train.config import TrainConfig
@@ -30,6 +32,8 @@ def run(argv: list[str]) -> None:
         same command goes on where it was stopped: sparse-lm sweep study --l1 0 1e-5 1e-4 --data.paths FILES.
 
         Attributes:
+          config: the preset, or the JSON file such as a run's own config.json, that gives every option below
+            its default; also as the first word, without --config.
           l1: values of λ, a row each.
           variants: further rows, with the λ of --at: silu (dense, λ 0), reset and keep (dead neurons
             re-initialised, with their moments reset or kept), non-gated, relu2.
@@ -41,6 +45,7 @@ def run(argv: list[str]) -> None:
         """
 
         run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        config: str = preset
         l1: tuple[float, ...] = rows.DEFAULT_L1
         variants: tuple[rows.VariantName, ...] = rows.VARIANTS
         at: float | None = None
@@ -50,7 +55,7 @@ def run(argv: list[str]) -> None:
         debug: bool = False
 
     base = dataclasses.replace(config, workdir=f"{config.workdir}-sweep")
-    options = parse_options(SweepOptions, words, "sweep", SweepOptions(run=base))
+    options = parse_options(SweepOptions, argv, "sweep", SweepOptions(run=base))
     try:
         sweep = rows.Sweep(options.run, options.l1, options.variants, options.at)
     except RequestError as error:

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+# Makes the logger "absl", whose records name the file that logs. A plain logger of that name, if one were
+# made here first, would name absl's own file in all of them, and orbax's could not be told from others.
+import absl.logging  # noqa: F401
+
 
 @contextlib.contextmanager
 def kept_quiet() -> Iterator[None]:

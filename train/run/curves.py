@@ -96,7 +96,7 @@ def read_records(workdir: Path) -> tuple[int, dict[str, Any], list[dict[str, Any
     step.
 
     Raises:
-      UserError: there is no run in the directory, or it has no step yet.
+      UserError: there is no run in the directory, its manifest is broken, or it has no step yet.
     """
     try:
         facts = json.loads((workdir / manifest.FILE_NAME).read_text(encoding="utf-8"))
@@ -104,6 +104,10 @@ def read_records(workdir: Path) -> tuple[int, dict[str, Any], list[dict[str, Any
     except OSError as error:
         raise UserError(
             f"{workdir} must be the work directory of a run; {error.filename}: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{workdir} must be the work directory of a run; its {manifest.FILE_NAME} is no JSON: {error}"
         ) from error
     records = [record for line in lines if (record := _record(line))]
     if not any(record.get("ce") is not None for record in records):

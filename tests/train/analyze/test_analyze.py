@@ -16,7 +16,7 @@ from flax import nnx
 from pallas_kernels.device import Device
 from sparse_lm.model_order import ModelOrder
 from train import cli
-from train.analyze import activity, analysis, command, figures, on_device, report
+from train.analyze import activity, analysis, command, figures, on_device, report, training
 from train.bench import order_counts
 from train.bench.order_times import LayerTimes
 from train.bench.text_layers import TextLayers
@@ -191,7 +191,7 @@ def test_a_checkpoint_without_metrics_is_analyzed_all_the_same(finished, tmp_pat
         (["--tokens", "8"], "tokens must be at least 16, one sequence of the model; got 8", 1),
         (["--call-tokens", "0"], "call-tokens must be at least 1; got 0", 2),
         (["--checkpoint", "{tmp}/none"], "a checkpoint must be a directory; there is none at", 1),
-        (["--out", "{tmp}/file/out"], "--out must name a file that can be written", 1),
+        (["--out", "{tmp}/file/out"], "--out must name a directory that can be written", 1),
         (["--out", "{tmp}/other"], "holds the analysis of /runs/8: choose another directory", 1),
     ],
 )
@@ -244,3 +244,12 @@ def test_the_models_own_order_is_the_one_that_it_runs_in(layers, order):
     places = own[1](ids.reshape(-1), x.reshape(512, -1)).order
     want = state.before_layers(ids) if order in ("id", "vocabulary") else state.of_input(x, ids)
     np.testing.assert_array_equal(places, jnp.ravel(want.order))
+
+
+def test_a_converted_model_has_no_curves(tmp_path):
+    for name in ("run/metadata", "tokenizer/tokenizer.json", "params/model.safetensors"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    found, said = training.read(tmp_path, up_to=0, d_ff=4)
+    assert found is None
+    assert said == "Nothing is known of the training: this is a converted model."

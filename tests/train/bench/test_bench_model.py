@@ -186,6 +186,12 @@ def test_a_checkpoint_is_timed_on_its_own_text(finished, tmp_path, capsys):
         ("--energy-seconds 0", "energy-seconds must be above 0; got 0.0", 2),
         ("--tolerance 0.1", "tolerance needs --against, the result that it is of; got none", 2),
         ("--against x --tolerance -1", "tolerance must be at least 0; got -1.0", 2),
+        (
+            "--against {tmp}/none.json",
+            "--against must name a file that this benchmark's --json",
+            1,
+        ),
+        ("--against {tmp}/a --json {tmp}/../{tmp.name}/a", "--json must name another file than --against", 2),
         ("--data.every-document", "--data.every-document needs --data.paths; got none", 2),
         ("--formats gelu", "must be one of", 2),
         ("--batch-size 2 --formats panel", "needs an NVIDIA GPU", 1),

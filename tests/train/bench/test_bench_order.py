@@ -113,6 +113,7 @@ def test_the_command_prints_and_writes(finished, tmp_path, capsys):
     [
         (["order", "--checkpoint", "nowhere"], "there is none at"),
         (["order", "--checkpoint", "x", "--panels", "0"], "panels must be numbers of at least 1; got 0"),
+        (["order", "--checkpoint", "x", "--picture", "x.gif"], "--picture must end with .png, .svg or .pdf"),
         (["orders"], "got 'orders'; did you mean order?"),
     ],
 )
@@ -126,7 +127,7 @@ def test_the_picture_has_a_curve_an_order(rows, tmp_path):
     order_plot.draw(rows, PANELS, out, tokens=TOKENS, d_ff=64)
     drawn = out.read_text()
     assert all(f"<!-- {row.name} -->" in drawn for row in rows)
-    with pytest.raises(UserError, match="--picture must name a picture that can be written"):
+    with pytest.raises(UserError, match="--picture must name a file in a directory that is there"):
         order_plot.draw(rows, PANELS, tmp_path / "none" / "orders.png", tokens=TOKENS, d_ff=64)
 
 

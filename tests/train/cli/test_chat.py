@@ -206,6 +206,10 @@ def test_a_model_without_a_template_is_refused_in_one_sentence(chat, checkpoint,
     ("options", "said"),
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (
+            ["--max-new-tokens", "32"],
+            "must leave room for messages in the model's context of 32 tokens",
+        ),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--speculate", "16"], "speculate must be from 0 to 15"),
     ],

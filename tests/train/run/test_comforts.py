@@ -90,6 +90,10 @@ def test_samples_must_fit_the_context(corpus, tmp_path, capsys):
 def test_plot_names_what_is_no_run(tmp_path, capsys):
     assert cli.main(["plot", str(tmp_path), "--out", "x.png"]) == 1
     assert "must be the work directory of a run; " in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "manifest.json").write_text('{"tokens_per_step": ')
+    assert cli.main(["plot", str(tmp_path), "--out", "x.png"]) == 1
+    assert "must be the work directory of a run; its manifest.json is no JSON" in capsys.readouterr().err
     manifest = {"tokens_per_step": 8, "config": {"model": {"num_layers": 1, "d_ff": 4}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ce": nul')
