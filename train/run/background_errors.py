@@ -18,10 +18,6 @@ def kept_quiet() -> Iterator[None]:
     Python complains of such tasks when it collects them; to collect inside what is left of them, drop the
     error and call ``gc.collect``.
     """
-    # absl makes its logger when it is imported, of a class that knows who logs; a logger that is asked for
-    # before that has Python's class, by which all that absl logs comes from absl itself.
-    import absl.logging  # noqa: F401
-
     previous = sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
 
