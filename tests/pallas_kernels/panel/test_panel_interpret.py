@@ -1,13 +1,14 @@
 """The contract on the PanelELL kernels, run by Pallas' interpreter on a CPU."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lowering import on_h200
-from op_contract import DL1, Contract, cotangent
+from op_contract import DL1, Contract, call, check_everything, cotangent, differentiate, run
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn
@@ -102,6 +103,20 @@ def test_the_laws_of_a_config(changes, sentence):
 def test_a_batch_of_which_one_has_no_room():
     options = dataclasses.replace(TestPanelInterpreted.path.options, format=Panel(tokens=16, capacity=0.5))
     check_a_batch_of_which_one_has_no_room(options, d_model=40, d_ff=300, tokens=33)
+
+
+@pytest.mark.parametrize("pattern", ["uneven", "fully-dense", "few"])
+def test_stages_over_pairs_of_chunks(pattern, monkeypatch):
+    """As on Hopper, whose tiles are two chunks of the lists where a panel has two left."""
+    pair = configs.StageConfig(32, 16, 4, 2)
+    in_pairs = dataclasses.replace(configs._for_f32(16), chunk=16, up=pair, up_keep=pair, dh=pair)
+    monkeypatch.setattr(configs, "heuristic", lambda *arguments: in_pairs)
+    # Sizes that no other test has: what was traced for them has these configs.
+    path = dataclasses.replace(TestPanelInterpreted.path, d_model=56, d_ff=88)
+    inputs, active = path.layer(pattern, 53, path.dtype)
+    dy = cotangent(inputs)
+    step = jax.jit(partial(differentiate, apply=partial(call, options=path.options)))
+    check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 0)
 
 
 def test_lists_that_do_not_fit_have_no_neuron():
