@@ -173,7 +173,7 @@ def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]
     choices = [Choice(layout, backend) for backend in backends]
     if isinstance(layout, Auto):
         dense = Choice(Dense(), "xla")
-        if options.backend in ("auto", "triton") and _few(call):
+        if options.backend in ("auto", "triton") and _few(call, device):
             choices = [Choice(Decode(), "triton"), *choices]
         if options.backend == "xla":
             choices = [dense]
@@ -182,11 +182,11 @@ def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]
     return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
 
 
-def _few(call: Call) -> bool:
+def _few(call: Call, device: device_lib.Device) -> bool:
     """Whether the decode kernels are taken to be the faster ones."""
     if not isinstance(call.tokens, int) or call.dtype.itemsize != 2:
         return False
-    return 0 < call.tokens <= decode_configs.AUTO_TOKENS
+    return 0 < call.tokens <= decode_configs.auto_tokens(device)
 
 
 def _or(names) -> str:

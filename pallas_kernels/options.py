@@ -140,8 +140,8 @@ class Decode(_Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
-    """For one or two tokens `Decode`; for many the program decides, call by call, between `Panel`
-    and `Dense`.
+    """For a few tokens `Decode` (up to 64 on Hopper, elsewhere two); for many the program decides, call by
+    call, between `Panel` and `Dense`.
 
     Attributes:
       tokens: P of its panels.
@@ -205,10 +205,10 @@ class FFNOptions:
     Attributes:
       format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
         `Decode`, `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
-        ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` for one or two tokens; from 2,048 on it
-        decides inside the program, call by call, between ``"panel"`` and ``"dense"``; and it is ``"dense"``
-        where neither can be. A format asked for by name that cannot run a call raises the reason.
-        `dispatch.explain` tells what would run.
+        ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` for a few tokens (up to 64 on Hopper,
+        elsewhere two); from 2,048 on it decides inside the program, call by call, between ``"panel"`` and
+        ``"dense"``; and it is ``"dense"`` where neither can be. A format asked for by name that cannot run a
+        call raises the reason. `dispatch.explain` tells what would run.
       activation: ``"relu"``, ``"relu2"``, `Threshold` or ``"drelu"`` (`activations`).
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
         ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels'

@@ -28,13 +28,17 @@ def test_types_and_odd_sizes(sizes, dtype, kind):
         assert (name in text) != few
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_auto_takes_the_decode_kernels_for_one_or_two_tokens(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "kernels"),
+    [(1, ["decode_rows_hidden", "decode_sum"]), (64, ["decode_hidden", "decode_down"]), (65, [])],
+)
+def test_auto_takes_the_decode_kernels_for_a_few_tokens(tokens, kernels):
     text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 2048, 5632))
-    assert ("decode_sum" in text) == (tokens <= 2)
+    for name in ("decode_rows_hidden", "decode_sum", "decode_hidden", "decode_down"):
+        assert (name in text) == (name in kernels)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 64])
 def test_auto_is_dense_where_the_program_runs_on_no_gpu(tokens):
     text = lowered(partial(call, options=FFNOptions()), shapes(tokens, 256, 512), platform="cpu")
     assert "decode_" not in text
