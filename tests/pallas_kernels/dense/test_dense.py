@@ -1,11 +1,13 @@
 """The contract on the dense path, which XLA compiles for any device."""
 
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import lowered, shapes
 from op_contract import Contract, Path, call, check_counts, check_values, run
 
 from pallas_kernels import FFNOptions, sparse_mlp
@@ -39,3 +41,11 @@ class TestDense(Contract):
         y, stats = run(partial(call, options=self.path.options), jax.tree.map(jnp.asarray, inputs))
         check_values(y, stats, inputs)
         check_counts(stats, active, 0)
+
+
+@pytest.mark.parametrize(("platform", "rows"), [("cuda", 2), ("cpu", 1)])
+def test_a_single_row_is_a_product_of_two_on_a_gpu(platform, rows):
+    """There a product of one row is an elementwise one, which reads weights slower."""
+    text = lowered(partial(call, options=FFNOptions(format="dense")), shapes(1, 40, 96), platform=platform)
+    products = re.findall(r"stablehlo\.dot_general.*: \(tensor<(\d+)x\d+xbf16>", text)
+    assert products == [str(rows)] * 3
