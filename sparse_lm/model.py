@@ -141,10 +141,7 @@ class SparseLM(nnx.Module):
                 block.ffn.options = segment.options(block.ffn.options)
             x = block.attend(x)
             if ordered_by_input and segment.first == 0:
-
-                def make():
-                    return self.token_order.of_input(block.ffn_norm(x), tokens)
-
+                make = partial(self.token_order.of_stream, x, block.ffn_norm, tokens)
                 order = make() if segment.stop == 1 else jax.lax.cond(layer == 0, make, lambda: order)
             x, stats = block.feed_forward(x, order if ordered_by_input else fixed_order)
             return (x, order), stats

@@ -21,6 +21,8 @@ from pallas_kernels import device as device_lib
 from pallas_kernels import dispatch
 from pallas_kernels.common import platforms, varying_axes
 from pallas_kernels.rows import pallas_triton as rows
+from pallas_kernels.rows import pallas_triton_nearest as nearest
+from sparse_lm import clusters
 from sparse_lm.layers import rms_norm, scaled
 from sparse_lm.order import Permutation
 
@@ -89,6 +91,38 @@ def add_scattered(
     call = _AddCall(backend, factor, x.dtype, y.dtype)
     places = order.order.reshape(-1), order.inverse.reshape(-1)
     return _add_scattered(call, *varying_axes.vary_alike(_flat(x), _flat(y), *places)).reshape(x.shape)
+
+
+def nearest_to_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    centroids: jax.Array,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """The index of the centroid (K, D) that is nearest to `rms_norm` of each x (..., D): (...) int32.
+
+    ``clusters.nearest(rms_norm(x), centroids)`` up to rounding, in one pass over x. Not differentiated.
+    """
+    fits = x.dtype.itemsize == 2 and len(centroids) <= nearest.MOST_CENTROIDS
+    backend = _choose(backend, x) if fits or backend != "auto" else "xla"
+
+    def plain(x, scale, centroids):
+        return clusters.nearest(rms_norm(x, scale, eps=eps, dtype=dtype), centroids)
+
+    def kernel(x, scale, centroids):
+        half_squares = 0.5 * jnp.sum(jnp.square(centroids), axis=1)
+        scaled_centroids = (centroids * scale[None, :]).astype(x.dtype)
+        return nearest.nearest_rows(
+            x, scaled_centroids, half_squares, eps=eps, interpret=backend == "interpret"
+        )
+
+    if backend == "xla":
+        return plain(x, scale, centroids)
+    arguments = varying_axes.vary_alike(_flat(x), scale, centroids.astype(jnp.float32))
+    return _run(kernel, plain, backend, *arguments).reshape(x.shape[:-1])
 
 
 def _flat(x: jax.Array) -> jax.Array:

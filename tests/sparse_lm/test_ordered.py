@@ -12,7 +12,7 @@ from lowering import lowered
 from pallas_kernels.common import varying_axes
 from sparse_lm.layers import rms_norm, scaled
 from sparse_lm.order import by_key
-from sparse_lm.ordered import add_scattered, gathered_norm
+from sparse_lm.ordered import add_scattered, gathered_norm, nearest_to_norm
 
 EPS, FACTOR = 1e-3, 0.3
 
@@ -128,3 +128,41 @@ def test_other_tokens_are_refused():
         gathered_norm(x, scale, order_of(5), eps=EPS, dtype=x.dtype)
     with pytest.raises(ValueError, match=r"one shape; got \(1, 16\) and \(4, 16\)"):
         add_scattered(x[:1], y, order_of(4))
+
+
+def check_nearest(backend, tokens=150, d_model=80, count=7):
+    """Against distances in f64: as near as the nearest one, up to rounding."""
+    x = jax.random.normal(jax.random.key(0), (tokens, d_model)).astype("bfloat16").at[:, 3].mul(3)
+    scale = 1 + 0.3 * jax.random.normal(jax.random.key(1), (d_model,))
+    centroids = 0.3 * jax.random.normal(jax.random.key(2), (count, d_model))
+    norm = partial(rms_norm, scale=scale, eps=EPS, dtype=jnp.float32)
+    find = partial(nearest_to_norm, eps=EPS, dtype=x.dtype, backend=backend)
+    found = jax.jit(find)(x.reshape(2, tokens // 2, d_model), scale, centroids)
+    assert found.shape == (2, tokens // 2)
+    assert found.dtype == jnp.int32
+    rows = np.asarray(norm(x), np.float64)
+    distances = np.sum((rows[:, None] - np.asarray(centroids, np.float64)) ** 2, axis=-1)
+    chosen = np.take_along_axis(distances, np.asarray(found).reshape(-1, 1), axis=1)[:, 0]
+    assert (chosen <= distances.min(axis=1) + 0.01 * distances.mean()).all()
+    assert np.mean(np.asarray(found).reshape(-1) == distances.argmin(axis=1)) > 0.95
+    assert len(np.unique(found)) == count
+
+
+def test_the_centroid_nearest_to_a_norm():
+    check_nearest("interpret")
+    check_nearest("xla")
+
+
+@pytest.mark.gpu
+def test_the_centroid_nearest_to_a_norm_on_a_gpu():
+    check_nearest("triton", 2000, 1000, 64)
+    check_nearest("triton", 2000, 2048, 200)
+
+
+@pytest.mark.parametrize("count", [1, 64, 256, 257])
+def test_nearest_lowered_for_cuda(count):
+    x = jnp.ones((3, 100, 64), "bfloat16")
+    text = lowered(
+        partial(nearest_to_norm, eps=EPS, dtype=x.dtype), x, jnp.ones(64), jnp.ones((count, 64), "float32")
+    )
+    assert ("nearest_rows" in text) == (count <= 256)
