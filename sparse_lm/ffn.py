@@ -161,25 +161,30 @@ class SparseFFN(nnx.Module):
 
 
 def over_local_tokens(
-    function: Callable[..., Any], *arrays: Any, batch_axes: tuple[str, ...] | None = None
+    function: Callable[..., Any],
+    *arrays: Any,
+    whole: tuple[Any, ...] = (),
+    batch_axes: tuple[str, ...] | None = None,
 ) -> Any:
     """``function`` of each device's own tokens under an ambient mesh: an order of them, for example.
 
     Without a mesh, and where arrays are local already, it is just the call.
 
     Args:
-      function: of arrays whose first axis is the batch, to a tree of such arrays.
+      function: of arrays whose first axis is the batch, and of ``whole``, to a tree of such arrays.
       arrays: all of the same first axis, or trees of them.
+      whole: arrays that every device has all of, or trees of them.
       batch_axes: axes of type Auto that the batch is split over, all by default. Arrays of a mesh of type
         Explicit say by themselves how they are split, and the first decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = batch_split(mesh, jax.tree.leaves(arrays)[0], batch_axes)
     if split is None:
-        return function(*arrays)
+        return function(*arrays, *whole)
     if AxisType.Explicit in mesh.axis_types:
-        arrays = jax.sharding.reshard(arrays, split)
-    return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*arrays)
+        arrays, whole = jax.sharding.reshard((arrays, whole), (split, PartitionSpec()))
+    specs = (split,) * len(arrays) + (PartitionSpec(),) * len(whole)
+    return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(*arrays, *whole)
 
 
 def local_token_count(shape: tuple[int, ...]) -> int:

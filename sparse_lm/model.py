@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import FFNStats
+from sparse_lm import ordered
 from sparse_lm.attention import Attention
 from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.cross_entropy import cross_entropy, log_likelihoods
-from sparse_lm.ffn import SparseFFN
+from sparse_lm.ffn import SparseFFN, over_local_tokens
 from sparse_lm.layer_loop import LayerWeights
 from sparse_lm.layer_plan import LayerPlan, Segment, run_segments
 from sparse_lm.layers import RMSNorm, scaled
@@ -33,20 +34,25 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
         """(B, S, D) to (B, S, D), and the feed-forward statistics."""
-        return self.feed_forward(*self.attend(x))
+        return self.feed_forward(self.attend(x))
 
-    def attend(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first half: (B, S, D) with attention added, and what then enters the feed-forward part."""
-        x = self._add(x, self.attention(self.attention_norm(x)))
-        return x, self.ffn_norm(x)
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The first half: (B, S, D) with attention added."""
+        return self._add(x, self.attention(self.attention_norm(x)))
 
-    def feed_forward(
-        self, x: jax.Array, entering: jax.Array, order: Permutation | None = None
-    ) -> tuple[jax.Array, FFNStats]:
-        """The second half, from what ``attend`` returned: (B, S, D) with the feed-forward part added, which
-        takes its tokens in ``order``, and its statistics."""
-        y, stats = self.ffn(entering, order=order)
-        return self._add(x, y), stats
+    def feed_forward(self, x: jax.Array, order: Permutation | None = None) -> tuple[jax.Array, FFNStats]:
+        """The second half: (B, S, D) with the feed-forward part added, which takes its tokens in ``order``,
+        and its statistics."""
+        if order is None:
+            y, stats = self.ffn(self.ffn_norm(x))
+            return self._add(x, y), stats
+        norm = partial(ordered.gathered_norm, eps=self.ffn_norm.eps, dtype=self.ffn_norm.dtype)
+        add = partial(ordered.add_scattered, factor=self.residual_scale)
+        x, entering = over_local_tokens(
+            lambda x, order, scale: norm(x, scale, order), x, order, whole=(self.ffn_norm.scale[...],)
+        )
+        y, stats = self.ffn(entering)
+        return over_local_tokens(add, x, y, order), stats
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + scaled(y, self.residual_scale)
@@ -133,11 +139,11 @@ class SparseLM(nnx.Module):
             block = nnx.merge(graphdef, state)
             if isinstance(block.ffn, SparseFFN):
                 block.ffn.options = segment.options(block.ffn.options)
-            x, entering = block.attend(x)
+            x = block.attend(x)
             if ordered_by_input and segment.first == 0:
-                make = partial(self.token_order.of_input, entering, tokens)
+                make = partial(self.token_order.of_stream, x, block.ffn_norm, tokens)
                 order = make() if segment.stop == 1 else jax.lax.cond(layer == 0, make, lambda: order)
-            x, stats = block.feed_forward(x, entering, order if ordered_by_input else fixed_order)
+            x, stats = block.feed_forward(x, order if ordered_by_input else fixed_order)
             return (x, order), stats
 
         stored = None if layer_weights is None else layer_weights.stored
@@ -174,7 +180,7 @@ class SparseLM(nnx.Module):
         the compute type."""
         graphdef, layers = nnx.split(self.blocks)
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], layers))
-        return block.attend(self._embed(tokens))[1]
+        return block.ffn_norm(block.attend(self._embed(tokens)))
 
     def ffn_inputs(self, tokens: jax.Array) -> jax.Array:
         """What enters each layer's feed-forward part: (B, S) int32 tokens to (L, B, S, D) in
@@ -183,8 +189,8 @@ class SparseLM(nnx.Module):
 
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
-            x, entering = block.attend(x)
-            return block._add(x, block.ffn(entering)[0]), entering
+            x = block.attend(x)
+            return block.feed_forward(x)[0], block.ffn_norm(x)
 
         x = self._embed(tokens)
         return jax.lax.scan(run_layer, x, layers)[1]
@@ -196,8 +202,8 @@ class SparseLM(nnx.Module):
 
         def run_layer(x, state):
             block = nnx.merge(graphdef, state)
-            x, entering = block.attend(x)
-            return block.feed_forward(x, entering)[0], x
+            x = block.attend(x)
+            return block.feed_forward(x)[0], x
 
         return jax.lax.scan(run_layer, self._embed(tokens), layers)[1]
 

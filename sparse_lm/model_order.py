@@ -1,13 +1,16 @@
 """The order in which a model's feed-forward layers take their tokens, and what the model keeps for it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import dispatch
-from sparse_lm import clusters, order
+from sparse_lm import clusters, order, ordered
 from sparse_lm.config import SILU, ModelConfig, TokenOrderName
 from sparse_lm.ffn import local_token_count, over_local_tokens
+from sparse_lm.layers import RMSNorm
 from sparse_lm.order import Permutation
 
 LEAST_TOKENS = 512
@@ -85,6 +88,19 @@ class ModelOrder(nnx.Module):
         return over_local_tokens(
             lambda x, tokens: order.by_centroids(x, centroids, tokens, vocab_size=vocabulary), x, tokens
         )
+
+    def of_stream(self, x: jax.Array, norm: RMSNorm, tokens: jax.Array) -> Permutation:
+        """`of_input` of ``norm(x)``; for ``"centroids"`` in one pass over x that writes no norm."""
+        if self.choose(tokens.shape) != "centroids":
+            return self.of_input(norm(x), tokens)
+        nearest = partial(ordered.nearest_to_norm, eps=norm.eps, dtype=norm.dtype)
+        vocabulary, count = self.config.vocab_size, self.config.token_clusters
+
+        def make(x, tokens, scale, centroids):
+            return order.by_group(nearest(x, scale, centroids), count, tokens, vocab_size=vocabulary)
+
+        given = jax.lax.stop_gradient((x, tokens, norm.scale[...], self.centroids[...]))
+        return over_local_tokens(make, *given[:2], whole=given[2:])
 
     def refresh(self, x: jax.Array, embedding: jax.Array, *, axis_name: str | None = None) -> None:
         """Moves the centroids towards the inputs x (..., D), or makes the rank of the embedding (V, D)."""

@@ -14,9 +14,9 @@ In a loop of one's own, with token ids (or ``by_hash(x)`` without):
 Everything here works on local arrays: under ``shard_map`` or ``pmap`` an order is one of the device's own
 tokens. All of it is deterministic, and integers: nothing is differentiated but the gathers.
 
-Cost: the permutation is one stable sort of M (key, int32) pairs and one scatter of M integers a forward. A
-layer's gather and scatter are two reads in another order of arrays that the norm before and the sum behind
-it read anyway.
+Cost: the permutation is one stable sort of M (key, int32) pairs and one scatter of M integers a forward.
+`sparse_lm.ordered` has the norm before a layer and the sum behind it as passes that move the rows too, so
+that in a forward gather and scatter move no bytes of their own.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def by_centroids(
     Raises:
       ValueError: ids without ``vocab_size``, or K V too large for an int32 key.
     """
-    return by_key(_with_ids(clusters.nearest(x, centroids), len(centroids), tokens, vocab_size))
+    return by_group(clusters.nearest(x, centroids), len(centroids), tokens, vocab_size=vocab_size)
 
 
 def by_hash(
@@ -123,19 +123,25 @@ def by_hash(
         jnp.einsum("...d,db->...b", x, projections.astype(x.dtype), preferred_element_type=jnp.float32) > 0
     )
     code = jnp.sum(signs << jnp.arange(bits, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
-    return by_key(_with_ids(code, 2**bits, tokens, vocab_size))
+    return by_group(code, 2**bits, tokens, vocab_size=vocab_size)
 
 
-def _with_ids(group: jax.Array, groups: int, tokens: jax.Array | None, vocab_size: int | None) -> jax.Array:
-    """One int32 key: the group, then the id."""
+def by_group(
+    group: jax.Array, groups: int, tokens: jax.Array | None = None, *, vocab_size: int | None = None
+) -> Permutation:
+    """Tokens by the group of each, (...) int32 under ``groups``; then by id, as in `by_centroids`.
+
+    Raises:
+      ValueError: ids without ``vocab_size``, or more pairs of a group and an id than int32 counts.
+    """
     if tokens is None:
-        return group
+        return by_key(group)
     if vocab_size is None or not 0 < groups * vocab_size < 2**31:
         raise ValueError(
             f"an order by {groups} groups and then by id needs the number of ids, below {2**31 // groups}, "
             f"so that both fit an int32 key; got vocab_size={vocab_size}: pass it, or leave the ids out"
         )
-    return group * vocab_size + tokens.astype(jnp.int32)
+    return by_key(group * vocab_size + tokens.astype(jnp.int32))
 
 
 def _take(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:

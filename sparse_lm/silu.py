@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import FFNStats
 from pallas_kernels.reference import multiply, projections
-from sparse_lm.order import Permutation
 
 
 class SiluFFN(nnx.Module):
@@ -36,11 +35,8 @@ class SiluFFN(nnx.Module):
         self.w_down = draw()
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: jax.Array, *, order: Permutation | None = None) -> tuple[jax.Array, FFNStats]:
-        """(..., D) to (..., D) in ``dtype``, and the statistics of a layer whose neurons are all active.
-
-        ``order`` is not used: a dense layer takes as long in any order of its tokens.
-        """
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, FFNStats]:
+        """(..., D) to (..., D) in ``dtype``, and the statistics of a layer whose neurons are all active."""
         gate = None if self.w_gate is None else self.w_gate[...].astype(self.dtype)
         return silu_ffn(x, gate, self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype))
 

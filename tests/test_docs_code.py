@@ -19,6 +19,7 @@ from flax import nnx
 
 import pallas_kernels
 from sparse_lm import ModelConfig, SparseFFN, SparseLM
+from sparse_lm.layers import rms_norm
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "sparse_lm" / "convert" / "goldens" / "llama"
@@ -97,8 +98,11 @@ def test_alike_tokens() -> None:
     weights, tokens = layer(), jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 5
     ffn = SparseFFN(16, 32, rngs=nnx.Rngs(0), dtype=jnp.float32)
     x = normal(6, 2, 6, 16)
-    names = run("docs/alike-tokens.md", {"tokens": tokens, "ffn": ffn, "x": x, "weights": weights})
+    given = {"tokens": tokens, "ffn": ffn, "x": x, "weights": weights, "scale": jnp.ones(16)}
+    names = run("docs/alike-tokens.md", given)
     np.testing.assert_allclose(names["y"], pallas_kernels.sparse_ffn(x, **weights)[0], rtol=1e-5, atol=1e-4)
+    want = x + ffn(rms_norm(x, jnp.ones(16), eps=1e-6, dtype=x.dtype))[0]
+    np.testing.assert_allclose(names["x"], want, rtol=1e-5, atol=1e-4)
 
 
 def test_meshes() -> None:

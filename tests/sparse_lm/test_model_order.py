@@ -1,6 +1,7 @@
 """The model's own order: it changes no result, is left out where it cannot pay, and follows the weights."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from lowering import lowered
 
 from pallas_kernels import FFNOptions
 from sparse_lm import ModelConfig, SparseLM, clusters, model_order
@@ -97,6 +99,14 @@ def test_inside_the_callers_own_shard_map(name, config, tokens):
     mapped = jax.shard_map(logits, mesh=mesh, in_specs=(whole, whole, split), out_specs=split)
     got, want = jax.jit(mapped)(params, others, tokens), jax.jit(logits)(params, others, tokens)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
+def test_on_a_gpu_one_pass_moves_and_computes(config, tokens):
+    config = dataclasses.replace(config, token_order="id", remat="full", layer_loop="scan")
+    graphdef, params, others = nnx.split(SparseLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    text = lowered(partial(loss_and_gradients, graphdef), params, others, tokens)
+    for name in ("norm_rows", "add_rows", "norm_rows_backward", "take_rows"):
+        assert f'name = "{name}"' in text, name
 
 
 def test_the_order_is_by_what_enters_the_first_layer_then_by_id(config, tokens):

@@ -12,7 +12,9 @@ from flax import nnx
 from pallas_kernels.bench import timing
 from pallas_kernels.options import Format
 from sparse_lm import SparseFFN
+from sparse_lm.layers import RMSNorm
 from sparse_lm.order import Permutation
+from sparse_lm.ordered import add_scattered, gathered_norm
 from train.bench.order_counts import MakeOrder
 from train.bench.text_layers import TextLayers
 
@@ -51,9 +53,9 @@ def move_costs(layers: TextLayers, make: MakeOrder, tokens: int) -> MoveCosts:
     arguments = layers.stream(0)[:tokens], layers.stream(layers.num_layers - 1)[:tokens], places
     programs: dict[str, Callable[..., jax.Array]] = {
         "norm": lambda x, y, places: block.ffn_norm(x),
-        "ordered_norm": lambda x, y, places: places.gather(block.ffn_norm(x)),
+        "ordered_norm": lambda x, y, places: _gathered(block.ffn_norm, x, places)[1],
         "sum": lambda x, y, places: x + y,
-        "ordered_sum": lambda x, y, places: x + places.scatter(y),
+        "ordered_sum": lambda x, y, places: add_scattered(x, y, places),
     }
     compiled = {name: jax.jit(program).lower(*arguments).compile() for name, program in programs.items()}
     calls = {name: partial(program, *arguments) for name, program in compiled.items()}
@@ -122,6 +124,10 @@ def _arguments(layers: TextLayers, layer: int, tokens: int, places: Permutation 
     return nnx.state(block.ffn), nnx.state(block.ffn_norm), layers.stream(layer)[:tokens], places
 
 
+def _gathered(norm: RMSNorm, x: jax.Array, places: Permutation) -> tuple[jax.Array, jax.Array]:
+    return gathered_norm(x, norm.scale[...], places, eps=norm.eps, dtype=norm.dtype)
+
+
 def _program(layers: TextLayers, format: Format, train: bool) -> Any:
     """``(weights, norm, stream, order) -> new stream``, or the gradients of the first three."""
     block = layers.block(0)
@@ -133,8 +139,12 @@ def _program(layers: TextLayers, format: Format, train: bool) -> Any:
         ffn = nnx.merge(ffn_graphdef, weights)
         assert isinstance(ffn, SparseFFN)
         ffn.options = options
-        y, stats = ffn(nnx.merge(norm_graphdef, norm)(x), order=places)
-        return x + y, stats.l1
+        if places is None:
+            y, stats = ffn(nnx.merge(norm_graphdef, norm)(x))
+            return x + y, stats.l1
+        x, entering = _gathered(nnx.merge(norm_graphdef, norm), x, places)
+        y, stats = ffn(entering)
+        return add_scattered(x, y, places), stats.l1
 
     def gradients(weights, norm, x, places):
         def loss(weights, norm, x):
