@@ -31,9 +31,11 @@ from pallas_kernels.common.groups import Groups, by_group, group_size
 from pallas_kernels.dense import blocks, token_hits
 from pallas_kernels.options import FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_few import list_neurons
 from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
@@ -92,8 +94,12 @@ def infer(
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
     config = configs.choose(x, w_up, _layout(options).tokens)
     rule, interpret = options.rule, backend == "interpret"
-    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
+    if groups is None and gate.values.shape[0] <= configs.FEW_PANELS:
+        cut = configs.choose_few(x, config)
+        lists = list_neurons(gate, d_ff=w_up.shape[0], config=cut, interpret=interpret)
+        return few.sparse(gate, lists, x, up_weight, w_down, config=cut, rule=rule, interpret=interpret)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(
@@ -116,7 +122,7 @@ def _layout(options: FFNOptions) -> Panel:
     return layout
 
 
-def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The weight whose product is rectified, and the up projection's, None without a gate."""
     return (w_up, None) if w_gate is None else (w_gate, w_up)
 
@@ -175,7 +181,7 @@ def forward(
         return dense.infer(*arguments, options, backend, groups), None
     layout, rule, interpret = _layout(options), options.rule, backend == "interpret"
     config = configs.choose(x, w_up, layout.tokens)
-    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * layout.capacity))
@@ -233,7 +239,7 @@ def pull_back(
 ) -> Weights:
     """`backward` where the lists had room."""
     config, interpret = configs.choose(x, w_up, _layout(options).tokens), backend == "interpret"
-    lists, (gate_weight, up_weight) = kept.lists, _roles(w_gate, w_up)
+    lists, (gate_weight, up_weight) = kept.lists, roles(w_gate, w_up)
     gradients = panel_dh(
         kept.gate,
         kept.up,
