@@ -180,6 +180,9 @@ class PanelConfig:
 FEW_PANELS = 64
 """Panels of a forward call up to which `FewConfig` cuts it."""
 
+LEAST_PROBED_TOKENS = 2048
+"""Tokens of a call from which on a probe of one panel in sixteen costs little beside it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FewConfig:
@@ -207,18 +210,25 @@ class FewConfig:
 
 
 class BreakEven(NamedTuple):
-    """Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than dense."""
+    """Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than dense.
+
+    Attributes:
+      forward: of a forward call.
+      train: of forward and backward.
+      few: of a forward call of at most `FEW_PANELS` panels, once its gate stage has run.
+    """
 
     forward: float
     train: float
+    few: float
 
 
 _BREAK_EVEN: dict[tuple[int, str, bool], BreakEven] = {
     # (compute capability times ten, the gate's backend, gated)
-    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55),
-    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4),
-    (90, "triton", True): BreakEven(0.8, 0.5),
-    (90, "triton", False): BreakEven(0.5, 0.35),
+    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55, 0.4),
+    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4, 0.35),
+    (90, "triton", True): BreakEven(0.8, 0.5, 0.4),
+    (90, "triton", False): BreakEven(0.5, 0.35, 0.35),
 }
 """From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632, gated, the gate on Mosaic
 GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's time and breaks even at about
@@ -226,7 +236,7 @@ GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's
 are those figures with two products in place of three, and with a gate stage that takes 0.35 ms more (4 to 6 %
 of the dense forward), and a margin."""
 
-_UNMEASURED = BreakEven(0.25, 0.15)
+_UNMEASURED = BreakEven(0.25, 0.15, 0.25)
 """Where nothing was measured: PanelELL saves at least twice what its gate stage may cost there."""
 
 

@@ -33,9 +33,9 @@ from pallas_kernels.options import FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
+from pallas_kernels.panel.gate import roles
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
-from pallas_kernels.panel.pallas_triton_few import list_neurons
 from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
@@ -92,14 +92,13 @@ def infer(
     tokens = x.shape[0]
     if tokens == 0:
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
+    if groups is None and few.applies(tokens, _layout(options).tokens):
+        gates = few.gates_of(x, w_gate, w_up, _layout(options).tokens, options.rule, backend)
+        return few.sparse(gates, x, w_gate, w_up, w_down, options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
     rule, interpret = options.rule, backend == "interpret"
     gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
-    if groups is None and gate.values.shape[0] <= configs.FEW_PANELS:
-        cut = configs.choose_few(x, config)
-        lists = list_neurons(gate, d_ff=w_up.shape[0], config=cut, interpret=interpret)
-        return few.sparse(gate, lists, x, up_weight, w_down, config=cut, rule=rule, interpret=interpret)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(
@@ -120,11 +119,6 @@ def _layout(options: FFNOptions) -> Panel:
     layout = options.layout
     assert isinstance(layout, Panel)
     return layout
-
-
-def roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The weight whose product is rectified, and the up projection's, None without a gate."""
-    return (w_up, None) if w_gate is None else (w_gate, w_up)
 
 
 def _stats(

@@ -170,6 +170,28 @@ def _add_hits(by_segment_ref, hits_ref, nth, d_ff):
     plt.store(hits_ref.at[columns], total, mask=columns < d_ff)
 
 
+def under(counts: jax.Array, limit: int, *, interpret: bool = False) -> jax.Array:
+    """() bool: whether all panels together have less than ``limit`` active neurons, in one launch where XLA
+    would take two."""
+    return pl.pallas_call(
+        partial(_under_kernel, limit=limit),
+        out_shape=varying_axes.output(counts, (1,), jnp.bool_),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        name="panel_under",
+    )(counts).reshape(())
+
+
+def _under_kernel(counts_ref, under_ref, *, limit):
+    under_ref[0] = jnp.sum(_each_panel(counts_ref)) < limit
+
+
+def _each_panel(ref):
+    """The values of all panels, and zeros up to the next power of two."""
+    panels = lax.iota(jnp.int32, max(16, pl.next_power_of_2(ref.shape[0])))
+    return plt.load(ref.at[panels], mask=panels < ref.shape[0], other=0)
+
+
 # -- up ------------------------------------------------------------------------------------------------------
 
 
@@ -219,9 +241,7 @@ def over_tiles(work_refs, panel, tile, body):
     neurons_ref, counts_ref = work_refs
     n_panels = counts_ref.shape[0]
     each = neurons_ref.shape[0] // (n_panels * tile)
-    panels = lax.iota(jnp.int32, max(16, pl.next_power_of_2(n_panels)))
-    counts = plt.load(counts_ref.at[panels], mask=panels < n_panels, other=0)
-    tiles = (counts + tile - 1) // tile
+    tiles = (_each_panel(counts_ref) + tile - 1) // tile
     ends, total = jnp.cumsum(tiles), jnp.sum(tiles)
     first, step = pl.program_id(0), pl.num_programs(0)
 
@@ -292,10 +312,7 @@ def _statistics(
     l1_ref, l0_ref, max_nnz_ref, pairs_ref, overflow_rows_ref, dense_tokens_ref, tokens, tile,
 ):  # fmt: skip
     n_panels, n_parts = counts_ref.shape[0], parts_ref.shape[0]
-    panels = lax.iota(jnp.int32, max(16, pl.next_power_of_2(n_panels)))
-    counts, gates, most = (
-        plt.load(ref.at[panels], mask=panels < n_panels, other=0) for ref in (counts_ref, gates_ref, most_ref)
-    )
+    counts, gates, most = (_each_panel(ref) for ref in (counts_ref, gates_ref, most_ref))
     width, each = min(_PARTS, pl.next_power_of_2(n_parts)), n_parts // n_panels
 
     def add_parts(block, total):
