@@ -3,13 +3,15 @@
 A call of few panels computes its gates first, as PanelELL does, counts the neurons that each panel activates,
 and ends over those neurons or densely from the gates that it has: nothing is computed twice (`panel.few`).
 
-Elsewhere a probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the neurons that
-each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens. A conditional then runs
-the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer one: both run). Both are
-exact, so the probe decides how long a call takes and never what it gives, and it is part of the compiled
-program. The host is not asked: XLA records the conditional in a CUDA graph, and in a trace of eight layers on
-one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of 7.4 ms and the device stood still
-for 5 to 12 µs at each conditional, 32 at the first; the same layers without one had no gap above 0.3 µs.
+Elsewhere a probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the
+neurons that each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens.
+
+A conditional then runs the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer
+one: both run). Both are exact, so the decision is about how long a call takes and never about what it gives,
+and it is part of the compiled program. The host is not asked: XLA records the conditional in a CUDA graph,
+and in a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of
+7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the first; the same layers without
+one had no gap above 0.3 µs.
 
 A call that is differentiated and too small for a probe is dense.
 
@@ -89,13 +91,15 @@ def infer(
     def after_the_gate(x, w_gate, w_up, w_down):
         gates = few.gates_of(x, w_gate, w_up, tokens, rule, backend)
 
-        def sparse(gates, *arguments):
-            return varying_axes.vary_with(x, few.sparse(gates, *arguments, rule, backend))
+        def sparse(gates, arguments):
+            return varying_axes.vary_with(x, few.sparse(gates, arguments, rule, backend))
 
-        def instead(gates, *arguments):
-            return varying_axes.vary_with(x, few.dense(gates, *arguments, rule))
+        def instead(gates, arguments):
+            return varying_axes.vary_with(x, few.dense(gates, arguments, rule))
 
-        return lax.cond(gates.under(break_even.few, backend), sparse, instead, gates, x, w_gate, w_up, w_down)
+        return lax.cond(
+            gates.under(break_even.few, backend), sparse, instead, gates, (x, w_gate, w_up, w_down)
+        )
 
     def sparse(x, w_gate, w_up, w_down):
         outputs = panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)

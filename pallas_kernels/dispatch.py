@@ -158,8 +158,7 @@ _MEANING = {
     "panel": "tensor cores over the neurons that neighbouring tokens share",
     "decode": "the gate's rows, and up and down rows of active neurons alone, read once for a few tokens",
     "auto": (
-        "the program itself takes PanelELL where panels of tokens share few enough neurons, "
-        "dense elsewhere"
+        "the program itself takes PanelELL where panels of tokens share few enough neurons, dense elsewhere"
     ),
 }
 

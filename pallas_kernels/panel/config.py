@@ -266,7 +266,7 @@ def choose_few(x: jax.Array, config: PanelConfig, device: Device | None = None) 
     """How x (M, D) of at most `FEW_PANELS` panels is cut behind its gate stage, whose configs are ``config``.
 
     Tiles shrink with the number of panels, so that all cores have one: at 600 active neurons a panel, four
-    panels have 76 tiles of 32 neurons. What a core reads from L2 then takes the time, x and the weights alike.
+    panels have 76 tiles of 32 neurons. What a core reads from L2 then takes the time, x as much as weights.
     """
     device = device_lib.current() if device is None else device
     n_panels = -(-x.shape[0] // config.panel)

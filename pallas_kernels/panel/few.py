@@ -19,6 +19,7 @@ from pallas_kernels.panel.config import FewConfig, PanelConfig
 from pallas_kernels.panel.gate import roles, stage
 from pallas_kernels.panel.pallas_triton_few import FewLists, few_down, few_up, list_neurons, under
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
+from pallas_kernels.reference import Weights
 
 
 class Gates(NamedTuple):
@@ -30,9 +31,7 @@ class Gates(NamedTuple):
     def under(self, share: float, backend: str) -> jax.Array:
         """() bool, whether panels activate under a share of the neurons."""
         n_panels, d_ff = self.lists.counts.shape[0], self.lists.hits.shape[0]
-        return under(
-            self.lists.counts, math.ceil(share * n_panels * d_ff), interpret=backend == "interpret"
-        )
+        return under(self.lists.counts, math.ceil(share * n_panels * d_ff), interpret=backend == "interpret")
 
 
 def applies(tokens: int, panel: int) -> bool:
@@ -55,27 +54,18 @@ def _configs(x: jax.Array, w: jax.Array, panel: int) -> tuple[PanelConfig, FewCo
     return config, configs.choose_few(x, config)
 
 
-def sparse(
-    gates: Gates,
-    x: jax.Array,
-    w_gate: jax.Array | None,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    rule: Rule,
-    backend: str,
-) -> tuple[jax.Array, FFNStats]:
-    """y (M, D) and the statistics over the lists."""
-    panels, lists = gates
+def sparse(gates: Gates, arguments: Weights, rule: Rule, backend: str) -> tuple[jax.Array, FFNStats]:
+    """y (M, D) and the statistics over the lists, from the gates of a call and its arguments."""
+    (panels, lists), (x, w_gate, w_up, w_down) = gates, arguments
     config, interpret = _configs(x, w_up, panels.values.shape[2])[1], backend == "interpret"
     up_weight = roles(w_gate, w_up)[1]
     h, parts = few_up(panels, lists, x, up_weight, config=config, rule=rule, interpret=interpret)
     return few_down(h, parts, lists, w_down, tokens=x.shape[0], config=config, interpret=interpret)
 
 
-def dense(
-    gates: Gates, x: jax.Array, w_gate: jax.Array | None, w_up: jax.Array, w_down: jax.Array, rule: Rule
-) -> tuple[jax.Array, FFNStats]:
+def dense(gates: Gates, arguments: Weights, rule: Rule) -> tuple[jax.Array, FFNStats]:
     """As `sparse`, densely by XLA."""
+    x, w_gate, w_up, w_down = arguments
     (tokens, _), d_ff, lists = x.shape, w_up.shape[0], gates.lists
     up_weight = roles(w_gate, w_up)[1]
     up = None if up_weight is None else project(x, up_weight)

@@ -94,7 +94,7 @@ def infer(
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
     if groups is None and few.applies(tokens, _layout(options).tokens):
         gates = few.gates_of(x, w_gate, w_up, _layout(options).tokens, options.rule, backend)
-        return few.sparse(gates, x, w_gate, w_up, w_down, options.rule, backend)
+        return few.sparse(gates, (x, w_gate, w_up, w_down), options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
     rule, interpret = options.rule, backend == "interpret"
     gate_weight, up_weight = roles(w_gate, w_up)

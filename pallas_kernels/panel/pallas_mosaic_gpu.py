@@ -31,9 +31,9 @@ from pallas_kernels.panel.pallas_triton_lists import GatePanel
 assert SEGMENT == 16, "wgmma leaves a warp 16 rows"
 
 _TILES = range(256, 32, -16)
-"""Columns of a tile: a lane keeps the votes of a group of eight, and shared memory is tiled by 16 at least."""
+"""Columns of a tile: a lane keeps the votes of eight columns, and shared memory is tiled by at least 16."""
 _TILE_OVERHEAD = 64
-"""What a tile takes beside its products, in columns: reading 128 rows of x, and filling and draining the ring."""
+"""What a tile takes beside its products, in columns: reading 128 rows of x, filling and draining the ring."""
 _WORTH_IT = 0.95
 _SHARED_MEMORY = 224 * 1024
 _MOST_STAGES = 8
@@ -52,9 +52,9 @@ def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, p
 def columns_of_tile(tokens: int, d_ff: int, cores: int) -> int:
     """Columns of a tile for so many tokens and neurons.
 
-    Tiles of 256 columns reuse x most, and a call of many tokens has enough of them. 512 tokens and F 5632 make
-    88 of them, one round of two thirds of an H100's cores, and 128 tiles of 176 columns, a shorter round of
-    nearly all.
+    Tiles of 256 columns reuse x most, and a call of many tokens has enough of them. 512 tokens and F 5632
+    make 88 of them, one round of two thirds of an H100's cores, and 128 tiles of 176 columns, a shorter round
+    of nearly all.
     """
     if not cores:
         return _TILES[0]
@@ -136,8 +136,8 @@ def _write(acc, values, hits, nnz, rows_left, columns_left, *, tile, width, all_
 def _epilogue(tile, width, all_rows, dtype, rule):
     """The epilogue of one thread, as PTX.
 
-    Operands: the tile / 2 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the tile
-    that exist. With ``all_rows`` no tile has less than all of its rows.
+    Operands: the tile / 2 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the
+    tile that exist. With ``all_rows`` no tile has less than all of its rows.
     """
     values, hits, nnz, rows_left, columns_left = (f"${tile // 2 + i}" for i in range(5))
     groups = tile // 8

@@ -283,7 +283,7 @@ def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, config):
 
 
 def down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config):
-    """One tile of y: a panel's ``count`` slots from ``start`` on times ``config.tile`` columns of each term."""
+    """One tile of y: a panel's ``count`` slots from ``start`` on times ``config.tile`` columns of each."""
     (tokens, d_model), panel = y_ref.shape, terms[0].shape[1]
     within = lax.iota(jnp.int32, panel)
     columns = (tile_id * config.tile + lax.iota(jnp.int32, config.tile))[None, :]

@@ -11,7 +11,7 @@ the few counts, and one more program of the down projection adds up the statisti
 writes 5 bytes an active (panel, neuron) pair.
 **`few_up`** and **`few_down`**: as `panel_up` and `panel_down`, 2 M union D FLOPs each.
 
-**Numerics.** As `pallas_triton`. Sums of whole numbers are exact; that of |h| has one order whatever runs when.
+**Numerics.** As `pallas_triton`. Sums of whole numbers are exact; that of |h| has one order.
 
 **Limits.** Those of `pallas_triton`. A program looks at all panels' counts at one time.
 """
@@ -42,7 +42,7 @@ _PARTS = 4096
 class FewLists(NamedTuple):
     """The neurons of few panels, and what a gate stage has counted of them.
 
-    Panel p owns the slots ``p * stride`` on, ``stride`` being F rounded up to whole tiles of the up projection.
+    Panel p owns ``stride`` slots from ``p * stride`` on, F rounded up to whole tiles of the up projection.
     The first ``counts[p]`` of them hold neurons in ascending order, the rest of a tile neuron 0.
 
     Attributes:
@@ -109,17 +109,15 @@ def _lists_kernel(by_segment_ref, nnz_ref, *outputs, d_ff, segments, panel, tile
 
     @pl.when(program < n_panels)
     def _():
-        _list_panel(by_segment_ref, nnz_ref, *list_refs, program, d_ff, segments, panel, tile)
+        _list_panel(by_segment_ref, nnz_ref, list_refs, program, d_ff, segments, panel, tile)
 
     @pl.when(program >= n_panels)
     def _():
         _add_hits(by_segment_ref, hits_ref, program - n_panels, d_ff)
 
 
-def _list_panel(
-    by_segment_ref, nnz_ref, neurons_ref, segments_ref, counts_ref, gates_ref, most_ref,
-    which, d_ff, segments, panel, tile,
-):  # fmt: skip
+def _list_panel(by_segment_ref, nnz_ref, list_refs, which, d_ff, segments, panel, tile):
+    neurons_ref, segments_ref, counts_ref, gates_ref, most_ref = list_refs
     start = which * pl.cdiv(d_ff, tile) * tile
 
     def list_block(neuron, inside, found):
@@ -251,7 +249,8 @@ def over_tiles(work_refs, panel, tile, body):
         which = jnp.sum(before)
         number = which * each + place - jnp.sum(before * tiles)
         slots = number * tile + lax.iota(jnp.int32, tile)
-        body(number, which, which * panel + lax.iota(jnp.int32, panel), slots, plt.load(neurons_ref.at[slots]))
+        rows = which * panel + lax.iota(jnp.int32, panel)
+        body(number, which, rows, slots, plt.load(neurons_ref.at[slots]))
 
     lax.fori_loop(jnp.int32(0), jnp.maximum(total - first + step - 1, 0) // step, one, None)
 
@@ -289,7 +288,9 @@ def few_down(
     return y, FFNStats(l1, l0, lists.hits, max_nnz, overflow_rows, pairs, dense_tokens)
 
 
-def _down_kernel(neurons_ref, counts_ref, gates_ref, most_ref, parts_ref, h_ref, w_ref, *outputs, tile, config):
+def _down_kernel(
+    neurons_ref, counts_ref, gates_ref, most_ref, parts_ref, h_ref, w_ref, *outputs, tile, config
+):
     """A program for each tile of y, and one for the statistics."""
     y_ref, *stats_refs = outputs
     n_panels, n_tiles = counts_ref.shape[0], pl.cdiv(y_ref.shape[1], config.tile)
@@ -304,15 +305,14 @@ def _down_kernel(neurons_ref, counts_ref, gates_ref, most_ref, parts_ref, h_ref,
 
     @pl.when(program == n_panels * n_tiles)
     def _():
-        _statistics(counts_ref, gates_ref, most_ref, parts_ref, *stats_refs, y_ref.shape[0], tile)
+        _statistics((counts_ref, gates_ref, most_ref), parts_ref, stats_refs, y_ref.shape[0], tile)
 
 
-def _statistics(
-    counts_ref, gates_ref, most_ref, parts_ref,
-    l1_ref, l0_ref, max_nnz_ref, pairs_ref, overflow_rows_ref, dense_tokens_ref, tokens, tile,
-):  # fmt: skip
+def _statistics(counted_refs, parts_ref, stats_refs, tokens, tile):
+    l1_ref, l0_ref, max_nnz_ref, pairs_ref, overflow_rows_ref, dense_tokens_ref = stats_refs
+    counts_ref = counted_refs[0]
     n_panels, n_parts = counts_ref.shape[0], parts_ref.shape[0]
-    counts, gates, most = (_each_panel(ref) for ref in (counts_ref, gates_ref, most_ref))
+    counts, gates, most = map(_each_panel, counted_refs)
     width, each = min(_PARTS, pl.next_power_of_2(n_parts)), n_parts // n_panels
 
     def add_parts(block, total):
