@@ -1,12 +1,19 @@
 """``format="auto"`` on a GPU: the program itself finds out, call by call, whether sparsity pays.
 
-A probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the neurons that
-each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens. A conditional then runs
-the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer one: both run). Both are
-exact, so the probe decides how long a call takes and never what it gives, and it is part of the compiled
-program. The host is not asked: XLA records the conditional in a CUDA graph, and in a trace of eight layers on
-one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of 7.4 ms and the device stood still
-for 5 to 12 µs at each conditional, 32 at the first; the same layers without one had no gap above 0.3 µs.
+A call of few panels computes its gates first, as PanelELL does, counts the neurons that each panel activates,
+and ends over those neurons or densely from the gates that it has: nothing is computed twice (`panel.few`).
+
+Elsewhere a probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the
+neurons that each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens.
+
+A conditional then runs the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer
+one: both run). Both are exact, so the decision is about how long a call takes and never about what it gives,
+and it is part of the compiled program. The host is not asked: XLA records the conditional in a CUDA graph,
+and in a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of
+7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the first; the same layers without
+one had no gap above 0.3 µs.
+
+A call that is differentiated and too small for a probe is dense.
 
 Between forward and backward either layer keeps the gate and the up projection, in the same buffers: PanelELL
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
@@ -28,6 +35,7 @@ from pallas_kernels.common.platforms import where_kernels_run
 from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import few
 from pallas_kernels.panel.layer import Residuals, empty
 from pallas_kernels.reference import Weights
 
@@ -77,6 +85,21 @@ def infer(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel and
     weights (F, D) of one type."""
+    tokens, rule = _panel_tokens(options), options.rule
+    break_even = configs.break_even(device.current(), backend, gated=w_gate is not None)
+
+    def after_the_gate(x, w_gate, w_up, w_down):
+        gates = few.gates_of(x, w_gate, w_up, tokens, rule, backend)
+
+        def sparse(gates, arguments):
+            return varying_axes.vary_with(x, few.sparse(gates, arguments, rule, backend))
+
+        def instead(gates, arguments):
+            return varying_axes.vary_with(x, few.dense(gates, arguments, rule))
+
+        return lax.cond(
+            gates.under(break_even.few, backend), sparse, instead, gates, (x, w_gate, w_up, w_down)
+        )
 
     def sparse(x, w_gate, w_up, w_down):
         outputs = panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
@@ -85,13 +108,19 @@ def infer(
     def instead(x, w_gate, w_up, w_down):
         return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
 
-    share = configs.break_even(device.current(), backend, gated=w_gate is not None).forward
-
     def probe(x, w_gate, w_up, w_down):
-        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
+        decision = pays(x, w_up if w_gate is None else w_gate, options, break_even.forward)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
+    if groups is None and few.applies(x.shape[0], tokens):
+        return where_kernels_run(after_the_gate, instead, backend, x, w_gate, w_up, w_down)
+    if _too_small_for_a_probe(x, backend):
+        return instead(x, w_gate, w_up, w_down)
     return where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
+
+
+def _too_small_for_a_probe(x: jax.Array, backend: str) -> bool:
+    return x.shape[0] < configs.LEAST_PROBED_TOKENS and backend != "interpret"
 
 
 def forward(
@@ -102,8 +131,11 @@ def forward(
     options: FFNOptions,
     backend: str,
     groups: Groups = None,
-) -> tuple[tuple[jax.Array, FFNStats], Residuals]:
-    """`infer`, and what either layer keeps, in the same buffers."""
+) -> tuple[tuple[jax.Array, FFNStats], Residuals | Projections]:
+    """`infer`, and what either layer keeps, in the same buffers; the dense layer's projections where no other
+    layer is considered."""
+    if _too_small_for_a_probe(x, backend):
+        return dense.forward(x, w_gate, w_up, w_down, options, "xla", groups)
 
     def sparse(x, w_gate, w_up, w_down):
         outputs = panel.forward(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
@@ -141,7 +173,7 @@ def backward(
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
-    kept: Residuals,
+    kept: Residuals | Projections,
     dy: jax.Array,
     scale: jax.Array | None,
     options: FFNOptions,
@@ -153,6 +185,13 @@ def backward(
     """Cotangents of x and, in ``dtype``, the weights (None where not asked for), by the layer that ran."""
     arguments = x, w_gate, w_up, w_down
 
+    def densely(projections, dy, scale):
+        dx, *gradients = dense.backward(*arguments, projections, dy, scale, options, "xla", dtype=dtype)
+        return (dx, *(gradients if weights else (None, None, None)))
+
+    if isinstance(kept, Projections):
+        return densely(kept, dy, scale)
+
     def sparse(kept, dy, scale):
         return panel.backward(
             *arguments, kept, dy, scale, _as_panel(options), backend, dtype=dtype, weights=weights
@@ -161,9 +200,7 @@ def backward(
     def instead(kept, dy, scale):
         shape = (x.shape[0], w_up.shape[0])
         up = None if kept.up is None else _out_of(kept.up, shape)
-        projections = Projections(_out_of(kept.gate, shape), up)
-        dx, *gradients = dense.backward(*arguments, projections, dy, scale, options, "xla", dtype=dtype)
-        return (dx, *(gradients if weights else (None, None, None)))
+        return densely(Projections(_out_of(kept.gate, shape), up), dy, scale)
 
     def as_decided(kept, dy, scale):
         return lax.cond(kept.fits, sparse, instead, kept, dy, scale)

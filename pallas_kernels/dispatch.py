@@ -12,6 +12,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.errors import RequestError
 from pallas_kernels.formats import MAX_INDEX
 from pallas_kernels.options import Auto, Decode, Dense, FFNOptions, Layout, Panel, Twell
+from pallas_kernels.panel import config as panel_configs
 
 _BACKENDS = {
     "dense": ("xla",),
@@ -24,7 +25,6 @@ _BACKENDS = {
 _MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
 _TRITON_CAPABILITY = 80
 _MOSAIC_CAPABILITY = 90
-_LEAST_TOKENS = 2048  # of a call whose probe costs little beside it
 
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -76,8 +76,9 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
     if format == "auto" and backend != "interpret":
         if call.dtype.itemsize != 2:
             return f"format='auto' is dense for types without tensor cores; got {call.dtype.name}"
-        if call.tokens < _LEAST_TOKENS:
-            return f"format='auto' is dense under {_LEAST_TOKENS} tokens; got {call.tokens}"
+        least = panel_configs.LEAST_PROBED_TOKENS
+        if call.tokens < least and backend != "mosaic_gpu":
+            return f"format='auto' is dense on {backend} under {least} tokens; got {call.tokens}"
     if isinstance(layout, Auto) and call.tokens < layout.tokens:
         return f"format='auto' probes panels of {layout.tokens} tokens; got {call.tokens} tokens"
     if backend == "mosaic_gpu":
@@ -157,8 +158,7 @@ _MEANING = {
     "panel": "tensor cores over the neurons that neighbouring tokens share",
     "decode": "the gate's rows, and up and down rows of active neurons alone, read once for a few tokens",
     "auto": (
-        "a probe inside the program takes PanelELL where panels of tokens share few enough neurons, "
-        "dense elsewhere"
+        "the program itself takes PanelELL where panels of tokens share few enough neurons, dense elsewhere"
     ),
 }
 

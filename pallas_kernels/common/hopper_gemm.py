@@ -107,7 +107,7 @@ def gemm(
         half of a tile, rounded to the type of x and in f32 in wgmma's layout, a `Place`, and the whole
         outputs in global memory. Rows may be past the M of x.
       out_type: shapes of the outputs.
-      tile: columns of a tile.
+      tile: columns of a tile, a multiple of 16 up to 256.
       stages: slices of D in flight, at least 2.
       scratch: the epilogue's shared memory, by name.
       interpret: what `plgpu.kernel` takes by this name.
@@ -136,10 +136,10 @@ def gemm(
     )(x, w)
 
 
-def _transforms(dtype):
-    """How wgmma reads shared memory: in rows of one swizzle."""
-    swizzle = TILE_K * jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((_ROW_GROUP, TILE_K)), plgpu.SwizzleTransform(swizzle)
+def _transforms(dtype, columns=TILE_K):
+    """How wgmma reads shared memory: in rows of one swizzle, of so many columns."""
+    swizzle = columns * jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((_ROW_GROUP, columns)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch, cores):
@@ -174,12 +174,13 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
     n_mine = jnp.minimum(lax.div(n_blocks * n_tiles - 1 - first_tile, cores) + 1, _TILES_EACH)
     n_all = n_mine * n_slices
     transforms = _transforms(x_gmem.dtype)
+    tile_columns = min(tile & -tile, TILE_K)  # the widest swizzle whose columns divide a tile's
 
     @partial(
         pl.run_scoped,
         x_ring=plgpu.SMEM((stages, TILE_M, TILE_K), x_gmem.dtype, transforms=transforms),
         w_ring=plgpu.SMEM((stages, tile, TILE_K), w_gmem.dtype, transforms=transforms),
-        buffer=plgpu.SMEM((ROWS, tile), x_gmem.dtype, transforms=transforms),
+        buffer=plgpu.SMEM((ROWS, tile), x_gmem.dtype, transforms=_transforms(x_gmem.dtype, tile_columns)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         granted=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),

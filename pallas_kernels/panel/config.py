@@ -177,19 +177,58 @@ class PanelConfig:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
 
 
+FEW_PANELS = 64
+"""Panels of a forward call up to which `FewConfig` cuts it."""
+
+LEAST_PROBED_TOKENS = 2048
+"""Tokens of a call from which on a probe of one panel in sixteen costs little beside it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FewConfig:
+    """How a forward call of few panels is cut behind its gate stage.
+
+    Attributes:
+      up: its tile is what a panel's slots are a multiple of.
+      down: its tile_k divides the tile of ``up``.
+      list_warps: warps of a program that lists a panel's neurons.
+
+    Raises:
+      ValueError: a field outside its range, with the law in the message.
+    """
+
+    up: StageConfig
+    down: StageConfig
+    list_warps: int = 8
+
+    def __post_init__(self) -> None:
+        powers_of_2.check(self, list_warps=(1, 32))
+        if self.up.tile % self.down.tile_k:
+            raise ValueError(
+                f"FewConfig.down.tile_k must divide up.tile={self.up.tile}; got {self.down.tile_k}"
+            )
+
+
 class BreakEven(NamedTuple):
-    """Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than dense."""
+    """Share of the neurons that a panel activates, up to which PanelELL is taken to be faster than dense.
+
+    Attributes:
+      forward: of a forward call.
+      train: of forward and backward.
+      few: of a forward call of at most `FEW_PANELS` panels, once its gate stage has run.
+    """
 
     forward: float
     train: float
+    few: float
 
 
 _BREAK_EVEN: dict[tuple[int, str, bool], BreakEven] = {
     # (compute capability times ten, the gate's backend, gated)
-    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55),
-    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4),
-    (90, "triton", True): BreakEven(0.8, 0.5),
-    (90, "triton", False): BreakEven(0.5, 0.35),
+    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55, 0.4),
+    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4, 0.35),
+    (90, "triton", True): BreakEven(0.8, 0.5, 0.4),
+    (90, "triton", False): BreakEven(0.5, 0.35, 0.35),
 }
 """From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632, gated, the gate on Mosaic
 GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's time and breaks even at about
@@ -197,7 +236,7 @@ GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's
 are those figures with two products in place of three, and with a gate stage that takes 0.35 ms more (4 to 6 %
 of the dense forward), and a margin."""
 
-_UNMEASURED = BreakEven(0.25, 0.15)
+_UNMEASURED = BreakEven(0.25, 0.15, 0.25)
 """Where nothing was measured: PanelELL saves at least twice what its gate stage may cost there."""
 
 
@@ -221,6 +260,28 @@ def heuristic(x: jax.Array, tokens: int, device: Device) -> PanelConfig:
     """Configs for x (M, D) where nothing was tuned."""
     panel = min(tokens, max(16, powers_of_2.at_least(x.shape[0])))
     return _for_tensor_cores(panel, x.shape[1], device) if x.dtype.itemsize == 2 else _for_f32(panel)
+
+
+def choose_few(x: jax.Array, config: PanelConfig, device: Device | None = None) -> FewConfig:
+    """How x (M, D) of at most `FEW_PANELS` panels is cut behind its gate stage, whose configs are ``config``.
+
+    Tiles shrink with the number of panels, so that all cores have one: at 600 active neurons a panel, four
+    panels have 76 tiles of 32 neurons. What a core reads from L2 then takes the time, x as much as weights.
+    """
+    device = device_lib.current() if device is None else device
+    n_panels = -(-x.shape[0] // config.panel)
+    if x.dtype.itemsize != 2 or config.panel < 128 or device.shared_memory < 220 * 1024:
+        return FewConfig(dataclasses.replace(config.up, tile=config.chunk), config.down)
+    width = powers_of_2.at_least(n_panels)
+    if x.shape[1] % 128:
+        up = StageConfig(max(32, min(8 * width, 128)), 64, 8 if width > 8 else 4, 4, 2)
+    elif width <= 4:
+        up = StageConfig(32, 128, 4, 4, 2)
+    else:
+        up = StageConfig(min(8 * width, 128), 64, 4 if width == 8 else 8, 6, 2)
+    columns = max(32, min(16 * width, 256))
+    down = StageConfig(columns, 32, 8 if columns == 256 else 4, 8)
+    return FewConfig(up, down)
 
 
 def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:

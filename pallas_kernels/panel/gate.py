@@ -11,6 +11,11 @@ from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
 
+def roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The weight whose product is rectified, and the up projection's, None without a gate."""
+    return (w_up, None) if w_gate is None else (w_gate, w_up)
+
+
 def stage(config: PanelConfig, backend: str, rule: Rule) -> GateStage[GatePanel]:
     """The gate stage on a backend: the active gates of ``x Wg^T`` by panels."""
 

@@ -31,7 +31,9 @@ from pallas_kernels.common.groups import Groups, by_group, group_size
 from pallas_kernels.dense import blocks, token_hits
 from pallas_kernels.options import FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
+from pallas_kernels.panel.gate import roles
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import (
@@ -90,9 +92,12 @@ def infer(
     tokens = x.shape[0]
     if tokens == 0:
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
+    if groups is None and few.applies(tokens, _layout(options).tokens):
+        gates = few.gates_of(x, w_gate, w_up, _layout(options).tokens, options.rule, backend)
+        return few.sparse(gates, (x, w_gate, w_up, w_down), options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
     rule, interpret = options.rule, backend == "interpret"
-    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
@@ -114,11 +119,6 @@ def _layout(options: FFNOptions) -> Panel:
     layout = options.layout
     assert isinstance(layout, Panel)
     return layout
-
-
-def _roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The weight whose product is rectified, and the up projection's, None without a gate."""
-    return (w_up, None) if w_gate is None else (w_gate, w_up)
 
 
 def _stats(
@@ -175,7 +175,7 @@ def forward(
         return dense.infer(*arguments, options, backend, groups), None
     layout, rule, interpret = _layout(options), options.rule, backend == "interpret"
     config = configs.choose(x, w_up, layout.tokens)
-    gate_weight, up_weight = _roles(w_gate, w_up)
+    gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * layout.capacity))
@@ -233,7 +233,7 @@ def pull_back(
 ) -> Weights:
     """`backward` where the lists had room."""
     config, interpret = configs.choose(x, w_up, _layout(options).tokens), backend == "interpret"
-    lists, (gate_weight, up_weight) = kept.lists, _roles(w_gate, w_up)
+    lists, (gate_weight, up_weight) = kept.lists, roles(w_gate, w_up)
     gradients = panel_dh(
         kept.gate,
         kept.up,

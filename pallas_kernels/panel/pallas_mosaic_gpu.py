@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import device
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import hopper_gemm, varying_axes
 from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
@@ -29,10 +30,13 @@ from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
 assert SEGMENT == 16, "wgmma leaves a warp 16 rows"
 
-_TILE = 256
-_STAGES = 4
-_EACH = _TILE // 4  # values of a thread in one row
-_GROUPS = _TILE // 8
+_TILES = range(256, 32, -16)
+"""Columns of a tile: a lane keeps the votes of eight columns, and shared memory is tiled by at least 16."""
+_TILE_OVERHEAD = 64
+"""What a tile takes beside its products, in columns: reading 128 rows of x, filling and draining the ring."""
+_WORTH_IT = 0.95
+_SHARED_MEMORY = 224 * 1024
+_MOST_STAGES = 8
 _BATCH = 8  # groups whose votes are in registers together
 
 
@@ -45,25 +49,51 @@ def unsupported_reason(tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype, p
     return hopper_gemm.unsupported_reason(d_model, d_ff, dtype)
 
 
-def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU) -> GatePanel:
-    """The active gates of ``x Wg^T`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type."""
+def columns_of_tile(tokens: int, d_ff: int, cores: int) -> int:
+    """Columns of a tile for so many tokens and neurons.
+
+    Tiles of 256 columns reuse x most, and a call of many tokens has enough of them. 512 tokens and F 5632
+    make 88 of them, one round of two thirds of an H100's cores, and 128 tiles of 176 columns, a shorter round
+    of nearly all.
+    """
+    if not cores:
+        return _TILES[0]
+    blocks = pl.cdiv(tokens, TILE_M)
+    costs = {tile: pl.cdiv(blocks * pl.cdiv(d_ff, tile), cores) * (tile + _TILE_OVERHEAD) for tile in _TILES}
+    best = min(costs, key=lambda tile: costs[tile])
+    return best if costs[best] < _WORTH_IT * costs[_TILES[0]] else _TILES[0]
+
+
+def _stages(tile: int) -> int:
+    """Slices of D that fit shared memory beside half a tile."""
+    slice_bytes = 2 * hopper_gemm.TILE_K * (TILE_M + tile)
+    return min((_SHARED_MEMORY - 2 * hopper_gemm.ROWS * tile) // slice_bytes, _MOST_STAGES)
+
+
+def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | None = None) -> GatePanel:
+    """The active gates of ``x Wg^T`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type.
+
+    ``tile`` columns make a tile, by default `columns_of_tile`.
+    """
     tokens, d_ff = x.shape[0], w_gate.shape[0]
-    n_panels, n_tiles = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, _TILE)
-    width, segments = n_tiles * _TILE, TILE_M // SEGMENT
+    tile = columns_of_tile(tokens, d_ff, device.current().cores) if tile is None else tile
+    n_panels, n_tiles = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, tile)
+    width, segments = n_tiles * tile, TILE_M // SEGMENT
 
     def epilogue(acc, place, values, hits, nnz):
-        column = place.tile_id * _TILE
+        column = place.tile_id * tile
         _write(
             acc,
             values.at[
                 place.row_block,
-                pl.ds(column, _TILE),
+                pl.ds(column, tile),
                 pl.ds(place.half * hopper_gemm.ROWS, hopper_gemm.ROWS),
             ],
-            hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, _TILE)],
+            hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, tile)],
             nnz.at[place.tile_id, pl.ds(place.row, hopper_gemm.ROWS)],
             jnp.minimum(tokens - place.row, hopper_gemm.ROWS),
-            jnp.minimum(d_ff - column, _TILE),
+            jnp.minimum(d_ff - column, tile),
+            tile=tile,
             width=width,
             all_rows=tokens % TILE_M == 0,
             dtype=x.dtype,
@@ -79,8 +109,8 @@ def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU) -> GatePanel:
             jax.ShapeDtypeStruct((n_panels * segments, width), jnp.uint8),
             jax.ShapeDtypeStruct((n_tiles, n_panels * TILE_M), jnp.int32),
         ),
-        tile=_TILE,
-        stages=_STAGES,
+        tile=tile,
+        stages=_stages(tile),
         scratch={},
     )
     # Mosaic GPU's outputs do not say so themselves.
@@ -88,33 +118,34 @@ def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU) -> GatePanel:
     return GatePanel(values, hits, nnz)
 
 
-def _write(acc, values, hits, nnz, rows_left, columns_left, *, width, all_rows, dtype, rule):
-    """Writes a warpgroup's (64, 256) accumulator to its values, hit counts and counts of each token."""
+def _write(acc, values, hits, nnz, rows_left, columns_left, *, tile, width, all_rows, dtype, rule):
+    """Writes a warpgroup's (64, tile) accumulator to its values, hit counts and counts of each token."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, scalar, scalar))
     def write(_, acc, values, hits, nnz, rows_left, columns_left):
         pointers = [address(values, 64), address(hits, 64), address(nnz, 64)]
         scalars = [left.registers.flat[0] for left in (rows_left, columns_left)]
-        constraints = ",".join(["f"] * (_TILE // 2) + ["l", "l", "l", "r", "r"])
-        text = _epilogue(width, all_rows, dtype, rule)
+        constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "l", "r", "r"])
+        text = _epilogue(tile, width, all_rows, dtype, rule)
         assemble(text, [*hopper_gemm.values(acc), *pointers, *scalars], constraints)
 
     write(acc, values, hits, nnz, rows_left, columns_left)
 
 
-def _gates(group):
-    """A thread's four gates of a group of 8 columns: two of its upper row, two of the one eight below."""
-    return [f"${half * _EACH + 2 * group + nth}" for half in range(2) for nth in range(2)]
-
-
-def _epilogue(width, all_rows, dtype, rule):
+def _epilogue(tile, width, all_rows, dtype, rule):
     """The epilogue of one thread, as PTX.
 
-    Operands: the 128 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the tile
-    that exist. With ``all_rows`` no tile has less than all of its rows.
+    Operands: the tile / 2 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the
+    tile that exist. With ``all_rows`` no tile has less than all of its rows.
     """
-    values, hits, nnz, rows_left, columns_left = (f"${2 * _EACH + i}" for i in range(5))
+    values, hits, nnz, rows_left, columns_left = (f"${tile // 2 + i}" for i in range(5))
+    groups = tile // 8
+
+    def gates(group):
+        """A thread's four gates of a group of 8 columns: two of its upper row, two of the one eight below."""
+        return [f"${half * (tile // 4) + 2 * group + nth}" for half in range(2) for nth in range(2)]
+
     convert = hopper_gemm.CONVERT[jnp.dtype(dtype).name]
     threshold = hopper_gemm.constant(rule.last_inactive(dtype))
     lines = [
@@ -138,12 +169,12 @@ def _epilogue(width, all_rows, dtype, rule):
         f"add.s64 to, {values}, wide; mul.wide.u32 wide, column, {2 * TILE_M}; add.s64 to, to, wide;",
         "mov.b32 n0, 0; mov.b32 n1, 0; mov.b32 k0, 0; mov.b32 k1, 0; mov.b32 k2, 0; mov.b32 k3, 0;",
     ]
-    for first in range(0, _GROUPS, _BATCH):
-        batch = range(first, first + _BATCH)
+    for first in range(0, groups, _BATCH):
+        batch = range(first, min(first + _BATCH, groups))
         # Votes of a batch of groups before the first branch on one: their latencies overlap.
         for group in batch:
             # Active unless at or under the threshold, so NaN is active; columns past F are not.
-            for i, gate in enumerate(_gates(group)):
+            for i, gate in enumerate(gates(group)):
                 if i == 0 or (i == 2 and not all_rows):
                     lines.append(f"setp.gt.u32 p, left{i // 2}, {group};")
                 lines.append(
@@ -159,7 +190,7 @@ def _epilogue(width, all_rows, dtype, rule):
             lines += [f"@p mov.b32 k{i}, {vote};" for i, vote in enumerate(votes)]
             for i, word in ((0, "v0"), (2, "v1")):
                 for nth in (i, i + 1):
-                    gate, rectified = _gates(group)[nth], f"z{nth - i}"
+                    gate, rectified = gates(group)[nth], f"z{nth - i}"
                     if rule.threshold:
                         lines.append(f"setp.gtu.f32 q, {gate}, {threshold};")
                         lines.append(f"selp.f32 {rectified}, {gate}, 0f00000000, q;")
@@ -188,7 +219,7 @@ def _epilogue(width, all_rows, dtype, rule):
                 )
     lines += [
         f"mul.wide.u32 wide, warp, {width}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",
-        "add.s64 to, to, wide; st.global.v2.b32 [to], {low, high};",
+        f"add.s64 to, to, wide; setp.lt.u32 p, lane, {groups}; @p st.global.v2.b32 [to], {{low, high}};",
         # Counts of both rows in the halves of one word, summed over the four lanes that share them.
         "shl.b32 n1, n1, 16; add.u32 n0, n0, n1;",
         "shfl.sync.bfly.b32 t, n0, 1, 31, -1; add.u32 n0, n0, t;",

@@ -79,7 +79,7 @@ def panel_up(
     kept = keep * (2 if gated else int(rule.squared))
     operands = [x, w_up] if gated else []
     h, l1, *gate_and_up = pl.pallas_call(
-        partial(_up_kernel, panel=panel, segments=gate.segments, config=config, rule=rule, gated=gated),
+        partial(up_kernel, panel=panel, segments=gate.segments, config=config, rule=rule, gated=gated),
         out_shape=(
             varying_axes.output(x, shape, x.dtype),
             varying_axes.output(x, (chunks, panel) if l1_by_token else (chunks,), jnp.float32),
@@ -186,15 +186,16 @@ def gathered_product(w_ref, neurons, x_ref, rows, tile_k, dtype=None):
     """`product` of gathered rows of weights and a panel's rows of x: (len(neurons), len(rows)).
 
     The longer side makes the columns of the tensor cores' tile: wgmma reads them again for every 64 rows, up
-    to 256 at once.
+    to 256 at once. Under 64 neurons are always its columns, for wgmma has no fewer rows.
     """
-    if neurons.shape[0] > rows.shape[0] >= _WGMMA_ROWS:
+    if neurons.shape[0] > rows.shape[0] >= _WGMMA_ROWS or neurons.shape[0] < _WGMMA_ROWS <= rows.shape[0]:
         return product(x_ref, rows, w_ref, neurons, tile_k, dtype).T
     return product(w_ref, neurons, x_ref, rows, tile_k, dtype)
 
 
-def _up_kernel(*refs, panel, segments, config, rule, gated):
-    work_refs, (segments_ref, values_ref), refs = refs[:5], refs[5:7], refs[7:]
+def up_kernel(*refs, panel, segments, config, rule, gated, walk=over_chunks, work=5):
+    """The body of `panel_up`, over what ``walk`` finds in its first ``work`` operands."""
+    work_refs, (segments_ref, values_ref), refs = refs[:work], refs[work : work + 2], refs[work + 2 :]
     operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
     within = lax.iota(jnp.int32, panel)[None, :]
 
@@ -226,7 +227,7 @@ def _up_kernel(*refs, panel, segments, config, rule, gated):
             if pair:
                 l1_ref[chunk + 1] = jnp.float32(0)
 
-    over_chunks(work_refs, panel, config.tile, body)
+    walk(work_refs, panel, config.tile, body)
 
 
 def hidden(gate: jax.Array, up: jax.Array | None, rule: Rule) -> jax.Array:
@@ -258,11 +259,11 @@ def panel_down(
 ) -> jax.Array:
     """``sum of h W`` over terms of h (n_slots, P) and W (F, D), each panel over its own neurons:
     (M, D) in h's type."""
-    (h, weight), panel = terms[0], terms[0][0].shape[1]
+    h, weight = terms[0]
     d_model = weight.shape[1]
     n_panels, n_tiles = lists.counts.shape[0], pl.cdiv(d_model, config.tile)
     return pl.pallas_call(
-        partial(_down_kernel, panel=panel, config=config),
+        partial(_down_kernel, config=config),
         out_shape=varying_axes.output(h, (tokens, d_model), h.dtype),
         grid=(n_panels * n_tiles,),
         interpret=interpret,
@@ -271,14 +272,19 @@ def panel_down(
     )(lists.neurons, lists.offsets, lists.counts, *[array for term in terms for array in term])
 
 
-def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, panel, config):
+def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, config):
     *terms, y_ref = refs
-    tokens, d_model = y_ref.shape
+    d_model = y_ref.shape[1]
     n_panels, n_tiles = counts_ref.shape[0], pl.cdiv(d_model, config.tile)
     # Neighbouring panels share most of their neurons, at much the same place of their lists: programs that
     # run side by side on the same columns ask L2 for the same rows at the same time.
     which, tile_id = grouped_order(pl.program_id(0), n_panels, n_tiles)
-    start, count = offsets_ref[which], counts_ref[which]
+    down_tile(neurons_ref, terms, y_ref, which, tile_id, offsets_ref[which], counts_ref[which], config)
+
+
+def down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config):
+    """One tile of y: a panel's ``count`` slots from ``start`` on times ``config.tile`` columns of each."""
+    (tokens, d_model), panel = y_ref.shape, terms[0].shape[1]
     within = lax.iota(jnp.int32, panel)
     columns = (tile_id * config.tile + lax.iota(jnp.int32, config.tile))[None, :]
 

@@ -144,10 +144,10 @@ def _count_kernel(
         plt.store(hits_ref.at[which, neuron], hits.astype(jnp.uint8), mask=inside)  # at most P of 128
         return neurons + jnp.sum((hits > 0).astype(jnp.int32))
 
-    neurons_ref[which] = _over_neurons(d_ff, add_block)
+    neurons_ref[which] = over_neurons(d_ff, add_block)
 
 
-def _over_neurons(d_ff, body):
+def over_neurons(d_ff, body):
     """Sums ``body(neurons, which of them are below F, sum so far)`` up over blocks of all neurons."""
     width = min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
 
@@ -158,7 +158,7 @@ def _over_neurons(d_ff, body):
     return lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
 
 
-def _put(ref, place, value, mask):
+def put(ref, place, value, mask):
     """Stores a vector's masked elements at places of an array."""
     plt.store(ref.at[scatter_index(place, mask)], value, mask=mask)
 
@@ -230,21 +230,21 @@ def _lists_kernel(
         listed = (bits > 0).astype(jnp.int32)
         slot = start + found + jnp.cumsum(listed) - listed
         here = (listed > 0) & (slot < room)
-        _put(neurons_ref, slot, neuron, here)
-        _put(segments_ref, slot, bits.astype(jnp.uint8), here)
+        put(neurons_ref, slot, neuron, here)
+        put(segments_ref, slot, bits.astype(jnp.uint8), here)
         plt.store(slots_ref.at[which, neuron], jnp.where(here, slot, -1), mask=inside)
         return found + jnp.sum(listed)
 
-    _over_neurons(d_ff, list_block)
+    over_neurons(d_ff, list_block)
     tail = start + count + lax.iota(jnp.int32, chunk)
     for ref in (neurons_ref, segments_ref):
-        _put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
+        put(ref, tail, jnp.zeros((chunk,), ref.dtype), (tail < end) & (tail < room))
     nth = lax.iota(jnp.int32, pl.next_power_of_2(pl.cdiv(d_ff, chunk)))
     chunks = chunks_before + nth
     used = (nth < n_own) & (chunks * chunk < room)
-    _put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
+    put(owner_ref, chunks, jnp.full(chunks.shape, which), used)
     followed = (nth + 1 < n_own).astype(jnp.int32)
-    _put(pairs_ref, pairs_before + nth // 2, 2 * chunks + followed, used & (nth % 2 == 0))
+    put(pairs_ref, pairs_before + nth // 2, 2 * chunks + followed, used & (nth % 2 == 0))
 
 
 def _earlier(counts_ref, which, chunk):

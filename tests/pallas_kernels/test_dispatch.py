@@ -126,8 +126,19 @@ def test_auto_decodes_a_few_tokens(found, most):
             assert choice == ((Dense(), "xla") if tokens > most else (Decode(), "triton"))
 
 
-@pytest.mark.parametrize("changes", [{"tokens": 2047}, {"dtype": jnp.dtype("float32")}], ids=str)
-def test_auto_is_dense_where_its_probe_would_not_pay(changes):
+def test_auto_counts_a_gate_stage_of_few_tokens_on_hopper():
+    with on(H200):
+        assert dispatch.choose(FFNOptions(), MANY._replace(tokens=128)) == (Auto(), "mosaic_gpu")
+    with on(A100):
+        assert dispatch.choose(FFNOptions(), MANY._replace(tokens=2047)) == (Dense(), "xla")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": 127}, {"tokens": 2047, "d_model": 100}, {"dtype": jnp.dtype("float32")}],
+    ids=str,
+)
+def test_auto_is_dense_where_a_decision_would_not_pay(changes):
     with on(H200):
         assert dispatch.choose(FFNOptions(), MANY._replace(**changes)) == (Dense(), "xla")
 
@@ -137,13 +148,15 @@ def test_explain_tells_what_would_run_and_why():
     with on(H200):
         auto, small, few = (
             dispatch.explain(x, weight),
-            dispatch.explain(jax.ShapeDtypeStruct((700, 2048), x.dtype), weight),
+            dispatch.explain(
+                jax.ShapeDtypeStruct((700, 2048), x.dtype), weight, FFNOptions(backend="triton")
+            ),
             dispatch.explain(jax.ShapeDtypeStruct((2, 2048), x.dtype), weight),
         )
         named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
     assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
-    assert "runs auto on mosaic_gpu: a probe inside the program" in auto
-    assert "not auto on triton: format='auto' is dense under 2048 tokens; got 700" in small
+    assert "runs auto on mosaic_gpu: the program itself takes PanelELL" in auto
+    assert "not auto on triton: format='auto' is dense on triton under 2048 tokens; got 700" in small
     assert "runs dense on xla" in small
     assert "runs decode on triton: the gate's rows" in few
     assert "runs twell on triton" in named
