@@ -32,6 +32,7 @@ from pallas_kernels import dense, device, panel, reference
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.groups import Groups
 from pallas_kernels.common.platforms import where_kernels_run
+from pallas_kernels.dense import blocks
 from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
@@ -106,7 +107,7 @@ def infer(
         return varying_axes.vary_with(x, outputs)
 
     def instead(x, w_gate, w_up, w_down):
-        return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
+        return varying_axes.vary_with(x, blocks.infer(x, w_gate, w_up, w_down, options, groups))
 
     def probe(x, w_gate, w_up, w_down):
         decision = pays(x, w_up if w_gate is None else w_gate, options, break_even.forward)
