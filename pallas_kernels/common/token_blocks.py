@@ -54,7 +54,8 @@ def split(tokens: int, products: Sequence[Product], device: Device) -> list[Bloc
 
 
 def cut(tokens: int, size: int) -> list[Block]:
-    """Blocks of ``size`` tokens; the last one has what is left, half as many to one and a half times as many."""
+    """Blocks of ``size`` tokens; the last one has what is left, from half as many to one and a half times as
+    many."""
     count = max(1, (2 * tokens + size) // (2 * size))
     starts = range(0, count * size, size)
     return [Block(start, size if start < starts[-1] else tokens - start) for start in starts]

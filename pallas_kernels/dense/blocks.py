@@ -1,4 +1,4 @@
-"""The dense layer over blocks of tokens, for calls that a compact format has no room for.
+"""The dense layer over blocks of tokens: where a compact format has no room or does not pay.
 
 A program that may have to take this path reserves the memory of it: over all tokens at once, the dense
 layer's intermediates would cost in every call what the compact format saves. Over a block they are
@@ -84,10 +84,11 @@ def infer(
 def _whole(parts: list[FFNStats], counts: list[int]) -> FFNStats:
     """The statistics of blocks of ``counts`` tokens together."""
     tokens = sum(counts)
-    merged = FFNStats.merged(jax.tree.map(lambda *of_blocks: jnp.stack(of_blocks), *parts))
+    stacked = jax.tree.map(lambda *of_blocks: jnp.stack(of_blocks), *parts)
+    merged = FFNStats.merged(stacked)  # its means are of equal parts, which blocks are not
     return dataclasses.replace(
         merged,
-        l1=sum(part.l1 * count for part, count in zip(parts, counts, strict=True)) / tokens,
+        l1=jnp.sum(stacked.l1 * jnp.asarray(counts, jnp.float32)) / tokens,
         l0=jnp.sum(merged.neuron_hits, dtype=jnp.float32) / tokens,
     )
 
