@@ -15,6 +15,7 @@ from pallas_kernels.bench.inputs import Activity, ffn_inputs
 from pallas_kernels.common import token_blocks
 from pallas_kernels.common.token_blocks import Block, Product
 from pallas_kernels.device import Device
+from pallas_kernels.panel import config as configs
 
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3", 90, 132)
 GATE = [Product(5632, 2048)]
@@ -72,6 +73,7 @@ def in_one_piece_and_cut(monkeypatch):
     """Runs a function traced anew, first as it is, then with every call cut into blocks."""
 
     def run(function, *arguments, size=64):
+        monkeypatch.setattr(configs, "FEW_PANELS", 0)  # such calls have stages of their own
         whole = jax.jit(lambda *arguments: function(*arguments))(*arguments)
         cut = []
 
@@ -141,6 +143,7 @@ def test_mapped_weights_over_blocks(in_one_piece_and_cut):
 @pytest.mark.parametrize("format", [Panel(16), Auto(16)])
 def test_a_call_with_a_gradient_is_not_cut(monkeypatch, format):
     x, weights = layer("gated", 100)
+    monkeypatch.setattr(configs, "FEW_PANELS", 0)
     monkeypatch.setattr(token_blocks, "split", lambda tokens, products, device: token_blocks.cut(tokens, 64))
 
     def y_sum(x):
