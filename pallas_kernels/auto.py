@@ -19,6 +19,11 @@ Between forward and backward either layer keeps the gate and the up projection, 
 over its slots, of which there are as many as (token, neuron) pairs, the dense layer over all pairs. So a
 training step costs no more memory than the dense layer, and no more time than it and the probe;
 ``format="panel"`` is what saves memory.
+
+A large forward without a gradient runs over blocks of tokens in both branches, since a conditional takes the
+memory of the larger one. The probe decides once for all of them: a decision a block would be a conditional a
+block, each with a gap, and tokens of one call hardly differ so much. The blocks stand in a straight line,
+because XLA records no conditional that holds a loop in a CUDA graph: the host would have to wait for it.
 """
 
 import dataclasses
@@ -32,6 +37,7 @@ from pallas_kernels import dense, device, panel, reference
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.groups import Groups
 from pallas_kernels.common.platforms import where_kernels_run
+from pallas_kernels.dense import blocks
 from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
@@ -106,7 +112,12 @@ def infer(
         return varying_axes.vary_with(x, outputs)
 
     def instead(x, w_gate, w_up, w_down):
-        return varying_axes.vary_with(x, dense.infer(x, w_gate, w_up, w_down, options, "xla", groups))
+        arguments = x, w_gate, w_up, w_down
+        if panel.is_cut(x, w_up):
+            outputs = blocks.infer(*arguments, options, groups)
+        else:
+            outputs = dense.infer(*arguments, options, "xla", groups)
+        return varying_axes.vary_with(x, outputs)
 
     def probe(x, w_gate, w_up, w_down):
         decision = pays(x, w_up if w_gate is None else w_gate, options, break_even.forward)

@@ -1,10 +1,11 @@
-"""The dense layer over blocks of tokens, for calls that a compact format has no room for.
+"""The dense layer over blocks of tokens: where a compact format has no room or does not pay.
 
 A program that may have to take this path reserves the memory of it: over all tokens at once, the dense
 layer's intermediates would cost in every call what the compact format saves. Over a block they are
 (block, F), and weight gradients are summed over blocks in f32, as the dense layer sums them over tokens.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels import dense, reference
+from pallas_kernels import dense, device, reference
 from pallas_kernels.activations import Rule
-from pallas_kernels.common import varying_axes
+from pallas_kernels.common import token_blocks, varying_axes
+from pallas_kernels.common.groups import Groups, group_size
 from pallas_kernels.common.products import multiply
+from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
 BLOCK = 4096
@@ -32,6 +35,62 @@ def forward(
         return multiply(h, w_down), jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
 
     return jax.tree.map(partial(_join, tokens=x.shape[0]), lax.map(one, _split(x)))
+
+
+def infer(
+    x: jax.Array,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    options: FFNOptions,
+    groups: Groups = None,
+) -> tuple[jax.Array, FFNStats]:
+    """`dense.infer`: the same y and integer statistics, l1 summed in another order. A call that
+    `token_blocks.split` does not cut is `dense.infer` itself."""
+    (tokens, d_model), d_ff = x.shape, w_up.shape[0]
+    projection = token_blocks.Product(d_ff, d_model)
+    products = [projection] * (1 if w_gate is None else 2) + [token_blocks.Product(d_model, d_ff)]
+    blocks = token_blocks.split(tokens, products, device.current())
+    if len(blocks) == 1:
+        return dense.infer(x, w_gate, w_up, w_down, options, "xla", groups)
+    size, length = group_size(tokens, groups), blocks[0].tokens
+    if groups is not None and size <= length:  # whole groups in a block
+        blocks = token_blocks.cut(tokens, length // size * size)
+    elif groups is not None:  # several blocks in a group
+        blocks = [
+            token_blocks.Block(start + block.start, block.tokens)
+            for start in range(0, tokens, size)
+            for block in token_blocks.cut(size, length)
+        ]
+    y, parts = varying_axes.vary_with(x, lax.empty(x.shape, x.dtype)), []
+    for start, count in blocks:
+        within = None if groups is None or size > length else count // size
+        rows = lax.slice_in_dim(x, start, start + count)
+        outputs = dense.infer(rows, w_gate, w_up, w_down, options, "xla", within)
+        # The next block waits for this one: together they would hold the intermediates of both.
+        x, (of_block, stats) = lax.optimization_barrier((x, outputs))
+        y = lax.dynamic_update_slice_in_dim(y, of_block, start, axis=0)
+        parts.append(stats)
+    counts = [block.tokens for block in blocks]
+    if groups is None:
+        return y, _whole(parts, counts)
+    if size <= length:
+        return y, jax.tree.map(lambda *of_groups: jnp.concatenate(of_groups), *parts)
+    each = len(blocks) // groups
+    whole = [_whole(parts[n : n + each], counts[n : n + each]) for n in range(0, len(parts), each)]
+    return y, jax.tree.map(lambda *of_groups: jnp.stack(of_groups), *whole)
+
+
+def _whole(parts: list[FFNStats], counts: list[int]) -> FFNStats:
+    """The statistics of blocks of ``counts`` tokens together."""
+    tokens = sum(counts)
+    stacked = jax.tree.map(lambda *of_blocks: jnp.stack(of_blocks), *parts)
+    merged = FFNStats.merged(stacked)  # its means are of equal parts, which blocks are not
+    return dataclasses.replace(
+        merged,
+        l1=jnp.sum(stacked.l1 * jnp.asarray(counts, jnp.float32)) / tokens,
+        l0=jnp.sum(merged.neuron_hits, dtype=jnp.float32) / tokens,
+    )
 
 
 def backward(

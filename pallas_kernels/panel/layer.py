@@ -5,6 +5,10 @@ overflow. Between forward and backward they have ``Panel.capacity`` of that: a c
 known to after its gate stage, takes the dense path inside the same program, block by block of tokens, and
 keeps nothing; so does its backward.
 
+Memory. The gates are (tokens, F) values, of which a kernel writes the active ones, and so is h. A large call
+without a gradient runs over blocks of tokens, in which h takes the place of the gates. At 65,536 tokens, D
+2048 and F 5632 in bf16 its temporaries are 378 MiB; in one piece they are 1,422, and the dense layer's 2,112.
+
 Backward, from dy (M, D) and the cotangent dl1 of l1, over the slots of each panel's list:
 
     dh  = dy Wd^T + sign(h) dl1 / M     where the gate is active       panel_dh
@@ -17,6 +21,7 @@ Without a gate projection dg = dh a'(g), dx = dg Wu and dWu = dg^T x. The counte
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +29,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels import dense
+from pallas_kernels import dense, device
 from pallas_kernels.activations import Rule
-from pallas_kernels.common import varying_axes
+from pallas_kernels.common import token_blocks, varying_axes
 from pallas_kernels.common.groups import Groups, by_group, group_size
 from pallas_kernels.dense import blocks, token_hits
 from pallas_kernels.options import FFNOptions, FFNStats, Panel
@@ -96,9 +101,56 @@ def infer(
         gates = few.gates_of(x, w_gate, w_up, _layout(options).tokens, options.rule, backend)
         return few.sparse(gates, (x, w_gate, w_up, w_down), options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
-    rule, interpret = options.rule, backend == "interpret"
+    by_token = groups is not None
+    one = partial(_infer_block, options=options, backend=backend, config=config, by_token=by_token)
+    weights = w_gate, w_up, w_down
+    *others, last = _blocks(x, w_up)
+    if not others:
+        y, counted = one(x, *weights, None, None, rows=tokens)
+    else:
+        y, counted = _over_blocks(one, x, weights, others, last)
+    gate_weight, _ = roles(w_gate, w_up)
+    overflowed = jnp.zeros((), bool)
+    return y, _stats(counted, overflowed, x, gate_weight, config.panel, options.rule, groups)
+
+
+def is_cut(x: jax.Array, w_up: jax.Array) -> bool:
+    """Whether `infer` runs over several blocks of the tokens of x (M, D), for weights like w_up (F, D)."""
+    return len(_blocks(x, w_up)) > 1
+
+
+def _blocks(x: jax.Array, w_up: jax.Array) -> list[token_blocks.Block]:
+    (tokens, d_model), gate_columns = x.shape, w_up.shape[0]
+    return token_blocks.split(tokens, [token_blocks.Product(gate_columns, d_model)], device.current())
+
+
+def _over_blocks(one, x, weights, others, last):
+    """`_infer_block` over the blocks of x, all of which write to one y."""
+
+    def start_of(block):
+        return varying_axes.vary_with(x, jnp.full((1,), block.start, jnp.int32))
+
+    # The last block makes y, since its size may be its own: the others are one function, lowered once.
+    y, of_last = one(x, *weights, None, start_of(last), rows=last.tokens)
+    one = jax.jit(one, static_argnames="rows")
+    parts = []
+    for block in others:
+        # A block waits for the one before: together they would hold the temporaries of both.
+        x, y = lax.optimization_barrier((x, y))
+        y, counted = one(x, *weights, y, start_of(block), rows=block.tokens)
+        parts.append(counted)
+    return y, _Counted.joined([*parts, of_last])
+
+
+def _infer_block(
+    x, w_gate, w_up, w_down, y, start, *, rows, options, backend, config, by_token
+) -> tuple[jax.Array, "_Counted"]:
+    """The layer for ``rows`` tokens from ``start`` (1,) on, all from 0 where it is None: their rows are
+    written to y, or to a new one, and h takes the place of the gates."""
+    rule, interpret, blocked = options.rule, backend == "interpret", start is not None
     gate_weight, up_weight = roles(w_gate, w_up)
-    gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
+    block = lax.dynamic_slice_in_dim(x, start[0], rows) if blocked else x
+    gate = gate_stages.stage(config, backend, rule)(block, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(
@@ -108,11 +160,21 @@ def infer(
         up_weight,
         config=config.up,
         rule=rule,
-        l1_by_token=groups is not None,
+        start=start,
+        in_place=blocked,
+        l1_by_token=by_token,
         interpret=interpret,
     )
-    y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-    return y, _stats(counts, gate, hidden.l1, jnp.zeros((), bool), x, gate_weight, rule, groups)
+    y = panel_down(
+        [(hidden.h, w_down)],
+        lists,
+        tokens=x.shape[0],
+        config=config.down,
+        start=start,
+        into=y,
+        interpret=interpret,
+    )
+    return y, _Counted.of(counts, gate, hidden.l1, rows, by_token)
 
 
 def _layout(options: FFNOptions) -> Panel:
@@ -121,19 +183,43 @@ def _layout(options: FFNOptions) -> Panel:
     return layout
 
 
-def _stats(
-    counts: Counts, gate: GatePanel, l1, overflowed, x, weight, rule: Rule, groups: Groups
-) -> FFNStats:
-    """The statistics of a call, or of each of its groups.
+class _Counted(NamedTuple):
+    """What the statistics of some tokens are made of.
 
-    Args:
-      l1: () f32, the sum of |h|, or with groups (at least M,), each token's.
-      overflowed: () bool, whether all tokens were computed densely.
+    Attributes:
+      counts: of their panels.
+      l1: () f32, the sum of |h|, or (tokens,), that of each token.
+      nnz: (tokens,) int32, each token's active gates; None where l1 is one sum.
     """
-    tokens = x.shape[0]
+
+    counts: Counts
+    l1: jax.Array
+    nnz: jax.Array | None
+
+    @classmethod
+    def of(cls, counts: Counts, gate: GatePanel, l1: jax.Array, tokens: int, by_token: bool) -> "_Counted":
+        """Of ``tokens`` tokens in panels; l1 as `panel_up` gives it."""
+        if not by_token:
+            return cls(counts, l1, None)
+        return cls(counts, l1[:tokens], jnp.sum(gate.nnz, axis=0)[:tokens])
+
+    @classmethod
+    def joined(cls, parts: "list[_Counted]") -> "_Counted":
+        """Of tokens that come one after the other."""
+
+        def join(*leaves):
+            return jnp.concatenate(leaves) if leaves[0].ndim else jnp.sum(jnp.stack(leaves))
+
+        return jax.tree.map(join, *parts)
+
+
+def _stats(counted: _Counted, overflowed, x, weight, panel: int, rule: Rule, groups: Groups) -> FFNStats:
+    """The statistics of a call in panels of ``panel`` tokens, or of each of its groups; ``overflowed`` ()
+    bool tells whether all tokens were computed densely."""
+    tokens, (counts, l1, nnz) = x.shape[0], counted
     size = group_size(tokens, groups)
     dense_tokens = jnp.where(overflowed, size, 0).astype(jnp.int32)
-    if groups is None:
+    if groups is None or nnz is None:
         return FFNStats(
             l1=l1 / tokens,
             l0=jnp.sum(counts.gates, dtype=jnp.float32) / tokens,
@@ -143,13 +229,12 @@ def _stats(
             pairs=jnp.sum(counts.neurons, dtype=jnp.int32),
             dense_tokens=dense_tokens,
         )
-    nnz = by_group(jnp.sum(gate.nnz, axis=0)[:tokens], groups)
+    nnz = by_group(nnz, groups)
     # A panel's pairs are counted for the group that its first token is in.
-    panel = gate.values.shape[2]
     first = jnp.arange(counts.neurons.shape[0]) * panel // size
     each = jnp.zeros((groups,), jnp.int32)
     return FFNStats(
-        l1=jnp.sum(by_group(l1[:tokens], groups), axis=-1) / size,
+        l1=jnp.sum(by_group(l1, groups), axis=-1) / size,
         l0=jnp.sum(nnz, axis=-1, dtype=jnp.float32) / size,
         neuron_hits=token_hits(x, weight, rule, groups),
         max_nnz=jnp.max(nnz, axis=-1),
@@ -208,7 +293,8 @@ def forward(
     else:
         listed = lists.only_if(fits)
         y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
-    stats = _stats(counts, gate, l1, ~fits, x, gate_weight, rule, groups)
+    counted = _Counted.of(counts, gate, l1, tokens, groups is not None)
+    stats = _stats(counted, ~fits, x, gate_weight, config.panel, rule, groups)
     return (y, stats), Residuals(fits, listed, *kept)
 
 

@@ -34,11 +34,12 @@ from pallas_kernels import device
 from pallas_kernels.activations import RELU, Rule, stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import CONTRACT_FIRST, dot
-from pallas_kernels.common.triton_tiles import grouped_order, product
+from pallas_kernels.common.triton_tiles import grouped_order, product, scatter_index
 from pallas_kernels.panel.config import StageConfig
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists
 
 _WGMMA_ROWS = 64
+_VALUES = 6  # which operand of `panel_up` the gates are
 
 
 # -- up ------------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class Hidden(NamedTuple):
     """The hidden activations over the lists' slots.
 
     Attributes:
-      h: (n_slots, P).
+      h: (n_slots, P); or (n_panels, F', P), where h stands in place of the gates.
       l1: () f32, sum of |h|, or (n_panels * P,), that of each token.
       gate, up: (n_slots, P), where they are kept for a backward; without a gate projection up is None, and
         gate is h where the activation is the identity.
@@ -68,24 +69,45 @@ def panel_up(
     *,
     config: StageConfig,
     rule: Rule = RELU,
+    start: jax.Array | None = None,
     keep: bool = False,
+    in_place: bool = False,
     l1_by_token: bool = False,
     interpret: bool = False,
 ) -> Hidden:
-    """``h = a(g) b(x Wu^T)`` over the lists, or ``h = a(g)`` without w_up: x (M, D), w_up (F, D)."""
+    """``h = a(g) b(x Wu^T)`` over the lists, or ``h = a(g)`` without w_up: x (M, D), w_up (F, D).
+
+    Args:
+      start: (1,) int32, the token of x that the first panel begins with; None for 0.
+      keep: whether the gates and the up projection are wanted too.
+      in_place: whether h overwrites ``gate.values``, which takes half the memory. Only the rows of listed
+        neurons are written, and the gates are lost: not together with ``keep``.
+      l1_by_token: whether l1 is wanted for each token.
+    """
     panel, chunks = gate.values.shape[2], lists.owner.shape[0]
     shape = (lists.neurons.shape[0], panel)
     gated = w_up is not None
     kept = keep * (2 if gated else int(rule.squared))
-    operands = [x, w_up] if gated else []
+    starts = [] if start is None else [start]
+    operands = [*starts, x, w_up] if gated else []
     h, l1, *gate_and_up = pl.pallas_call(
-        partial(up_kernel, panel=panel, segments=gate.segments, config=config, rule=rule, gated=gated),
+        partial(
+            up_kernel,
+            panel=panel,
+            segments=gate.segments,
+            config=config,
+            rule=rule,
+            gated=gated,
+            shifted=start is not None,
+            in_place=in_place,
+        ),
         out_shape=(
-            varying_axes.output(x, shape, x.dtype),
+            varying_axes.output(x, gate.values.shape if in_place else shape, x.dtype),
             varying_axes.output(x, (chunks, panel) if l1_by_token else (chunks,), jnp.float32),
             *[varying_axes.output(x, shape, x.dtype)] * kept,
         ),
         grid=(programs(lists, config),),
+        input_output_aliases={_VALUES: 0} if in_place else {},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="panel_up",
@@ -193,17 +215,30 @@ def gathered_product(w_ref, neurons, x_ref, rows, tile_k, dtype=None):
     return product(w_ref, neurons, x_ref, rows, tile_k, dtype)
 
 
-def up_kernel(*refs, panel, segments, config, rule, gated, walk=over_chunks, work=5):
+def up_kernel(
+    *refs,
+    panel,
+    segments,
+    config,
+    rule,
+    gated,
+    shifted=False,
+    in_place=False,
+    walk=over_chunks,
+    work=5,
+):
     """The body of `panel_up`, over what ``walk`` finds in its first ``work`` operands."""
     work_refs, (segments_ref, values_ref), refs = refs[:work], refs[work : work + 2], refs[work + 2 :]
-    operands, (h_ref, l1_ref, *kept_refs) = (refs[:2], refs[2:]) if gated else ((), refs)
+    operands = refs[: (2 + shifted) * gated]
+    h_ref, l1_ref, *kept_refs = refs[len(operands) :]
     within = lax.iota(jnp.int32, panel)[None, :]
 
     def body(chunk, which, rows, slots, neurons):
         up = None
         bits = plt.load(segments_ref.at[slots]).astype(jnp.int32)[:, None]
         if gated:
-            x_ref, w_ref = operands
+            *start_ref, x_ref, w_ref = operands
+            rows = rows + start_ref[0][0] if shifted else rows
             rows = jnp.minimum(rows, x_ref.shape[0] - 1)
             up = gathered_product(w_ref, neurons, x_ref, rows, config.tile_k)
         # Not //, whose care for signs hides from Triton that neighbours share a bit: it would load them
@@ -211,11 +246,16 @@ def up_kernel(*refs, panel, segments, config, rule, gated, walk=over_chunks, wor
         written = bits >> lax.div(within, jnp.int32(panel // segments)) & 1 > 0
         gate = plt.load(values_ref.at[which, neurons[:, None], within], mask=written, other=0)
         h = hidden(gate, up, rule)
-        place = (slots[:, None], within)
-        plt.store(h_ref.at[place], h)
-        for ref, value in zip(kept_refs, (gate, up), strict=False):
-            plt.store(ref.at[place], value)
-        pair = slots.shape[0] > h_ref.shape[0] // l1_ref.shape[0]
+        if in_place:
+            # Slots past a panel's count name neuron 0, whose row another slot may own.
+            own = scatter_index(neurons[:, None], bits > 0)
+            plt.store(h_ref.at[which, own, within], h, mask=jnp.broadcast_to(bits > 0, h.shape))
+        else:
+            place = (slots[:, None], within)
+            plt.store(h_ref.at[place], h)
+            for ref, value in zip(kept_refs, (gate, up), strict=False):
+                plt.store(ref.at[place], value)
+        pair = slots.shape[0] > segments_ref.shape[0] // l1_ref.shape[0]
         magnitude = jnp.abs(h.astype(jnp.float32))
         if len(l1_ref.shape) == 2:
             tokens = lax.iota(jnp.int32, panel)
@@ -254,44 +294,64 @@ def panel_down(
     *,
     tokens: int,
     config: StageConfig,
+    start: jax.Array | None = None,
+    into: jax.Array | None = None,
     interpret: bool = False,
     name: str = "panel_down",
 ) -> jax.Array:
-    """``sum of h W`` over terms of h (n_slots, P) and W (F, D), each panel over its own neurons:
-    (M, D) in h's type."""
+    """``sum of h W`` over terms of h, as `Hidden` has it, and W (F, D), each panel over its own neurons:
+    (M, D) in h's type.
+
+    Args:
+      tokens: M.
+      start: (1,) int32, the row that the first panel begins with; None for 0. Rows before it, and those past
+        the last panel, are not written.
+      into: (M, D) to write the rows to; None for an array of its own.
+    """
     h, weight = terms[0]
     d_model = weight.shape[1]
+    shift = [] if start is None else [start]
+    target = [] if into is None else [into]
+    operands = [lists.neurons, lists.offsets, lists.counts, *shift, *target]
     n_panels, n_tiles = lists.counts.shape[0], pl.cdiv(d_model, config.tile)
     return pl.pallas_call(
-        partial(_down_kernel, config=config),
+        partial(_down_kernel, config=config, shifted=len(shift), target=len(target)),
         out_shape=varying_axes.output(h, (tokens, d_model), h.dtype),
         grid=(n_panels * n_tiles,),
+        input_output_aliases={len(operands) - 1: 0} if target else {},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name=name,
-    )(lists.neurons, lists.offsets, lists.counts, *[array for term in terms for array in term])
+    )(*operands, *[array for term in terms for array in term])
 
 
-def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, config):
-    *terms, y_ref = refs
+def _down_kernel(neurons_ref, offsets_ref, counts_ref, *refs, config, shifted, target):
+    start_ref, terms, y_ref = refs[:shifted], refs[shifted + target : -1], refs[-1]
     d_model = y_ref.shape[1]
     n_panels, n_tiles = counts_ref.shape[0], pl.cdiv(d_model, config.tile)
     # Neighbouring panels share most of their neurons, at much the same place of their lists: programs that
     # run side by side on the same columns ask L2 for the same rows at the same time.
     which, tile_id = grouped_order(pl.program_id(0), n_panels, n_tiles)
-    down_tile(neurons_ref, terms, y_ref, which, tile_id, offsets_ref[which], counts_ref[which], config)
+    first = start_ref[0][0] if shifted else 0
+    start, count = offsets_ref[which], counts_ref[which]
+    down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config, first)
 
 
-def down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config):
-    """One tile of y: a panel's ``count`` slots from ``start`` on times ``config.tile`` columns of each."""
-    (tokens, d_model), panel = y_ref.shape, terms[0].shape[1]
+def down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config, first=0):
+    """One tile of y: a panel's ``count`` slots from ``start`` on times ``config.tile`` columns of each; panel
+    0 begins with row ``first``."""
+    (tokens, d_model), panel = y_ref.shape, terms[0].shape[-1]
     within = lax.iota(jnp.int32, panel)
     columns = (tile_id * config.tile + lax.iota(jnp.int32, config.tile))[None, :]
 
     def add(h_ref, w_ref, nth, acc):
         slots = start + nth * config.tile_k + lax.iota(jnp.int32, config.tile_k)
         neurons = plt.load(neurons_ref.at[slots])
-        h = plt.load(h_ref.at[slots[:, None], within[None, :]])
+        if len(h_ref.shape) == 3:  # slots past the count name a neuron that is not theirs
+            listed = jnp.broadcast_to((slots < start + count)[:, None], (config.tile_k, panel))
+            h = plt.load(h_ref.at[which, neurons[:, None], within[None, :]], mask=listed, other=0)
+        else:
+            h = plt.load(h_ref.at[slots[:, None], within[None, :]])
         place = w_ref.at[neurons[:, None], columns]
         if d_model % config.tile:
             inside = jnp.broadcast_to(columns < d_model, (config.tile_k, config.tile))
@@ -305,6 +365,6 @@ def down_tile(neurons_ref, terms, y_ref, which, tile_id, start, count, config):
     # A loop a term: with both in one, shared memory holds half as many slices of each.
     for h_ref, w_ref in zip(terms[::2], terms[1::2], strict=True):
         acc = lax.fori_loop(jnp.int32(0), steps, partial(add, h_ref, w_ref), acc)
-    rows = (which * panel + within)[:, None]
+    rows = (first + which * panel + within)[:, None]
     mask = jnp.broadcast_to((rows < tokens) & (columns < d_model), acc.shape)
     plt.store(y_ref.at[rows, columns], acc.astype(y_ref.dtype), mask=mask)

@@ -58,7 +58,8 @@ def test_every_file_of_kernel_tests_collects(collected):
         "config", "decode_lowering", "devices_gpu", "devices_interpret", "dispatch", "formats",
         "formats_agree", "formats_agree_gpu", "gate_stage", "hopper_gemm", "hybrid_lowering",
         "meshes", "meshes_gpu", "panel_lowering", "panel_search", "prune", "recorded", "reference",
-        "reorder", "reorder_input", "transforms", "tuning", "twell_lowering", "weight_gradients",
+        "reorder", "reorder_input", "token_blocks", "transforms", "tuning", "twell_lowering",
+        "weight_gradients",
     }  # fmt: skip
     assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 

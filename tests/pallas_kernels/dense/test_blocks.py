@@ -1,5 +1,6 @@
 """The dense layer over blocks of tokens, against the dense layer over all of them."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dense, reference
+from pallas_kernels import FFNOptions, FFNStats, dense, reference
 from pallas_kernels.activations import RELU
 from pallas_kernels.bench.inputs import Activity, ffn_inputs
+from pallas_kernels.common import token_blocks
 from pallas_kernels.dense import blocks
 
 
@@ -49,6 +51,23 @@ def test_blocks_are_the_layer(tokens, kind, by_token):
             continue
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["gated", "non-gated"])
+@pytest.mark.parametrize(("tokens", "groups"), [(61, None), (60, 2), (60, 12), (64, 64), (16, 2)])
+def test_inference_over_blocks(monkeypatch, tokens, groups, kind):
+    """Whole groups in a block, and several blocks in a group."""
+    monkeypatch.setattr(token_blocks, "split", lambda tokens, *_: token_blocks.cut(tokens, 16))
+    weights, options = arguments(tokens, kind), FFNOptions(format="dense")
+    y, stats = dense.infer(*weights, options, "xla", groups)
+    found, counted = blocks.infer(*weights, options, groups)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+    for field in dataclasses.fields(FFNStats):
+        got, expected = getattr(counted, field.name), getattr(stats, field.name)
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        tolerance = 1e-6 if field.name in ("l0", "l1") else 0
+        np.testing.assert_allclose(got, expected, rtol=tolerance, err_msg=field.name)
 
 
 def test_no_intermediate_of_all_tokens():
