@@ -6,6 +6,7 @@ plan), ``run`` (configuration and step) and ``tokenizer``. Orbax writes it under
 it when it is whole, so that a killed save never looks like a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import errno
 import re
@@ -26,11 +27,14 @@ from train.errors import UserError, short_reason
 from train.parallel import check_devices
 from train.run import converted
 from train.run.checkpoint_errors import making, reading, writing
+from train.run.checkpoint_removal import SUBDIRECTORY as DELETING
+from train.run.checkpoint_removal import Removal
 from train.state import TrainState, build_program
 
 SUBDIRECTORY = "checkpoints"
 _ITEMS = ("params", "rest", "data", "run", "tokenizer")
 _HALF_WRITTEN = ".half-written"
+_UNDER_WAY = ".orbax-checkpoint-tmp"  # how orbax ends the name of a save that is not whole yet
 _CE = "heldout_ce"
 # What may differ between the run that saved and the run that resumes; everything else must be equal.
 MAY_CHANGE = (
@@ -92,7 +96,9 @@ class Checkpoints:
 
     Attributes:
       directory: where the steps' directories are.
-      ignored: names of half-written checkpoints that were found there.
+      ignored: names of half-written checkpoints that were found there, which ``open`` leaves.
+      abandoned: names of what a killed run left there, which ``open`` removes: saves that were under way, and
+        removals.
 
     Raises:
       UserError: ``workdir`` holds a converted model.
@@ -105,8 +111,13 @@ class Checkpoints:
                 f"workdir must be a directory for a run's checkpoints; {self.directory.parent} holds a "
                 "converted model: choose another with --workdir"
             )
-        self.ignored = [path.name for path in _entries(self.directory) if _is_half_written(path)]
+        self._removal = Removal(self.directory)
+        half_written = [path.name for path in _entries(self.directory) if _is_half_written(path)]
+        self.ignored = [name for name in half_written if not name.endswith(_UNDER_WAY)]
+        self.abandoned = [name for name in half_written if name.endswith(_UNDER_WAY)]
+        self.abandoned += [f"{DELETING}/{path.name}" for path in self._removal.found()]
         self._config = config
+        self._to_remove = False  # whether a save has begun since the last removal
         self._opened: ocp.CheckpointManager | None = None
 
     @property
@@ -115,7 +126,8 @@ class Checkpoints:
         return self._opened
 
     def open(self) -> None:
-        """Makes the directory, and moves what is half-written there out of the way.
+        """Makes the directory, removes what a killed run left there and moves anything else that is
+        half-written out of the way.
 
         Raises:
           UserError: the directory cannot be made, or what it holds cannot be read.
@@ -124,6 +136,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 _set_aside(self.directory)
+                self._removal.begin()
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(self._config.keep),
@@ -133,8 +146,9 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_heldout_ce, best_mode="min", cleanup_tmp_directories=True
-        )
+            preservation_policy=policy, best_fn=_heldout_ce, best_mode="min", cleanup_tmp_directories=True,
+            todelete_subdir=DELETING,
+        )  # fmt: skip
         with reading(self.directory):
             self._opened = ocp.CheckpointManager(self.directory, options=options)
 
@@ -164,6 +178,8 @@ class Checkpoints:
         variables, rest = _split_state(state)
         with writing(self.directory):
             self._manager.wait_until_finished()
+            self._remove()
+            self._removal.wait()  # the save may need that room
             _check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(
                 step,
@@ -177,6 +193,7 @@ class Checkpoints:
                 metrics=None if heldout_ce is None else {_CE: heldout_ce},
                 force=True,
             )
+            self._to_remove = True
 
     def check(self) -> None:
         """Raises UserError if a background save has failed; never waits for one that runs."""
@@ -187,12 +204,21 @@ class Checkpoints:
         """Waits for the save that runs. Raises UserError if it failed."""
         with writing(self.directory):
             self._manager.wait_until_finished()
+            self._remove()
 
     def close(self) -> None:
-        """Waits for the save that runs and lets the background threads go. Raises UserError if it failed."""
-        if self._opened is not None:
-            with writing(self.directory):
+        """Waits for the save and the removal that run and lets the background threads go. Raises UserError if
+        one of them failed."""
+        with writing(self.directory), contextlib.closing(self._removal):
+            if self._opened is not None:
                 self._opened.close()
+                self._remove()
+
+    def _remove(self) -> None:
+        """Begins to remove what the save before has given up."""
+        if self._to_remove and jax.process_index() == 0:
+            self._removal.begin()
+        self._to_remove = False
 
     def config(self, step: int) -> TrainConfig:
         """The configuration that saved ``step``."""

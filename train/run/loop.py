@@ -240,6 +240,9 @@ class _Run:
     def open(self) -> MetricsWriter:
         """Makes what the run writes into; only now have configuration, corpus and tokenizer proved good."""
         workdir, primary = Path(self.config.workdir).expanduser(), jax.process_index() == 0
+        if self.checkpoints.abandoned:
+            names = ", ".join(self.checkpoints.abandoned)
+            self.reporter.say(f"removing what a killed run left of checkpoints: {names}")
         self.checkpoints.open()
         sinks = []
         if primary:
