@@ -29,6 +29,7 @@ from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
 from train.errors import LostProcessError
 from train.run import background_errors
+from train.run.program_exit import exit_with
 
 _HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -51,6 +52,16 @@ commands:
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
 {PROGRAM} train, with no option, trains the preset {DEFAULT_PRESET} on the text that comes with the package.
 """
+
+
+def run() -> None:
+    """The program as a process: ends it with the status of ``main``."""
+    try:
+        status = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    exit_with(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
