@@ -6,11 +6,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.errors import RequestError
 from train.bench import order_counts, order_plot, order_times, results
 from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
 from train.bench.text_layers import TextLayers
-from train.errors import UserError
 from train.output import JsonFile, print_table
 
 _FIT_TOKENS = 32768
@@ -49,14 +49,15 @@ class BenchOrderOptions:
             values = getattr(self, name)
             if not values or min(values) < 1:
                 given = " ".join(map(str, values)) or "none"
-                raise ValueError(f"{name} must be numbers of at least 1; got {given}")
+                raise RequestError(f"{name} must be numbers of at least 1; got {given}")
 
 
 def run(options: BenchOrderOptions) -> None:
     """Counts, times and prints, and writes what ``json`` asks for.
 
     Raises:
-      UserError: no such checkpoint, no text, a format that cannot run here, or no place for the file.
+      UserError: no such checkpoint, no text, or no place for the file.
+      RequestError: a format cannot run here.
     """
     console, file = Console(highlight=False, soft_wrap=True), JsonFile(options.json)
     if options.picture is not None:
@@ -95,12 +96,9 @@ def run(options: BenchOrderOptions) -> None:
         console.print(f"picture: {options.picture}", markup=False)
     for format in options.times:
         for train, tokens in ((False, sizes[-1]), (True, sizes[0])):
-            try:
-                times = order_times.layer_times(
-                    layers, orders[best[tokens]], format=format, tokens=tokens, train=train
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            times = order_times.layer_times(
+                layers, orders[best[tokens]], format=format, tokens=tokens, train=train
+            )
             order_ms = order_us[tokens] / 1e3
             speeds = order_times.speedups(times, order_ms)
             print_table(console, times_table(times, best[tokens], order_ms, speeds))

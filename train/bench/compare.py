@@ -155,7 +155,7 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
 
     Raises:
       UserError: the corpus or its tokenizer is bad, the batch does not divide, or the file cannot be written.
-      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+      RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     file = JsonFile(options.json)

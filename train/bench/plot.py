@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from pallas_kernels.errors import RequestError
 from train.errors import UserError
 
 
@@ -31,7 +32,7 @@ class CurvesOptions:
 
     def __post_init__(self) -> None:
         if not self.results:
-            raise ValueError("bench curves needs at least one file of results; got none")
+            raise RequestError("bench curves needs at least one file of results; got none")
 
 
 _LAYERS = re.compile(r"(dense|twell|hybrid|panel|auto)(-\d+)?")  # other rows are stages of one

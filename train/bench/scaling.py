@@ -173,7 +173,7 @@ def run(options: ScalingOptions, *, console: Console | None = None) -> dict[str,
 
     Raises:
       UserError: there are fewer devices than asked for, or the file cannot be written.
-      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+      RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     file = JsonFile(options.json)

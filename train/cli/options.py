@@ -243,7 +243,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def _given_name(field: dataclasses.Field) -> str:
     """A field's own name, or the one that ``tyro.conf.arg`` gives its option."""
     given = [getattr(extra, "name", None) for extra in getattr(field.type, "__metadata__", ())]
-    return next(filter(None, given), field.name)
+    return next((name for name in given if name is not None), field.name)
 
 
 def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -252,6 +252,6 @@ def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         value = getattr(values, field.name)
         name = prefix + _given_name(field).replace("_", "-")
         if dataclasses.is_dataclass(value) and not _has_text(field.type):
-            yield from _options(value, "--" if name == "--run" else f"{name}.")
+            yield from _options(value, f"{name}." if _given_name(field) else prefix)
         else:
             yield name, value
