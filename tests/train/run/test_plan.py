@@ -65,6 +65,25 @@ def test_a_plan_has_panels_with_room_where_they_pay_and_few_segments():
     assert plan.best(counted([3400] * 8, TERRAIN.start), TERRAIN)[0] == TERRAIN.start
 
 
+def test_layers_that_are_no_loop_have_each_the_least_that_it_needs():
+    unrolled = dataclasses.replace(TERRAIN, unrolled=True)
+    activity = counted([400, 900] * 4, TERRAIN.start)
+    (loop, _), (alone, _) = (plan.best(activity, terrain) for terrain in (TERRAIN, unrolled))
+    assert alone == LayerPlan((Panel(128, 0.125), Panel(128, 0.25)) * 4)
+    assert loop == LayerPlan((Panel(128, 0.25),) * 8)
+    assert plan.cost(alone, activity, unrolled) < plan.cost(loop, activity, unrolled)
+    assert plan.cost(loop, activity, TERRAIN) < plan.cost(alone, activity, TERRAIN)
+
+
+@pytest.mark.parametrize(("loop", "unrolled"), [("auto", False), ("scan", False), ("unrolled", True)])
+def test_the_terrain_of_a_run_knows_whether_its_layers_are_loops(loop, unrolled):
+    model = dataclasses.replace(
+        tiny_runs.MODEL, ffn=FFNOptions("auto(tokens=16)", backend="interpret"), layer_loop=loop
+    )
+    config = tiny_runs.tiny_config(Path("corpus"), Path("run"), model=model, plan="auto")
+    assert Terrain.of(config).unrolled == unrolled
+
+
 def test_a_plan_follows_the_activity():
     dense, sparse = np.full(8, 5000), TRAINED
     found = proposals([dense] * 9 + [sparse] * 9 + [dense] * 9)
