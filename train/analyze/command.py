@@ -13,7 +13,7 @@ from train.analyze.analysis import Analysis
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.output import JsonFile, print_table, work_bar
-from train.run.checkpoint import find_checkpoint
+from train.run.checkpoint_files import find_checkpoint
 
 REPORT, NUMBERS = "report.html", "analysis.json"
 

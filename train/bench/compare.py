@@ -36,7 +36,7 @@ from sparse_lm import ModelConfig
 from train import parallel
 from train.bench import synthetic
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from train.config import to_dict as config_to_dict
+from train.config_json import to_dict as config_to_dict
 from train.data.batches import TrainBatches
 from train.data.corpus import choose_tokenizer, open_corpus
 from train.output import JsonFile, print_table

@@ -19,7 +19,7 @@ from sparse_lm.config import SILU
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.heldout import check_sequence_fits, read_heldout, sequences_of
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 _TOKENS_AT_ONCE = 16384
 

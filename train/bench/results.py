@@ -10,7 +10,7 @@ from rich.console import Console
 from pallas_kernels.bench import machine
 from pallas_kernels.errors import RequestError
 from train.bench import against, nvml
-from train.config import to_dict
+from train.config_json import to_dict
 from train.errors import UserError
 from train.output import JsonFile
 

@@ -27,7 +27,7 @@ from pallas_kernels.errors import RequestError
 from sparse_lm import ModelConfig
 from train.bench import scaling_checks, synthetic
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
-from train.config import to_dict as config_to_dict
+from train.config_json import to_dict as config_to_dict
 from train.errors import UserError
 from train.output import JsonFile, print_table
 from train.parallel import Layout

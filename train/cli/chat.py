@@ -52,7 +52,8 @@ def run(argv: list[str]) -> None:
 
     from sparse_lm.conversation import Conversation
     from train.run.chat_template import load_chat_template, stop_ids
-    from train.run.checkpoint import find_checkpoint, load_for_inference
+    from train.run.checkpoint_files import find_checkpoint
+    from train.run.checkpoint_reading import load_for_inference
 
     files = find_checkpoint(options.checkpoint) / "tokenizer"
     template = load_chat_template(files)

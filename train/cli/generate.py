@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
 
     from sparse_lm.generate import stream
     from train.cli.continuation import Continuation
-    from train.run.checkpoint import load_for_inference
+    from train.run.checkpoint_reading import load_for_inference
 
     model, tokenizer, _, _ = load_for_inference(options.checkpoint)
     prompts = _encoded(tokenizer, options.prompt)

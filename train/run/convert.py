@@ -19,8 +19,9 @@ from train.config import DataConfig, TrainConfig
 from train.data.tokenizer import FILE_NAME, check_vocabulary, load_tokenizer
 from train.errors import UserError
 from train.run import converted
-from train.run.checkpoint import find_checkpoint, read_run
 from train.run.checkpoint_errors import reading
+from train.run.checkpoint_files import find_checkpoint
+from train.run.checkpoint_reading import read_run
 from train.run.hf_tokenizer import published_tokenizer, read_published
 
 # What belongs to a tokenizer besides its own file, kept as it is: templates of chats, names of tokens.

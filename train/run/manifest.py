@@ -27,8 +27,9 @@ from pallas_kernels import dispatch
 from sparse_lm.config import SILU
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
-from train.config import TrainConfig, changed_fields, from_dict, to_dict
+from train.config import TrainConfig
 from train.config_file import write_config
+from train.config_json import changed_fields, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
 from train.run import compilation_cache

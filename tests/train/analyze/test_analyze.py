@@ -22,7 +22,7 @@ from train.bench.order_times import LayerTimes
 from train.bench.text_layers import TextLayers
 from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint
+from train.run.checkpoint_files import find_checkpoint
 
 CALL = 128
 

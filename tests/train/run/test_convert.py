@@ -19,7 +19,7 @@ from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint
 from train.run import convert, loop
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 GOLDENS = Path(__file__).parents[2] / "sparse_lm" / "convert" / "goldens"
 WORDS = [f"w{number}" for number in range(39)]

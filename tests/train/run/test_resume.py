@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 from train.run.loop import run
 
 

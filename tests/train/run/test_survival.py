@@ -17,7 +17,7 @@ import tiny_runs
 
 from train import cli
 from train.run import lock
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 
 FOR_EVER = ("--steps", "1000000", "--checkpoint.every", "1000000")
 
