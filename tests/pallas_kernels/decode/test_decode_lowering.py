@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from lowering import lowered, shapes
-from op_contract import DTYPES, LAYERS, call
+from op_checks import DTYPES, LAYERS, call
 
 from pallas_kernels import FFNOptions, decode
 

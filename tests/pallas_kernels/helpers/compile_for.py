@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
-from op_contract import call, differentiate
+from op_checks import call, differentiate
 
 from pallas_kernels import FFNOptions, decode, device
 
