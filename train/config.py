@@ -52,7 +52,7 @@ class DataConfig:
         _require(bool(self.text_field), "data.text-field must name a field; got ''")
         _require(
             len(self.weights) in (0, len(self.paths)),
-            f"data.weights must be one for each of data.paths, {len(self.paths)}; got {len(self.weights)}",
+            f"data.weights must be as many as data.paths, {len(self.paths)}; got {len(self.weights)}",
         )
         _require(
             all(0 < weight < float("inf") for weight in self.weights),

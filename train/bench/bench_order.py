@@ -3,10 +3,13 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels import dispatch
 from pallas_kernels.errors import RequestError
+from sparse_lm import ModelConfig
 from train.bench import order_counts, order_plot, order_times, results
 from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
@@ -63,6 +66,7 @@ def run(options: BenchOrderOptions) -> None:
     if options.picture is not None:
         order_plot.check_possible(options.picture)
     layers = TextLayers(options.checkpoint, max(options.tokens), _FIT_TOKENS)
+    _check_formats(options, layers.model.config)
     orders = order_counts.forward_orders(layers, options.clusters)
     document: dict[str, Any] = {
         **results.machine_record(),
@@ -107,6 +111,14 @@ def run(options: BenchOrderOptions) -> None:
                 | {"order": best[tokens], "order_us": order_us[tokens], "speedups": speeds}
             )
             file.write(document)
+
+
+def _check_formats(options: BenchOrderOptions, model: ModelConfig) -> None:
+    """Raises RequestError where a format cannot run here, before anything is counted."""
+    x = jax.ShapeDtypeStruct((max(options.tokens), model.d_model), model.dtype)
+    w = jax.ShapeDtypeStruct((model.d_ff, model.d_model), model.dtype)
+    for format in options.times:
+        dispatch.choose(model.ffn.with_format(format, "auto"), dispatch.Call.of(x, w))
 
 
 def union_table(rows: list[Row], costs: dict[str, float], tokens: int, panels: tuple[int, ...]) -> Table:

@@ -85,12 +85,6 @@ class DecodeOptions:
             raise RequestError(f"nnz must be above 0, or 0 for every neuron; got {self.nnz}")
         if self.model.activation == SILU:
             raise RequestError(f"model.activation must have silent neurons; got {SILU}")
-        longest = self.model.context_length
-        if not 0 < self.context <= longest - _STEPS or not 0 <= self.prompt <= longest:
-            raise RequestError(
-                f"context must be from 1 to {longest - _STEPS} and prompt at most {longest}, in the model's "
-                f"context of {longest} tokens; got {self.context} and {self.prompt}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +124,10 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
 
     Raises:
       UserError: the file cannot be written, or a case is slower than ``tolerance`` allows.
-      RequestError: a format cannot run here, or a layer cannot have so many active neurons.
+      RequestError: the context or the prompt does not fit the model's context, a format cannot run here, or a
+        layer cannot have so many active neurons.
     """
+    _check_context(options)
     console = console or Console(highlight=False, soft_wrap=True)
     file = options.common.open_files()
     bandwidth = _bandwidth(options.rounds)
@@ -152,6 +148,15 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
     print_table(console, table(options, rows, bandwidth))
     options.common.print_against(console, document)
     return rows
+
+
+def _check_context(options: DecodeOptions) -> None:
+    longest = options.model.context_length
+    if not 0 < options.context <= longest - _STEPS or not 0 <= options.prompt <= longest:
+        raise RequestError(
+            f"--context must be from 1 to {longest - _STEPS} and --prompt at most {longest}, in the model's "
+            f"context of {longest} tokens; got {options.context} and {options.prompt}"
+        )
 
 
 def _bandwidth(rounds: int) -> float:

@@ -90,7 +90,8 @@ class ScalingOptions:
         require(self.nnz > 0, f"nnz must be above 0; got {self.nnz}")
         require(
             not self.devices or self.devices[0] == 1,
-            f"devices must begin with 1, which all others are compared with; got {self.devices}",
+            f"devices must begin with 1, which all others are compared with; got "
+            f"{' '.join(map(str, self.devices))}",
         )
         for option in self.compiler_options:
             require("=" in option, f"compiler-options must each be name=value; got {option!r}")

@@ -36,7 +36,8 @@ def find_checkpoint(directory: str | Path) -> Path:
     check_local("checkpoint", directory)
     given = Path(directory).expanduser().absolute()
     if not given.is_dir():
-        raise UserError(f"a checkpoint must be a directory; there is none at {given}")
+        found = f"{given} is a file" if given.exists() else f"there is none at {given}"
+        raise UserError(f"a checkpoint must be a directory; {found}")
     if _is_complete(given) or converted.is_converted(given):
         return given
     if is_half_written(given) or any((given / item).is_dir() for item in _ITEMS):
@@ -52,6 +53,15 @@ def find_checkpoint(directory: str | Path) -> Path:
             "train again with this workdir"
         )
     raise UserError(f"{given} must hold a checkpoint; found none: pass the workdir of a training run")
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether `find_checkpoint` finds one there."""
+    try:
+        find_checkpoint(directory)
+    except UserError:
+        return False
+    return True
 
 
 def complete_before(path: Path) -> Path | None:

@@ -66,13 +66,13 @@ def test_every_neuron_can_be_active():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"context": 60}, "context must be from 1 to 48 and prompt at most 64"),
+        ({"context": 60}, "--context must be from 1 to 48 and --prompt at most 64"),
         ({"prompt": 65}, "got 8 and 65"),
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(changes, sentence):
     with pytest.raises(RequestError, match=sentence):
-        options(**changes)
+        decode.run(options(**changes))
 
 
 def test_the_command_names_its_benchmarks(capsys):
