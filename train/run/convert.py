@@ -22,8 +22,8 @@ from train.run import converted
 from train.run.checkpoint_errors import reading
 from train.run.checkpoint_files import find_checkpoint
 from train.run.checkpoint_reading import read_run
-from train.run.manifest import quantity
 from train.run.hf_tokenizer import published_tokenizer, read_published
+from train.run.manifest import quantity
 
 # What belongs to a tokenizer besides its own file, kept as it is: templates of chats, names of tokens.
 _COMPANIONS = (
