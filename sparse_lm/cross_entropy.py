@@ -84,16 +84,30 @@ def _split_by_rows(
 def log_likelihoods(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``ln softmax(hidden weight^T)[target]`` (...) f32, and whether the target is the most likely token.
 
+    On mesh axes of type Explicit each device computes its own rows of the first axis, split as those of
+    ``hidden`` are, and the results are split like them.
+
     Args:
       hidden: (..., D) in the compute type.
       weight: (V, D) of the output head, rounded to the compute type.
       targets: (...) int32.
     """
-    rounded = weight.astype(hidden.dtype)
+    weight = weight.astype(hidden.dtype)  # before it moves between devices
+    mesh = jax.sharding.get_abstract_mesh()
+    split = batch_split(mesh, hidden, None) if hidden.ndim > 1 else PartitionSpec()
+    if split is None or AxisType.Explicit not in mesh.axis_types:
+        return _log_likelihoods(hidden, weight, targets)
+    return jax.shard_map(
+        _log_likelihoods, in_specs=(split, PartitionSpec(), split), out_specs=(split, split)
+    )(*_split_by_rows(hidden, weight, targets))
+
+
+def _log_likelihoods(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`log_likelihoods` on one device, of a weight in the compute type."""
 
     def chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, target = inputs
-        logits = _logits(x, rounded)
+        logits = _logits(x, weight)
         return _picked(logits, target) - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == target
 
     chunks = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weight.shape[0])

@@ -35,6 +35,12 @@ class LayerWeights:
     stored: Any
 
 
+def is_unrolled(config: ModelConfig) -> bool:
+    """Whether a model's layers run one after the other on this device, and not as a loop."""
+    few = device.current().is_nvidia and config.num_layers <= MOST_UNROLLED
+    return config.layer_loop == "unrolled" or (config.layer_loop == "auto" and few)
+
+
 def over_layers(
     run_layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, config: ModelConfig
 ) -> tuple[Any, Any]:
@@ -50,8 +56,7 @@ def over_layers(
       The last carry, and all outputs with a leading layer axis on every leaf.
     """
     layers = jax.tree.leaves(inputs)[0].shape[0]
-    few = device.current().is_nvidia and config.num_layers <= MOST_UNROLLED
-    unrolled = config.layer_loop == "unrolled" or (config.layer_loop == "auto" and few) or layers == 1
+    unrolled = is_unrolled(config) or layers == 1
     run_layer = _remat(run_layer, config.remat, one_program=unrolled)
     # One layer with unroll=1 would be a loop of one turn.
     return jax.lax.scan(run_layer, carry, inputs, unroll=max(2, layers) if unrolled else 1)

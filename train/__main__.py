@@ -1,7 +1,5 @@
 """``python -m train`` is ``sparse-lm``."""
 
-import sys
+from train.cli import run
 
-from train.cli import main
-
-sys.exit(main())
+run()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.cli.options import did_you_mean
-from train.config import TrainConfig, from_dict, to_dict
+from train.config import TrainConfig
+from train.config_json import from_dict, to_dict
 from train.errors import UserError, short_reason
 
 

@@ -20,7 +20,7 @@ from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.heldout import read_heldout
 from train.loss import training_loss
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 from train.state import Params
 
 Evaluator = Callable[[Params, jax.Array], tuple[jax.Array, FFNStats]]

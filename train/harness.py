@@ -21,7 +21,7 @@ from rich.table import Table
 from sparse_lm.harness import PAPER_TASKS, SparseHarness, task_paths
 from train.cli.options import PROGRAM, did_you_mean
 from train.errors import UserError
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 PAPER = "paper"
 

@@ -12,7 +12,8 @@ from train.data.evaluation_text import EvaluationText, read_evaluation_text
 from train.data.holdout import TextChoice, usual_threshold
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint, read_corpus
+from train.run.checkpoint_files import find_checkpoint
+from train.run.checkpoint_reading import read_corpus
 
 
 def read_heldout(

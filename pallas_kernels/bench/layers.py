@@ -219,7 +219,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
 
 
 def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").replace("`", ""))
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
         "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"

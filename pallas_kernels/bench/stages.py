@@ -177,7 +177,7 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
 
 
 def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").replace("`", ""))
     parser.add_argument("--shape", choices=list(SHAPES), default=PAPER.name, help="model (%(default)s)")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384], help="tokens of a call (16,384)")
     parser.add_argument(

@@ -252,7 +252,9 @@ def _row_to_json(row: Row, limits: Ceilings) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench twell", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench twell", description=(__doc__ or "").replace("`", "")
+    )
     parser.add_argument(
         "--shapes", nargs="+", choices=list(SHAPES), help="models (default: a fixed list of cases)"
     )

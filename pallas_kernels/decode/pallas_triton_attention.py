@@ -22,11 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
+from pallas_kernels import device as device_lib
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, dot
+from pallas_kernels.device import Device
 
 _LEAST_ROWS = 16
+_STAGES = 3
+_SHARED_MEMORY_ROOM = 24 * 1024  # for queries, weights and the compiler's own
 HEAD_DIMS = (32, 64, 128, 256)
 
 
@@ -54,9 +59,9 @@ def decode_attention(
     """
     batch, capacity, kv_heads, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    block = 128 if head_dim <= 64 and qkv.dtype.itemsize == 2 else 32
+    block = min(positions(head_dim, qkv.dtype), max(_LEAST_ROWS, pl.next_power_of_2(capacity)))
     return pl.pallas_call(
-        partial(_kernel, heads=heads, block=min(block, max(_LEAST_ROWS, pl.next_power_of_2(capacity)))),
+        partial(_kernel, heads=heads, block=block),
         out_shape=(
             varying_axes.output(qkv, (batch, heads * head_dim), qkv.dtype),
             varying_axes.output(qkv, keys.shape, keys.dtype),
@@ -65,9 +70,22 @@ def decode_attention(
         grid=(kv_heads, batch),
         input_output_aliases={1: 1, 2: 2},
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=_STAGES),
         name="decode_attention",
     )(qkv, keys, values, lengths, cos, sin)
+
+
+def positions(head_dim: int, dtype: DTypeLike, device: Device | None = None) -> int:
+    """Positions of the cache that a program reads at a time: as many as the shared memory of ``device``, by
+    default the present one, has room for."""
+    device = device_lib.current() if device is None else device
+    itemsize = jnp.dtype(dtype).itemsize
+    block = 128 if head_dim <= 64 and itemsize == 2 else 32
+    # Keys and values of all stages but the one that is computed with.
+    in_flight = 2 * (_STAGES - 1) * head_dim * itemsize
+    while block > _LEAST_ROWS and block * in_flight > device.shared_memory - _SHARED_MEMORY_ROOM:
+        block //= 2
+    return block
 
 
 def _kernel(

@@ -101,7 +101,8 @@ def open_hf(directory: str | Path, *, dtype: Dtype | None = None) -> Iterator[HF
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ConversionError(f"a Hugging Face model must be a directory; there is none at {directory}")
+        found = f"{directory} is a file" if directory.exists() else f"there is none at {directory}"
+        raise ConversionError(f"a Hugging Face model must be a directory; {found}")
     with TensorFiles(directory) as files:
         yield HFWeights(directory, files, dtype)
 

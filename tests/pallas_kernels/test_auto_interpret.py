@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import DL1, Contract, call, check_everything, cotangent, differentiate, run
+from op_checks import DL1, call, check_everything, cotangent, differentiate, run
+from op_contract import Contract
 from panel_path import PanelPath
 
 from pallas_kernels import Auto, FFNOptions

@@ -55,8 +55,8 @@ def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract have their names here: none is forgotten."""
     others = {
         "bench", "bench_layers", "bench_stages", "blocks", "checks", "collection", "collectives",
-        "config", "decode_lowering", "devices_gpu", "devices_interpret", "dispatch", "formats",
-        "formats_agree", "formats_agree_gpu", "gate_stage", "hopper_gemm", "hybrid_lowering",
+        "config", "decode_lowering", "devices_gpu", "devices_interpret", "dispatch", "few_interpret",
+        "formats", "formats_agree", "formats_agree_gpu", "gate_stage", "hopper_gemm", "hybrid_lowering",
         "meshes", "meshes_gpu", "panel_lowering", "panel_search", "prune", "recorded", "reference",
         "reorder", "reorder_input", "token_blocks", "transforms", "tuning", "twell_lowering",
         "weight_gradients",

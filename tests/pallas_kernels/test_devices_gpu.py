@@ -3,7 +3,7 @@
 import jax
 import pytest
 from across_devices import FORMATS, AcrossDevices
-from op_contract import Path
+from op_checks import Path
 
 from pallas_kernels import FFNOptions, Panel
 

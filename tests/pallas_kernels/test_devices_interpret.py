@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from across_devices import FORMATS, AcrossDevices, host_traffic
-from op_contract import Path
+from op_checks import Path
 
 from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_contract import call
+from op_checks import call
 from worst_patterns import check, layer, worst
 
 from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from designed import layer
 from lowering import lowered, shapes
-from op_contract import call, check_everything, check_gradients, check_values, cotangent, differentiate
+from op_checks import call, check_everything, check_gradients, check_values, cotangent, differentiate
 from truth import exact, forward, gradients, judge, rounding_to
 
 from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Threshold, Twell, sparse_ffn, sparse_mlp

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import DL1, call, compiled, cotangent, run
+from op_checks import DL1, call, compiled, cotangent, run
 from truth import gradients
 
 from pallas_kernels import Auto, FFNOptions, Hybrid, Panel, Twell

@@ -163,6 +163,22 @@ def test_arrays_split_over_explicit_axes_get_gradients_split_like_them():
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
+@pytest.mark.parametrize("rows", [4, 3], ids=["rows split", "rows whole"])
+def test_log_likelihoods_of_arrays_split_over_explicit_axes(rows, jit):
+    """The head by its vocabulary, hidden states by rows, where they can be, and width."""
+    arguments = inputs(rows, 7)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    by_rows = "data" if rows == 4 else None
+    specs = PartitionSpec(by_rows, None, "model"), PartitionSpec("model"), PartitionSpec()
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        found = jit(log_likelihoods)(*placed)
+    assert [jax.typeof(values).sharding.spec[0] for values in found] == [by_rows] * 2
+    for got, want in zip(found, log_likelihoods(*arguments), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, targets = inputs(2, 4)
     with pytest.raises(ValueError, match=r"targets \(B, S\); got \(2, 4, 8\), \(96, 8\) and \(2, 3\)"):

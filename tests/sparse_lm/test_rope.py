@@ -9,7 +9,8 @@ import pytest
 from pallas_kernels import FFNOptions
 from sparse_lm import ModelConfig
 from sparse_lm.rope import RopeScaling, frequencies
-from train.config import TrainConfig, from_dict, to_dict
+from train.config import TrainConfig
+from train.config_json import from_dict, to_dict
 
 PLAIN = 100.0 ** (-np.arange(8) / 8)
 

@@ -7,7 +7,8 @@ import pytest
 
 from pallas_kernels import Auto, Dense, FFNOptions, Hybrid, Panel, Threshold, Twell
 from sparse_lm import ModelConfig
-from train.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from train.config import OptimizerConfig, TrainConfig
+from train.config_json import from_dict, to_dict
 
 
 def through_json(kind, values):

@@ -12,7 +12,7 @@ from train.data.batches import heldout_batches
 from train.data.evaluation_text import read_evaluation_text
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint
-from train.run.checkpoint import load_for_inference, read_saved_data
+from train.run.checkpoint_reading import load_for_inference, read_saved_data
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_lm.scoring import score
 from train.cli import main
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports, not ours to mend
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, the extra eval")

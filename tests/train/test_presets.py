@@ -9,7 +9,8 @@ from flax import nnx
 
 import configs
 from sparse_lm import SparseLM
-from train.config import TrainConfig, from_dict, to_dict
+from train.config import TrainConfig
+from train.config_json import from_dict, to_dict
 from train.errors import UserError
 from train.run.loop import run
 

@@ -17,7 +17,7 @@ from train.bench.order_times import LayerTimes
 from train.bench.text_layers import TextLayers
 from train.data.holdout import TextChoice
 from train.data.tokenizer import Tokenizer
-from train.run.checkpoint import find_checkpoint
+from train.run.checkpoint_files import find_checkpoint
 
 PANELS = (16, 32, 64, 128, 256)
 _TOKEN_ID = "token id"

@@ -13,7 +13,8 @@ from train.analyze.analysis import Analysis
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.output import JsonFile, print_table, work_bar
-from train.run.checkpoint import find_checkpoint
+from train.picture import check_matplotlib
+from train.run.checkpoint_files import find_checkpoint
 
 REPORT, NUMBERS = "report.html", "analysis.json"
 
@@ -53,8 +54,10 @@ def run(options: AnalyzeOptions, *, console: Console | None = None) -> Analysis:
         or holds the analysis of another checkpoint.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    figures.check_installed()
+    check_matplotlib("analyze")
     out = Path(options.out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must name a directory; {out} is a file: choose another")
     _check_unused(out, find_checkpoint(options.checkpoint))
     numbers = JsonFile(out / NUMBERS, option="--out", kind="directory")
     with work_bar(console) as show:

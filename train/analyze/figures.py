@@ -12,6 +12,7 @@ from train.analyze.analysis import Analysis
 from train.analyze.summary import TokenSummary
 from train.bench.order_counts import TEXT
 from train.errors import UserError
+from train.picture import check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,23 +42,13 @@ class Picture:
     path: Path
 
 
-def check_installed() -> None:
-    """Raises UserError where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "analyze needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
-        ) from error
-
-
 def draw(analysis: Analysis, out: Path) -> list[Picture]:
     """Writes every figure that there are numbers for into the directory ``out``, as PNG.
 
     Raises:
       UserError: matplotlib is missing, or a picture cannot be written.
     """
-    check_installed()
+    check_matplotlib("analyze")
     from matplotlib.figure import Figure
 
     wanted: list[tuple[str, str, Callable[[Analysis, Figure], None], bool]] = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from train.errors import UserError
 from train.run import converted, curves
-from train.run.checkpoint import SUBDIRECTORY
+from train.run.checkpoint_files import SUBDIRECTORY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,7 @@ _NNZ = 30.0
 _ALWAYS = ("layers", "ms (low–high)", "tokens/ms")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchModelOptions:
     """Times the forward of a model's core, sparse layers against dense ones: speed, memory and energy.
 
@@ -61,14 +62,10 @@ class BenchModelOptions:
       energy: also measure energy where the GPU's counters can be read.
       energy_seconds: how long each case runs for that.
       peaks: first run each case in a process of its own and report its allocator's peak; on a GPU only.
-      json: also write all figures to this file.
-      against: an older file of --json: print how the times compare with those in it.
-      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
+      common: what all benchmarks of models have.
       model: sizes and numerics; ``formats`` stand in for its own choice.
-      debug: show the traceback of an error.
     """
 
-    model: ModelConfig
     config: str = "1p5b"
     checkpoint: str | None = None
     data: TextChoice = dataclasses.field(default_factory=TextChoice)
@@ -79,13 +76,12 @@ class BenchModelOptions:
     energy: bool = True
     energy_seconds: float = 4.0
     peaks: bool = False
-    json: str | None = None
-    against: str | None = None
-    tolerance: float | None = None
-    debug: bool = False
+    common: Annotated[results.CommonOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=results.CommonOptions
+    )
+    model: ModelConfig
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
             raise RequestError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
@@ -171,7 +167,7 @@ def run(options: BenchModelOptions, *, console: Console | None = None) -> list[R
       RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    file = results.open_files(options.json, options.against)
+    file = options.common.open_files()
     peaks = _peaks(options) if options.peaks else {}
     source = _source(options)
     _check_formats(options, source)
@@ -192,7 +188,7 @@ def run(options: BenchModelOptions, *, console: Console | None = None) -> list[R
     print_table(console, table(options, source, rows, limits))
     if used is not None:
         console.print(used.sampling(), markup=False)
-    results.print_against(console, document, options.against, options.tolerance)
+    options.common.print_against(console, document)
     return rows
 
 

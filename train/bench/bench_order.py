@@ -3,14 +3,17 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels import dispatch
+from pallas_kernels.errors import RequestError
+from sparse_lm import ModelConfig
 from train.bench import order_counts, order_plot, order_times, results
 from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
 from train.bench.text_layers import TextLayers
-from train.errors import UserError
 from train.output import JsonFile, print_table
 
 _FIT_TOKENS = 32768
@@ -49,19 +52,21 @@ class BenchOrderOptions:
             values = getattr(self, name)
             if not values or min(values) < 1:
                 given = " ".join(map(str, values)) or "none"
-                raise ValueError(f"{name} must be numbers of at least 1; got {given}")
+                raise RequestError(f"{name} must be numbers of at least 1; got {given}")
 
 
 def run(options: BenchOrderOptions) -> None:
     """Counts, times and prints, and writes what ``json`` asks for.
 
     Raises:
-      UserError: no such checkpoint, no text, a format that cannot run here, or no place for the file.
+      UserError: no such checkpoint, no text, or no place for the file.
+      RequestError: a format cannot run here.
     """
     console, file = Console(highlight=False, soft_wrap=True), JsonFile(options.json)
     if options.picture is not None:
         order_plot.check_possible(options.picture)
     layers = TextLayers(options.checkpoint, max(options.tokens), _FIT_TOKENS)
+    _check_formats(options, layers.model.config)
     orders = order_counts.forward_orders(layers, options.clusters)
     document: dict[str, Any] = {
         **results.machine_record(),
@@ -95,12 +100,9 @@ def run(options: BenchOrderOptions) -> None:
         console.print(f"picture: {options.picture}", markup=False)
     for format in options.times:
         for train, tokens in ((False, sizes[-1]), (True, sizes[0])):
-            try:
-                times = order_times.layer_times(
-                    layers, orders[best[tokens]], format=format, tokens=tokens, train=train
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            times = order_times.layer_times(
+                layers, orders[best[tokens]], format=format, tokens=tokens, train=train
+            )
             order_ms = order_us[tokens] / 1e3
             speeds = order_times.speedups(times, order_ms)
             print_table(console, times_table(times, best[tokens], order_ms, speeds))
@@ -109,6 +111,14 @@ def run(options: BenchOrderOptions) -> None:
                 | {"order": best[tokens], "order_us": order_us[tokens], "speedups": speeds}
             )
             file.write(document)
+
+
+def _check_formats(options: BenchOrderOptions, model: ModelConfig) -> None:
+    """Raises RequestError where a format cannot run here, before anything is counted."""
+    x = jax.ShapeDtypeStruct((max(options.tokens), model.d_model), model.dtype)
+    w = jax.ShapeDtypeStruct((model.d_ff, model.d_model), model.dtype)
+    for format in options.times:
+        dispatch.choose(model.ffn.with_format(format, "auto"), dispatch.Call.of(x, w))
 
 
 def union_table(rows: list[Row], costs: dict[str, float], tokens: int, panels: tuple[int, ...]) -> Table:

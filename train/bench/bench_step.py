@@ -18,9 +18,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,7 @@ _UNCHANGING = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
 _COMPILERS = 4  # at a time: on a GPU each of them takes memory to try out products in
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchStepOptions:
     """Times training steps of a preset, and says what memory they take, sparse formats against the dense one.
 
@@ -56,14 +57,10 @@ class BenchStepOptions:
       nnz: active neurons that each layer has for a token, on average.
       steps: timed steps of a case, after 3 that are not.
       peaks: run each case in a process of its own and report its allocator's peak; on a GPU only.
-      json: also write all figures to this file, case by case.
-      against: an older file of --json: print how the times compare with those in it.
-      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
+      common: what all benchmarks of models have.
       model: sizes and numerics; ``formats`` and ``remats`` stand in for its own choices.
-      debug: show the traceback of an error.
     """
 
-    model: ModelConfig
     config: str = "0p5b"
     batch_size: int = 8
     formats: tuple[Contestant, ...] = ("dense", "auto", "panel", "hybrid")
@@ -71,13 +68,14 @@ class BenchStepOptions:
     nnz: float = 45.0
     steps: int = 10
     peaks: bool = False
-    json: str | None = None
-    against: str | None = None
-    tolerance: float | None = None
-    debug: bool = False
+    common: Annotated[results.CommonOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=results.CommonOptions
+    )
+    model: ModelConfig
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance, json=self.json)
+        if self.batch_size < 1:
+            raise RequestError(f"batch-size must be at least 1; got {self.batch_size}")
         if self.steps < 1:
             raise RequestError(f"steps must be at least 1; got {self.steps}")
         if not self.formats or not self.remats:
@@ -149,10 +147,10 @@ def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Ro
 
     Raises:
       UserError: the batch does not divide over the devices, or the file cannot be written.
-      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+      RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    file = results.open_files(options.json, options.against)
+    file = options.common.open_files()
     cases = [Case(format, remat) for remat in options.remats for format in options.formats]
     rows: list[Row] = []
     document: dict[str, Any] = {}
@@ -162,7 +160,7 @@ def run(options: BenchStepOptions, *, console: Console | None = None) -> list[Ro
         file.write(document)
         console.print(_line(row), markup=False)
     print_table(console, table(options, rows))
-    results.print_against(console, document, options.against, options.tolerance)
+    options.common.print_against(console, document)
     return rows
 
 

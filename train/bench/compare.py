@@ -36,7 +36,7 @@ from sparse_lm import ModelConfig
 from train import parallel
 from train.bench import synthetic
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from train.config import to_dict as config_to_dict
+from train.config_json import to_dict as config_to_dict
 from train.data.batches import TrainBatches
 from train.data.corpus import choose_tokenizer, open_corpus
 from train.output import JsonFile, print_table
@@ -155,7 +155,7 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
 
     Raises:
       UserError: the corpus or its tokenizer is bad, the batch does not divide, or the file cannot be written.
-      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+      RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     file = JsonFile(options.json)

@@ -19,7 +19,7 @@ from train.config import OptimizerConfig, TrainConfig
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.heldout import read_heldout, sequences_of
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 from train.state import Params, build_program, weight_decay_mask
 
 

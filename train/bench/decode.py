@@ -13,11 +13,12 @@ import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ from pallas_kernels import FFNOptions, reference, sparse_ffn, sparse_mlp
 from pallas_kernels.activations import Rule
 from pallas_kernels.bench import timing
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
+from pallas_kernels.errors import RequestError
 from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from sparse_lm.config import SILU
@@ -33,7 +35,6 @@ from sparse_lm.inference import InferenceModel, LayerCaches, LayerWeights
 from sparse_lm.sampling import GREEDY
 from train.bench import results
 from train.bench.synthetic import output_share, sparse_embedding
-from train.errors import UserError
 from train.output import print_table
 
 _LAYERS = 8
@@ -42,7 +43,7 @@ _STEPS = 16
 _COMPILERS = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
     """Times decode of a preset's model, and of one of its feed-forward layers, with sparse and dense layers.
 
@@ -55,14 +56,10 @@ class DecodeOptions:
       context: positions in the cache when a step begins.
       prompt: tokens of the prompt whose first answer is timed; 0 times none.
       rounds: samples of each case.
-      json: also write all figures to this file.
-      against: an older file of --json: print how the times compare with those in it.
-      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
+      common: what all benchmarks of models have.
       model: sizes and numerics; ``formats`` stand in for its own choice.
-      debug: show the traceback of an error.
     """
 
-    model: ModelConfig
     config: str = "1p5b"
     batches: tuple[int, ...] = (1, 8, 32)
     tokens: tuple[int, ...] = (1, 8, 32, 64)
@@ -71,23 +68,23 @@ class DecodeOptions:
     context: int = 512
     prompt: int = 1024
     rounds: int = 5
-    json: str | None = None
-    against: str | None = None
-    tolerance: float | None = None
-    debug: bool = False
+    common: Annotated[results.CommonOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=results.CommonOptions
+    )
+    model: ModelConfig
 
     def __post_init__(self) -> None:
-        results.check_against(self.against, self.tolerance, json=self.json)
         if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
+            raise RequestError(f"rounds must be at least 1; got {self.rounds}")
         if not self.formats:
-            raise ValueError("formats must name at least one; got none")
+            raise RequestError("formats must name at least one; got none")
         if any(n < 1 for n in (*self.batches, *self.tokens)):
-            raise ValueError("batches and tokens must be at least 1")
+            given = ", ".join(map(str, (*self.batches, *self.tokens)))
+            raise RequestError(f"batches and tokens must be at least 1; got {given}")
         if self.nnz < 0:
-            raise ValueError(f"nnz must be above 0, or 0 for every neuron; got {self.nnz}")
+            raise RequestError(f"nnz must be above 0, or 0 for every neuron; got {self.nnz}")
         if self.model.activation == SILU:
-            raise ValueError(f"model.activation must have silent neurons; got {SILU}")
+            raise RequestError(f"model.activation must have silent neurons; got {SILU}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +123,13 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
     """Times every case, prints a table, and writes the JSON file asked for.
 
     Raises:
-      UserError: the file cannot be written, or the context or the prompt does not fit the model's context.
-      ValueError: a format cannot run here, or a layer cannot have so many active neurons.
+      UserError: the file cannot be written, or a case is slower than ``tolerance`` allows.
+      RequestError: the context or the prompt does not fit the model's context, a format cannot run here, or a
+        layer cannot have so many active neurons.
     """
-    longest = options.model.context_length
-    if not 0 < options.context <= longest - _STEPS or not 0 <= options.prompt <= longest:
-        raise UserError(
-            f"--context must be from 1 to {longest - _STEPS} and --prompt at most {longest}, in the model's "
-            f"context of {longest} tokens; got {options.context} and {options.prompt}"
-        )
+    _check_context(options)
     console = console or Console(highlight=False, soft_wrap=True)
-    file = results.open_files(options.json, options.against)
+    file = options.common.open_files()
     bandwidth = _bandwidth(options.rounds)
     rows = [*_layers(options), *_model(options)]
     rows = [
@@ -153,8 +146,17 @@ def run(options: DecodeOptions, *, console: Console | None = None) -> list[Row]:
     )
     file.write(document)
     print_table(console, table(options, rows, bandwidth))
-    results.print_against(console, document, options.against, options.tolerance)
+    options.common.print_against(console, document)
     return rows
+
+
+def _check_context(options: DecodeOptions) -> None:
+    longest = options.model.context_length
+    if not 0 < options.context <= longest - _STEPS or not 0 <= options.prompt <= longest:
+        raise RequestError(
+            f"--context must be from 1 to {longest - _STEPS} and --prompt at most {longest}, in the model's "
+            f"context of {longest} tokens; got {options.context} and {options.prompt}"
+        )
 
 
 def _bandwidth(rounds: int) -> float:

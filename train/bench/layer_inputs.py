@@ -19,7 +19,7 @@ from sparse_lm.config import SILU
 from train.data.holdout import TextChoice
 from train.errors import UserError
 from train.heldout import check_sequence_fits, read_heldout, sequences_of
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 _TOKENS_AT_ONCE = 16384
 
@@ -51,13 +51,17 @@ def save_layer_inputs(
         for the file.
     """
     out = Path(out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out must end with .npz; got {out}")
     model, tokenizer, config, _ = load_for_inference(checkpoint)
     if config.model.activation == SILU:
         raise UserError(f"checkpoint must be of a model with silent neurons; this one's activation is {SILU}")
     length, count = config.model.context_length, config.model.num_layers
     wanted = sorted(set(layers)) or list(range(count))
     if wanted[0] < 0 or wanted[-1] >= count:
-        raise UserError(f"layers must be from 0 to {count - 1}, which the model has; got {wanted}")
+        raise UserError(
+            f"layers must be from 0 to {count - 1}, which the model has; got {', '.join(map(str, wanted))}"
+        )
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out must name a file in a directory that is there; {out.parent} is none")
     most = 65536 if tokens is None else tokens

@@ -1,26 +1,16 @@
 """The picture of ``bench order``: neurons that P tokens activate together, against P, a curve an order."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.bench.order_counts import FLOOR, TEXT, Row
-from train.errors import UserError
-
-ENDINGS = (".png", ".svg", ".pdf")
+from train.picture import check_matplotlib, check_picture, save_picture
 
 
 def check_possible(out: str | Path) -> None:
     """Raises UserError where no picture can be drawn, of that ending or in that directory."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "--picture needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
-        )
-    path = Path(out).absolute()
-    if path.suffix not in ENDINGS:
-        raise UserError(f"--picture must end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}; got {out}")
-    if not path.parent.is_dir():
-        raise UserError(f"--picture must name a file in a directory that is there; {path.parent} is none")
+    check_matplotlib("--picture")
+    check_picture(out, option="--picture")
 
 
 def draw(rows: Sequence[Row], panels: Sequence[int], out: str | Path, *, tokens: int, d_ff: int) -> None:
@@ -51,8 +41,4 @@ def draw(rows: Sequence[Row], panels: Sequence[int], out: str | Path, *, tokens:
     axes.set_title(f"Orders of {tokens:,} held-out tokens")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--picture must name a picture that can be written; {out}: {reason}") from error
+    save_picture(figure, out, option="--picture")

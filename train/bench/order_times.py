@@ -89,7 +89,7 @@ def layer_times(
     makes, which is given to the layers and not timed with them.
 
     Raises:
-      ValueError: the format cannot run here.
+      RequestError: the format cannot run here.
     """
     places = _made(layers, make, tokens)
     contestants = {"dense": ("dense", None), "text": (format, None), "ordered": (format, places)}

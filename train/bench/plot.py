@@ -8,11 +8,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from pallas_kernels.errors import RequestError
 from train.errors import UserError
+from train.picture import check_matplotlib, check_picture, save_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,13 @@ class CurvesOptions:
       debug: show the traceback of an error.
     """
 
-    results: tyro.conf.Positional[tuple[str, ...]]
+    results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE [FILE ...]")]
     out: str
     debug: bool = False
 
     def __post_init__(self) -> None:
         if not self.results:
-            raise ValueError("bench curves needs at least one file of results; got none")
+            raise RequestError("bench curves needs at least one file of results; got none")
 
 
 _LAYERS = re.compile(r"(dense|twell|hybrid|panel|auto)(-\d+)?")  # other rows are stages of one
@@ -93,12 +95,10 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
       UserError: matplotlib is missing, a file is no such result, files are of different GPUs, no case differs
         from another in nnz or tokens alone, or the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "bench curves needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
-        ) from error
+    check_matplotlib("bench curves")
+    check_picture(out, option="--out")
+    from matplotlib.figure import Figure
+
     loaded = [_load(Path(path)) for path in results]
     devices = sorted({device for device, _ in loaded})
     if len(devices) > 1:
@@ -116,15 +116,8 @@ def plot(results: Sequence[str | Path], out: str | Path) -> list[str]:
     lines = []
     for nth, chart in enumerate(charts, start=1):
         lines += _draw(figure.add_subplot(rows, columns, nth), chart)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out must name a picture that can be written; {out}: {_reason(error)}") from error
+    save_picture(figure, out, option="--out")
     return [*lines, f"picture: {out}"]
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _load(path: Path) -> tuple[str, list[Point]]:
@@ -139,7 +132,7 @@ def _load(path: Path) -> tuple[str, list[Point]]:
         points = [point for case in loaded["cases"] for point in _points(case)]
         return str(loaded["device"]["kind"]), points
     except OSError as error:
-        raise UserError(f"{wanted}; {path}: {_reason(error)}") from error
+        raise UserError(f"{wanted}; {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{wanted}; {path} is none") from error
 

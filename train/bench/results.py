@@ -1,5 +1,6 @@
-"""What the result files of whole-model benchmarks have in common."""
+"""What the whole-model benchmarks have in common: some options, and their result files."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,70 @@ from typing import Any
 from rich.console import Console
 
 from pallas_kernels.bench import machine
+from pallas_kernels.errors import RequestError
 from train.bench import against, nvml
-from train.config import to_dict
+from train.config_json import to_dict
 from train.errors import UserError
 from train.output import JsonFile
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonOptions:
+    """Where the figures go, and what they are compared with.
+
+    Attributes:
+      json: also write all figures to this file.
+      against: an older file of --json: print how the times compare with those in it.
+      tolerance: with --against, the share by which a case may be slower before the program exits with 1.
+      debug: show the traceback of an error.
+
+    Raises:
+      RequestError: a tolerance that says nothing or cannot be, or a new result that would replace the older
+        one before they are compared.
+    """
+
+    json: str | None = None
+    against: str | None = None
+    tolerance: float | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.against is None and self.tolerance is not None:
+            raise RequestError("tolerance needs --against, the result that it is of; got none")
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise RequestError(f"tolerance must be at least 0; got {self.tolerance}")
+        if self.json is not None and _absolute(self.json) == _absolute(self.against):
+            raise RequestError(
+                f"--json must name another file than --against, which it would replace; got {self.json}"
+            )
+
+    def open_files(self) -> JsonFile:
+        """The file of ``json``, ready for figures, once the one of ``against`` has been looked at.
+
+        Raises:
+          UserError: the first cannot be written, or the second is no result.
+        """
+        if self.against is not None:
+            against.read(self.against)
+        return JsonFile(self.json)
+
+    def print_against(self, console: Console, found: Mapping[str, Any]) -> None:
+        """Prints the ratios that ``against`` asks for.
+
+        Raises:
+          UserError: a case is slower than ``tolerance`` allows, or the file is no result of this benchmark.
+        """
+        if self.against is None:
+            return
+        lines, beyond = against.compare(found, self.against, tolerance=self.tolerance)
+        for line in lines:
+            console.print(line, markup=False)
+        if beyond:
+            raise UserError("; ".join(beyond))
+
+
+def _absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().resolve()
 
 
 def machine_record() -> dict[str, Any]:
@@ -31,55 +92,6 @@ def document(
       more: further entries.
     """
     return {"options": to_dict(options), **record, **more, "rows": list(rows)}
-
-
-def check_against(path: str | None, tolerance: float | None, *, json: str | None) -> None:
-    """Raises ValueError for a tolerance that says nothing or cannot be, and where the new result would
-    replace the older one before they are compared.
-
-    Args:
-      path: of ``--against``.
-      tolerance: of ``--tolerance``.
-      json: of ``--json``.
-    """
-    if path is None and tolerance is not None:
-        raise ValueError("tolerance needs --against, the result that it is of; got none")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0; got {tolerance}")
-    if path is not None and json is not None and _absolute(path) == _absolute(json):
-        raise ValueError(f"--json must name another file than --against, which it would replace; got {json}")
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().resolve()
-
-
-def open_files(json: str | None, path: str | None) -> JsonFile:
-    """The file of ``--json``, ready for figures, once the one of ``--against`` has been looked at.
-
-    Raises:
-      UserError: the first cannot be written, or the second is no result.
-    """
-    if path is not None:
-        against.read(path)
-    return JsonFile(json)
-
-
-def print_against(
-    console: Console, found: Mapping[str, Any], path: str | None, tolerance: float | None
-) -> None:
-    """Prints the ratios that ``--against`` asks for.
-
-    Raises:
-      UserError: a case is slower than ``tolerance`` allows, or the file is no result of this benchmark.
-    """
-    if path is None:
-        return
-    lines, beyond = against.compare(found, path, tolerance=tolerance)
-    for line in lines:
-        console.print(line, markup=False)
-    if beyond:
-        raise UserError("; ".join(beyond))
 
 
 def out_of_memory(error: Exception) -> str:

@@ -27,7 +27,7 @@ from pallas_kernels.errors import RequestError
 from sparse_lm import ModelConfig
 from train.bench import scaling_checks, synthetic
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
-from train.config import to_dict as config_to_dict
+from train.config_json import to_dict as config_to_dict
 from train.errors import UserError
 from train.output import JsonFile, print_table
 from train.parallel import Layout
@@ -90,7 +90,8 @@ class ScalingOptions:
         require(self.nnz > 0, f"nnz must be above 0; got {self.nnz}")
         require(
             not self.devices or self.devices[0] == 1,
-            f"devices must begin with 1, which all others are compared with; got {self.devices}",
+            f"devices must begin with 1, which all others are compared with; got "
+            f"{' '.join(map(str, self.devices))}",
         )
         for option in self.compiler_options:
             require("=" in option, f"compiler-options must each be name=value; got {option!r}")
@@ -173,7 +174,7 @@ def run(options: ScalingOptions, *, console: Console | None = None) -> dict[str,
 
     Raises:
       UserError: there are fewer devices than asked for, or the file cannot be written.
-      ValueError: a format cannot run here, or the model cannot have so many active neurons.
+      RequestError: a format cannot run here, or the model cannot have so many active neurons.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     file = JsonFile(options.json)

@@ -42,7 +42,7 @@ def sparse_from_the_start(program: Program, nnz: float) -> Program:
     """The same run from initial weights with which every layer has about ``nnz`` active neurons a token.
 
     Raises:
-      ValueError: more active neurons than a layer can have.
+      RequestError: more active neurons than a layer can have.
     """
     config = program.config
     gates = like_trained(nnz, config.model.d_ff)

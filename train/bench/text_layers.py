@@ -14,7 +14,7 @@ from pallas_kernels.activations import Rule
 from sparse_lm.model import Block
 from train.data.holdout import TextChoice
 from train.heldout import check_sequence_fits, read_heldout, sequences_of
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 _AT_ONCE = 16384
 

@@ -7,11 +7,12 @@ import importlib.util
 import io
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from train.cli.options import PROGRAM, UsageError, parse_options
+from train.cli.drawing import DrawingOptions
+from train.cli.options import PROGRAM, parse_options
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,42 +33,28 @@ class ChatOptions:
       checkpoint: a converted model, or a run's work directory with the template among its tokenizer's files.
       system: what the model is told before the first message.
       max_new_tokens: most tokens of a reply (default: as far as the context reaches).
-      temperature: 0 takes the most likely token, 1 draws from the model's own distribution.
-      top_k: draw from the k most likely tokens only.
-      top_p: draw from the fewest most likely tokens that have this probability together.
-      seed: of the draws; the same seed and the same messages get the same replies.
-      speculate: tokens, up to 15, that each step guesses from the conversation so far and verifies: the same
-        replies up to ties between logits, sooner where they repeat it.
-      stop: text that ends a reply and is not part of it; give the option several times for several.
+      drawing: how tokens are chosen.
       debug: show the traceback of an error.
     """
 
     checkpoint: str
     system: str | None = None
     max_new_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int = 0
-    speculate: int = 0
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    drawing: Annotated[DrawingOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=DrawingOptions
+    )
     debug: bool = False
 
 
 def run(argv: list[str]) -> None:
     options = parse_options(ChatOptions, argv, "chat")
-    if not all(options.stop):
-        raise UsageError("--stop must have a character; got none")
+    sampling = options.drawing.sampling()
 
     from sparse_lm.conversation import Conversation
-    from sparse_lm.sampling import Sampling
     from train.run.chat_template import load_chat_template, stop_ids
-    from train.run.checkpoint import find_checkpoint, load_for_inference
+    from train.run.checkpoint_files import find_checkpoint
+    from train.run.checkpoint_reading import load_for_inference
 
-    try:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     files = find_checkpoint(options.checkpoint) / "tokenizer"
     template = load_chat_template(files)
     model, tokenizer, config, _ = load_for_inference(options.checkpoint)
@@ -129,10 +116,10 @@ class _Chat:
             max_new_tokens=room if asked is None else asked,
             stop_ids=self._stop_ids,
             sampling=self._sampling,
-            seed=self._options.seed,
-            speculate=self._options.speculate,
+            seed=self._options.drawing.seed,
+            speculate=self._options.drawing.speculate,
         )
-        reply = Continuation(self._tokenizer, ids[-_DECODED_BEFORE:], self._options.stop)
+        reply = Continuation(self._tokenizer, ids[-_DECODED_BEFORE:], self._options.drawing.stop)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(tokens):
             for token in tokens:
                 print(reply.feed(token), end="", flush=True)

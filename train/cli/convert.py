@@ -2,9 +2,12 @@
 
 import dataclasses
 import shlex
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from train.cli.options import UsageError, parse_options
+from train.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,14 +19,16 @@ class ConvertOptions:
         checkpoint in it, or a converted model.
       out: the directory to make; it must not exist.
       to: sparse-lm for a model that generate and evaluate take, hf for one that transformers takes.
-      dtype: compute type of the converted model (default: its publisher's), bfloat16, float16 or float32.
+      dtype: compute type of the converted model (default: its publisher's).
       debug: show the traceback of an error.
     """
 
     source: str
     out: str
     to: Literal["sparse-lm", "hf"] = "sparse-lm"
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, tyro.conf.arg(metavar="{bfloat16,float16,float32}")
+    ] = None
     debug: bool = False
 
 
@@ -35,8 +40,14 @@ def run(argv: list[str]) -> None:
         )
 
     from train.run import convert
+    from train.run.checkpoint_files import is_checkpoint
     from train.run.report import program_as_typed
 
+    if options.to == "sparse-lm" and is_checkpoint(options.source):
+        raise UserError(
+            f"--source must be a Hugging Face model; {options.source} is a checkpoint of ours, which --to hf "
+            "converts"
+        )
     if options.to == "hf":
         made = convert.to_hf(options.source, options.out)
     else:

@@ -5,10 +5,11 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from train.cli.drawing import DrawingOptions
 from train.cli.options import UsageError, parse_options
 from train.errors import UserError
 
@@ -25,25 +26,16 @@ class GenerateOptions:
       checkpoint: a run's work directory, one checkpoint in it, or a converted model.
       prompt: text to continue; give the option several times for several texts.
       max_new_tokens: most tokens to add (default: up to 128, as far as the context reaches).
-      temperature: 0 takes the most likely token, 1 draws from the model's own distribution.
-      top_k: draw from the k most likely tokens only.
-      top_p: draw from the fewest most likely tokens that have this probability together.
-      seed: of the draws; the same seed says the same.
-      speculate: tokens, up to 15, that each step guesses from the text so far and verifies: the same text up
-        to ties between logits, sooner where it repeats itself.
-      stop: text that ends a continuation and is not part of it; give the option several times for several.
+      drawing: how tokens are chosen.
       debug: show the traceback of an error.
     """
 
     checkpoint: str
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     max_new_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int = 0
-    speculate: int = 0
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    drawing: Annotated[DrawingOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=DrawingOptions
+    )
     debug: bool = False
 
 
@@ -52,17 +44,12 @@ def run(argv: list[str]) -> None:
     if not options.prompt:
         raise UsageError("generate needs at least one --prompt TEXT; got none")
     _check_prompts_are_text(options.prompt)
-    if not all(options.stop):
-        raise UsageError("--stop must have a character; got none")
+    sampling = options.drawing.sampling()
 
-    from sparse_lm.generate import Sampling, stream
+    from sparse_lm.generate import stream
     from train.cli.continuation import Continuation
-    from train.run.checkpoint import load_for_inference
+    from train.run.checkpoint_reading import load_for_inference
 
-    try:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     model, tokenizer, _, _ = load_for_inference(options.checkpoint)
     prompts = _encoded(tokenizer, options.prompt)
     new_tokens = _new_tokens(prompts, options.max_new_tokens, model.config.context_length)
@@ -75,10 +62,10 @@ def run(argv: list[str]) -> None:
         max_new_tokens=new_tokens,
         sampling=sampling,
         eos_id=tokenizer.eos_id,
-        seed=options.seed,
-        speculate=options.speculate,
+        seed=options.drawing.seed,
+        speculate=options.drawing.speculate,
     )
-    rows = [Continuation(tokenizer, prompt, options.stop) for prompt in prompts]
+    rows = [Continuation(tokenizer, prompt, options.drawing.stop) for prompt in prompts]
     speed = _Speed()
     if len(rows) == 1:
         print(options.prompt[0], end="", flush=True)
@@ -92,7 +79,7 @@ def run(argv: list[str]) -> None:
             pass
         for number, (prompt, row) in enumerate(zip(options.prompt, rows, strict=True), start=1):
             print(f"[{number}/{len(rows)}] {prompt}{row.text}")
-    speculation = f", {steps.tokens_per_step:.2f} tokens a step" if options.speculate else ""
+    speculation = f", {steps.tokens_per_step:.2f} tokens a step" if options.drawing.speculate else ""
     print(f"{speed}{speculation}", file=sys.stderr)
 
 

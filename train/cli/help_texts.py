@@ -30,6 +30,12 @@ def add_help_texts(registry: ConstructorRegistry) -> None:
         return dataclasses.replace(found, fields=tuple(map(_described, found.fields)))
 
 
+def plain_text(docstring: str) -> str:
+    """Without the marks for code, and with the names of other options as they are typed."""
+    typed = re.sub(r"``([a-z0-9_]+)``", lambda name: name[1].replace("_", "-"), docstring)
+    return typed.replace("`", "")
+
+
 def _described(field: StructFieldSpec) -> StructFieldSpec:
     kind: Any = field.type
     marks = typing.get_args(kind)
@@ -47,6 +53,6 @@ def _help_text(field: StructFieldSpec) -> Callable[[], str | None]:
         found = field.helptext() if callable(field.helptext) else field.helptext
         if found is None and dataclasses.is_dataclass(field.type):
             found = (field.type.__doc__ or "").partition("\n\n")[0]  # heads the group of its options
-        return None if found is None else re.sub(r"\s*\n\s*", " ", found.replace("`", ""))
+        return None if found is None else re.sub(r"\s*\n\s*", " ", plain_text(found))
 
     return text

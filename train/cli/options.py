@@ -6,8 +6,11 @@ names its version exactly.
 
 import dataclasses
 import difflib
+import inspect
 import itertools
 import re
+import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +20,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro import _errors
 
-from train.cli.help_texts import add_help_texts
+from train.cli.help_texts import add_help_texts, plain_text
 from train.errors import UserError
 
 PROGRAM = "sparse-lm"
@@ -71,13 +74,24 @@ def parse_options(
                 default=default,
                 return_unknown_args=True,
                 registry=_registry(),
-                description=description,
+                description=_wrapped(description or (kind.__doc__ or "").partition("Attributes:")[0]),
             )
     except ValueError as error:
         raise UsageError(str(error)) from error
     if unknown:
         raise UsageError(_unknown(unknown[0], argv, dict(_options(options)), command))
     return options
+
+
+def _wrapped(text: str) -> str:
+    """A description in lines that the terminal has room for; those of an indented table stay as they are.
+
+    Each begins with a space, and no empty line is between them: tyro would join them, and double that.
+    """
+    width = shutil.get_terminal_size().columns
+    paragraphs = plain_text(inspect.cleandoc(text)).split("\n\n")
+    lines = "\n".join(part if part[:1] == " " else textwrap.fill(part, width - 1) for part in paragraphs)
+    return textwrap.indent(lines, " ")
 
 
 def _full_name(word: str, aliases: Mapping[str, str]) -> str:
@@ -243,7 +257,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def _given_name(field: dataclasses.Field) -> str:
     """A field's own name, or the one that ``tyro.conf.arg`` gives its option."""
     given = [getattr(extra, "name", None) for extra in getattr(field.type, "__metadata__", ())]
-    return next(filter(None, given), field.name)
+    return next((name for name in given if name is not None), field.name)
 
 
 def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -252,6 +266,6 @@ def _options(values: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         value = getattr(values, field.name)
         name = prefix + _given_name(field).replace("_", "-")
         if dataclasses.is_dataclass(value) and not _has_text(field.type):
-            yield from _options(value, "--" if name == "--run" else f"{name}.")
+            yield from _options(value, f"{name}." if _given_name(field) else prefix)
         else:
             yield name, value

@@ -1,6 +1,7 @@
 """``sparse-lm plot``."""
 
 import dataclasses
+from typing import Annotated
 
 import tyro
 
@@ -17,7 +18,7 @@ class PlotOptions:
       debug: show the traceback of an error.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     out: str
     debug: bool = False
 

@@ -1,6 +1,7 @@
 """The preset or file that a command line names, which gives every option below its default."""
 
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import configs
@@ -23,7 +24,8 @@ def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
             return name, read_config(name)
         return name, configs.load(name)
     except UserError as error:
-        raise UsageError(str(error)) from error
+        is_file = " (a file's name must end with .json)" if Path(name).is_file() else ""
+        raise UsageError(f"{error}{is_file}") from error
 
 
 def value_of(argv: list[str], wanted: str) -> str | None:

@@ -29,28 +29,39 @@ from train.cli.options import PROGRAM, UsageError, did_you_mean
 from train.cli.train import DEFAULT_PRESET
 from train.errors import LostProcessError
 from train.run import background_errors
+from train.run.program_exit import exit_with
 
 _HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
 Language models whose feed-forward layers are sparse.
 
 commands:
-  train      train a model, or take up a run where it stopped
-  tokenize   turn documents into token shards, which train reads in place
-  generate   continue prompts with a trained model
-  chat       talk with a converted model that has a chat template
-  evaluate   measure a trained model on its held-out text
-  analyze    report which neurons a trained model's tokens activate: tables and figures
-  convert    take a Hugging Face model with silent neurons, or give one back
-  layer-inputs   save what enters a trained model's feed-forward layers, for the kernels' benchmark
-  plot       draw the curves of runs
-  sweep      train a preset for several λ and variants, and set quality beside sparsity and speed
-  compare    train with sparse and with dense feed-forward layers, and compare the loss curves
-  bench      time layers, models, training steps or generation: bench --help lists the benchmarks
+  train         train a model, or take up a run where it stopped
+  tokenize      turn documents into token shards, which train reads in place
+  generate      continue prompts with a trained model
+  chat          talk with a converted model that has a chat template
+  evaluate      measure a trained model on its held-out text
+  analyze       report which neurons a trained model's tokens activate: tables and figures
+  convert       take a Hugging Face model with silent neurons, or give one back
+  layer-inputs  save what enters a trained model's feed-forward layers, for the kernels' benchmark
+  plot          draw the curves of runs
+  sweep         train a preset for several λ and variants, and set quality beside sparsity and speed
+  compare       train with sparse and with dense feed-forward layers, and compare the loss curves
+  bench         time layers, models, training steps or generation: bench --help lists the benchmarks
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version says which version this is.
 {PROGRAM} train, with no option, trains the preset {DEFAULT_PRESET} on the text that comes with the package.
 """
+
+
+def run() -> None:
+    """The program as a process: ends it with the status of ``main``."""
+    try:
+        status = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    exit_with(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,11 +32,16 @@ _EXPLAINED = {
     "--epochs": "the length of a run is --steps; --dry-run shows how many epochs they are",
     "--output-dir": "a run keeps everything in its --workdir",
 }
-_DESCRIPTION = f"""Trains a model, or takes up the run of the same --workdir where it stopped.
-
-The common options are --config PRESET or FILE.json, --steps, --batch-size, --workdir, --from CHECKPOINT,
---dry-run, and these short names: {", ".join(f"{short} ({name})" for short, name in ALIASES.items())}.
-"""
+_DESCRIPTION = "\n".join(
+    [
+        "Trains a model, or takes up the run of the same --workdir where it stopped.",
+        "",
+        "The common options are --config PRESET or FILE.json, --steps, --batch-size, --workdir, --from "
+        "CHECKPOINT, --dry-run, and these short names:",
+        "",
+        *(f"  {short:<20}{name}" for short, name in ALIASES.items()),
+    ]
+)
 
 
 def run(argv: list[str]) -> None:

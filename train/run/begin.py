@@ -13,11 +13,12 @@ from train.config import TrainConfig
 from train.data.corpus import Corpus, choose_tokenizer, open_corpus
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
-from train.run.checkpoint import Checkpoints, check_same_corpus, check_same_split, check_same_tokenizer
+from train.run.checkpoint import Checkpoints
 from train.run.lock import RunLock
 from train.run.manifest import Parent
 from train.run.parent import parent_tokenizer
 from train.run.report import Reporter
+from train.run.resume_checks import check_same_corpus, check_same_split, check_same_tokenizer
 
 
 def check_trainable(config: TrainConfig) -> None:

@@ -19,9 +19,11 @@ from train.config import DataConfig, TrainConfig
 from train.data.tokenizer import FILE_NAME, check_vocabulary, load_tokenizer
 from train.errors import UserError
 from train.run import converted
-from train.run.checkpoint import find_checkpoint, read_run
 from train.run.checkpoint_errors import reading
+from train.run.checkpoint_files import find_checkpoint
+from train.run.checkpoint_reading import read_run
 from train.run.hf_tokenizer import published_tokenizer, read_published
+from train.run.manifest import quantity
 
 # What belongs to a tokenizer besides its own file, kept as it is: templates of chats, names of tokens.
 _COMPANIONS = (
@@ -49,7 +51,7 @@ class Converted:
         config = self.config
         return (
             f"{self.model_type}: {config.num_layers} layers, d_model {config.d_model}, d_ff {config.d_ff}, "
-            f"{config.activation}, {num_parameters(config) / 1e6:,.1f} M parameters"
+            f"{config.activation}, {quantity(num_parameters(config))} parameters"
         )
 
 

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 
 from sparse_lm import ModelConfig
 from sparse_lm.convert import ConversionError, Weights, load_params, open_own, write_own
-from train.config import TrainConfig, to_dict
+from train.config import TrainConfig
+from train.config_json import to_dict
 from train.data.tokenizer import FILE_NAME, Tokenizer
 from train.errors import UserError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.picture import check_matplotlib, check_picture, save_picture
 from train.run import manifest, metrics
 
 _SMOOTHED = 200  # points of a curve at most; each is the mean of the steps between two
@@ -40,12 +41,10 @@ def plot(runs: Sequence[str], out: str) -> list[str]:
     Raises:
       UserError: matplotlib is missing, a directory holds no run, or the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "plot needs the package matplotlib, which is not installed: pip install 'sparse-lm[plot]'"
-        ) from error
+    check_matplotlib("plot")
+    check_picture(out, option="--out")
+    from matplotlib.figure import Figure
+
     found = [read(Path(run)) for run in runs]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     charts = figure.subplots(2, 2).ravel()
@@ -57,10 +56,7 @@ def plot(runs: Sequence[str], out: str) -> list[str]:
         axes.set(title=figure_name, xlabel="tokens")
         axes.grid(alpha=0.3)
     charts[0].legend()
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out must name a .png, .svg or .pdf file that can be written: {error}") from error
+    save_picture(figure, out, option="--out")
     return [*map(_last_figures, found), f"picture: {out}"]
 
 
@@ -134,5 +130,10 @@ def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
 
 def _last_figures(run: Curves) -> str:
     tokens = run.lines["cross-entropy"][0][-1]
-    figures = [f"{name} {values[-1]:.4g}" for name, (_, values) in run.lines.items() if values]
-    return f"{run.name}: at {tokens:.4g} tokens {', '.join(figures)}"
+    figures = [f"{name} {_number(values[-1])}" for name, (_, values) in run.lines.items() if values]
+    return f"{run.name}: at {_number(tokens)} tokens {', '.join(figures)}"
+
+
+def _number(value: float) -> str:
+    """In four figures, and large ones whole."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

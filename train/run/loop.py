@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from sparse_lm import LayerPlan
-from sparse_lm.generate import Sampling, generate
 from train import parallel
-from train.config import TrainConfig, changed_fields
+from train.config import TrainConfig
+from train.config_json import changed_fields
 from train.data.batches import TrainBatches, heldout_batches
 from train.data.corpus import Corpus
 from train.errors import UserError
@@ -21,13 +21,10 @@ from train.evaluate import EvaluationReport, evaluate, make_evaluator
 from train.lost_process import losing_no_process
 from train.run import background_errors, compilation_cache
 from train.run.begin import check_trainable, held, run_corpus, run_tokenizer
-from train.run.checkpoint import (
-    Checkpoints,
-    SavedData,
-    check_local,
-    check_same_run,
-)
+from train.run.checkpoint import Checkpoints
 from train.run.checkpoint_errors import check_writable, is_disk_full, making
+from train.run.checkpoint_files import check_local
+from train.run.checkpoint_reading import SavedData
 from train.run.hooks import Clock, Hook, StopSignal
 from train.run.manifest import Manifest, Parent, schedule_jumps, steers_anew
 from train.run.manifest import write as write_manifest
@@ -38,13 +35,14 @@ from train.run.planned_step import PlannedStep
 from train.run.profile import DIRECTORY as PROFILE
 from train.run.profile import ProfileWindow
 from train.run.report import Reporter
+from train.run.resume_checks import check_same_run
+from train.run.samples import Samples
 from train.run.step_memory import device_limit, step_memory
 from train.run.wandb_sink import WandbSink
 from train.state import Program, TrainState, build_program
 from train.step import Metrics
 
 CACHE = "cache"  # directory in the workdir of what is made from text
-_SAMPLED_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +178,7 @@ class _Run:
             devices=jax.device_count(),
             **share,
         )
-        self._check_samples()
+        self.samples = Samples(config, corpus.tokenizer)
         self.layout = parallel.Layout.over_all_devices(config.parallel)
         self.program: Program = build_program(config)
         self.evaluator = make_evaluator(self.program.graphdef)
@@ -209,19 +207,6 @@ class _Run:
         self.changes = changed_fields(before, config)
         self.jumps = schedule_jumps(before, config, start)
 
-    def _check_samples(self) -> None:
-        encode, texts = self.corpus.tokenizer.encode, self.config.report.samples
-        longest = max((len(encode(text)) for text in texts), default=0)
-        if longest >= self.config.model.context_length:
-            raise UserError(
-                "report.samples must leave room in the model's context of "
-                f"{self.config.model.context_length} tokens; got one of {longest}: shorten it"
-            )
-        if texts and jax.process_count() > 1:
-            raise UserError(
-                f"report.samples needs a run of one process; got {jax.process_count()}: leave the option out"
-            )
-
     def check_memory(self, *, always: bool) -> None:
         """Refuses a step that the devices have no room for, where they say how much they have; ``always``
         counts what it takes."""
@@ -240,6 +225,9 @@ class _Run:
     def open(self) -> MetricsWriter:
         """Makes what the run writes into; only now have configuration, corpus and tokenizer proved good."""
         workdir, primary = Path(self.config.workdir).expanduser(), jax.process_index() == 0
+        if self.checkpoints.abandoned:
+            names = ", ".join(self.checkpoints.abandoned)
+            self.reporter.say(f"removing what a killed run left of checkpoints: {names}")
         self.checkpoints.open()
         sinks = []
         if primary:
@@ -374,16 +362,9 @@ class _Run:
 
     def sample(self, step: int, state: TrainState) -> None:
         """Continues ``report.samples`` with the model as it is, into the metrics file and a line each."""
-        tokenizer, prompts = self.corpus.tokenizer, self.config.report.samples
-        ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-        room = self.config.model.context_length - max(map(len, ids))
         with self.layout.scope():
             model = nnx.merge(self.program.graphdef, state.variables)
-            rows = generate(
-                model, ids, max_new_tokens=min(_SAMPLED_TOKENS, room),
-                sampling=Sampling(temperature=0.8, top_p=0.95), eos_id=tokenizer.eos_id, seed=step,
-            )  # fmt: skip
-        texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
+            texts = self.samples.continued(model, seed=step)
         self.writer.write({"step": step, "samples": texts})
         for text in texts:
             self.reporter.say(f"step {step}: {text}")

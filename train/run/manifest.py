@@ -27,8 +27,9 @@ from pallas_kernels import dispatch
 from sparse_lm.config import SILU
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
-from train.config import TrainConfig, changed_fields, from_dict, to_dict
+from train.config import TrainConfig
 from train.config_file import write_config
+from train.config_json import changed_fields, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
 from train.run import compilation_cache
@@ -170,12 +171,12 @@ class Manifest:
                 *begins,
                 f"model    {model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
                 f"{quantity(num_parameters(model))} parameters, "
-                f"state {quantity(self.state_bytes, giga='G')}B",
+                f"state {quantity(self.state_bytes, unit='B')}",
                 f"corpus   {corpus.documents:,} documents, {quantity(corpus.tokens)} tokens, fingerprint "
                 f"{corpus.fingerprint[:12]}; held out {quantity(corpus.heldout_tokens)} tokens, of which an "
                 f"evaluation takes {self.evaluated_tokens:,}",
                 f"steps    {self.config.batch_size} × {model.context_length} tokens, "
-                f"{quantity(self.flops_per_step, giga='G')}FLOPs each; {quantity(to_come)} tokens to come, "
+                f"{quantity(self.flops_per_step, unit='FLOPs')} each; {quantity(to_come)} tokens to come, "
                 f"{self.tokens / corpus.tokens:.2f} epochs in all",
                 f"devices  {self.devices}; {self.batch_per_device} sequences on each at a time, accumulation "
                 f"{self.config.optimizer.accumulation}",
@@ -186,12 +187,13 @@ class Manifest:
         )
 
 
-def quantity(value: float, *, giga: str = "B") -> str:
-    """A number in three or four figures and a unit; ``giga`` is that of 10^9, billions unless it is said."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, giga), (1e6, "M"), (1e3, "k")):
+def quantity(value: float, *, unit: str = "") -> str:
+    """A number in three or four figures: a count as in ``1.2B``, or of a unit as in ``1.2 GB``."""
+    space, giga = (" ", "G") if unit else ("", "B")
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, giga), (1e6, "M"), (1e3, "k")):
         if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.0f}"
+            return f"{value / limit:.1f}{space}{prefix}{unit}"
+    return f"{value:.0f}{space}{unit}"
 
 
 def write(workdir: Path, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -19,8 +19,9 @@ from train.config import TrainConfig
 from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from train.errors import UserError
 from train.run import converted
-from train.run.checkpoint import SUBDIRECTORY, complete_steps, find_checkpoint, read_run
 from train.run.checkpoint_errors import reading
+from train.run.checkpoint_files import SUBDIRECTORY, complete_steps, find_checkpoint
+from train.run.checkpoint_reading import read_run
 from train.run.manifest import Parent, read_lineage
 from train.state import Params, TrainState
 

@@ -28,6 +28,7 @@ from pallas_kernels.options import Auto, Dense, Layout, Panel
 from pallas_kernels.panel import config as panel_config
 from sparse_lm import LayerPlan
 from sparse_lm.config import SILU
+from sparse_lm.layer_loop import is_unrolled
 from train.config import TrainConfig
 
 _FIXED = 0.2
@@ -35,7 +36,7 @@ _NO_ROOM = 1.3
 _PER_CAPACITY = 0.1
 """What memory is worth: that of what a dense layer keeps for its backward, in units of its time."""
 _PER_SEGMENT = 0.03
-"""What compiling one more scan is worth."""
+"""What compiling one more loop over layers is worth, where layers are loops."""
 _HEADROOM = 1.2
 """Room beside what a window needed on average: steps, micro-batches and devices differ."""
 _CAPACITIES = (0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
@@ -54,6 +55,8 @@ class Terrain:
       panels: of a step, on all devices.
       chunk: what the slots of a panel's list are a multiple of.
       break_even: share of the neurons that a panel activates, up to which it is faster than dense.
+      unrolled: whether layers run one after the other, so that each may have a format of its own for nothing;
+        else consecutive layers of one format are a loop (`sparse_lm.layer_loop`).
     """
 
     num_layers: int
@@ -63,6 +66,7 @@ class Terrain:
     panels: int
     chunk: int
     break_even: float
+    unrolled: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Terrain | None":
@@ -87,7 +91,13 @@ class Terrain:
             panels=calls * -(-x.shape[0] // choice.panel),
             chunk=choice.chunk,
             break_even=panel_config.break_even(device.current(), backend, gated=model.gated).train,
+            unrolled=is_unrolled(model),
         )
+
+    @property
+    def per_segment(self) -> float:
+        """What it costs that a layer has another format than the one before it."""
+        return 0.0 if self.unrolled else _PER_SEGMENT
 
     @property
     def start(self) -> LayerPlan:
@@ -140,7 +150,7 @@ def cost(plan: LayerPlan, activity: Activity, terrain: Terrain) -> float:
         + (1.0 if isinstance(layout, Dense) else (1 - dense) * _panel(union, terrain) + dense * _NO_ROOM)
         for layout, union, dense in layers
     ]
-    return sum(each) + _PER_SEGMENT * len(plan.segments(first_alone=False))
+    return sum(each) + terrain.per_segment * len(plan.segments(first_alone=False))
 
 
 def best(activity: Activity, terrain: Terrain) -> tuple[LayerPlan, float]:
@@ -150,7 +160,7 @@ def best(activity: Activity, terrain: Terrain) -> tuple[LayerPlan, float]:
     paths: dict[Layout, tuple[float, tuple[Layout, ...]]] = {}
     for union in activity.union / terrain.d_ff:
         cheapest, layers = min(paths.values(), key=_first, default=(0.0, ()))
-        changed = cheapest + _PER_SEGMENT, layers
+        changed = cheapest + terrain.per_segment, layers
         ways = {layout: min(paths.get(layout, changed), changed, key=_first) for layout in layouts}
         paths = {
             layout: (before + _expected(layout, union, terrain), (*layers, layout))

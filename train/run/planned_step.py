@@ -14,6 +14,7 @@ from train.errors import short_reason
 from train.parallel import Layout
 from train.run.metrics import Record
 from train.run.plan import Activity, Planner
+from train.run.program_exit import COMPILING
 from train.state import Program, TrainState
 from train.step import Metrics
 
@@ -55,7 +56,7 @@ class PlannedStep:
         self._step: Any = layout.compile_step(program.with_plan(self.plan) if self.plan else program)
         self._before, self._since = self.plan, 0  # the plan before, and the first step of this one
         self._tokens: Any = None
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix=COMPILING)
         self._next: tuple[LayerPlan, Future[Any]] | None = None
 
     def __call__(self, step: int, state: TrainState, tokens: Any) -> tuple[TrainState, Metrics]:
@@ -87,8 +88,9 @@ class PlannedStep:
         return record
 
     def close(self) -> None:
-        """Waits for the compilation that runs."""
-        self._compiler.shutdown(cancel_futures=True)
+        """Gives up the compilation that runs, without waiting for it."""
+        self._next = None
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, plan: LayerPlan) -> Any:
         return self._layout.compiled_step(self._program.with_plan(plan), self._tokens)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from train.config import TrainConfig, to_dict
+from train.config import TrainConfig
+from train.config_json import to_dict
 from train.errors import UserError
 from train.run.metrics import Record, scalars
 

@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.data.batches import heldout_batches
 from train.data.corpus import choose_tokenizer, open_corpus
 from train.run import metrics
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 PANEL = 128  # tokens
 _UNION_TOKENS = 2 * 65_536  # a half of them is counted

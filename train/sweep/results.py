@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from sparse_lm.model import num_parameters
-from train.config import to_dict
+from train.config_json import to_dict
 from train.errors import UserError
 from train.output import JsonFile
 from train.run.manifest import quantity

@@ -17,12 +17,14 @@ from rich.console import Console
 
 from sparse_lm.config import SILU, ModelConfig
 from train import parallel
-from train.config import TrainConfig, changed_fields
+from train.config import TrainConfig
 from train.config_file import read_config
+from train.config_json import changed_fields
 from train.errors import UserError
 from train.run import compilation_cache, loop, manifest
-from train.run.checkpoint import SUBDIRECTORY, check_local, complete_steps, load_for_inference
 from train.run.checkpoint_errors import check_writable, making
+from train.run.checkpoint_files import SUBDIRECTORY, check_local, complete_steps
+from train.run.checkpoint_reading import load_for_inference
 from train.sweep import report
 from train.sweep.figures import HeldoutText, read_quality, unions_of_run
 from train.sweep.results import FIGURE_NAME, JSON_NAME, TABLE_NAME, Result, Results

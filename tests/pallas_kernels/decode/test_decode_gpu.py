@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import Contract, Path
+from op_checks import Path
+from op_contract import Contract
 from step_parts import check_add_norm, check_attention, check_project
 
 from pallas_kernels import FFNOptions, sparse_ffn

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import Contract, Path, call
+from op_checks import Path, call
+from op_contract import Contract
 from step_parts import check_add_norm, check_attention, check_project
 from truth import exact, forward
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from lowering import lowered, shapes
-from op_contract import DTYPES, LAYERS, call
+from op_checks import DTYPES, LAYERS, call
 
 from pallas_kernels import FFNOptions, decode
+from pallas_kernels.decode.pallas_triton_attention import positions
+from pallas_kernels.device import Device
 
 OPTIONS = FFNOptions(format="decode", backend="triton")
 
@@ -59,6 +61,15 @@ def test_a_layer_of_a_stack_is_not_copied(tokens):
     assert "tensor<1536x256xbf16>" in text
     assert "dynamic_slice" not in text
     assert "tensor<512x256xbf16>" not in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [(80, [128, 32, 32]), (89, [128, 32, 16]), (90, [128, 32, 32])]
+)
+def test_attention_reads_as_many_positions_as_shared_memory_has_room_for(capability, wanted):
+    device = Device("gpu", "NVIDIA", capability, 100)
+    heads = [(64, "bfloat16"), (256, "bfloat16"), (256, "float32")]
+    assert [positions(*each, device) for each in heads] == wanted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

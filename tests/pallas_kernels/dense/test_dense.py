@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lowering import lowered, shapes
-from op_contract import Contract, Path, call, check_counts, check_values, run
+from op_checks import Path, call, check_counts, check_values, run
+from op_contract import Contract
 
 from pallas_kernels import FFNOptions, sparse_mlp
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from op_contract import DL1, Path, call, cotangent, run
+from op_checks import DL1, Path, call, cotangent, run
 
 FORMATS = ("dense", "auto", "panel", "hybrid", "twell")
 PATTERNS = ("few", "uneven")

@@ -1,4 +1,5 @@
-"""A program that compiles every format, forward and backward, for GPUs that need not be there.
+"""A program that compiles every format, forward and backward, and the other kernels of decoding, for GPUs
+that need not be there.
 
 What lowering leaves open shows here: shared memory, registers, and whether the assembler takes the PTX. It
 needs JAX's plugin for CUDA, of the version of JAX, but neither a GPU nor a driver. Names of GPUs as arguments
@@ -8,11 +9,14 @@ pip install jax-cuda12-plugin==0.11.2 jax-cuda12-pjrt==0.11.2
 PYTHONPATH=.:tests/pallas_kernels/helpers python tests/pallas_kernels/helpers/compile_for.py
 """
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which would ask a driver
@@ -22,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
-from op_contract import call, differentiate
+from op_checks import call, differentiate
 
-from pallas_kernels import FFNOptions, device
+from pallas_kernels import FFNOptions, decode, device
 
 CORES = {
     "NVIDIA A100-SXM4-80GB": 108,
@@ -42,7 +46,60 @@ LAYERS = [
     (1025, 72, 2050, "bfloat16", True),
     (1025, 24, 2050, "bfloat16", True),
 ]
-FORMATS = ("twell", "panel", "hybrid", "auto")
+FEW_TOKENS = [
+    (1, 2048, 5632, "bfloat16", True),
+    (8, 2048, 5632, "bfloat16", True),
+    (64, 2048, 5632, "bfloat16", True),
+    (64, 2048, 8192, "float16", False),
+    (2, 1000, 2050, "float32", True),
+    (64, 1000, 2050, "float32", True),
+]
+FORMATS = {"twell": LAYERS, "panel": LAYERS, "hybrid": LAYERS, "auto": LAYERS, "decode": FEW_TOKENS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the shapes of its arguments; ``name`` says what it is."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def _layers() -> Iterator[Program]:
+    for format, layers in FORMATS.items():
+        for tokens, d_model, d_ff, dtype, gated in layers:
+            weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
+            inputs = {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)}
+            inputs |= dict.fromkeys(("w_gate", "w_up", "w_down") if gated else ("w_up", "w_down"), weight)
+            layer = partial(call, options=FFNOptions(format=format))
+            sizes = f"{tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {'gated' if gated else 'non-gated'}"
+            yield Program(f"{format}, forward, {sizes}", layer, (inputs,))
+            yield Program(f"{format}, forward and backward, {sizes}", partial(_step, layer), (inputs,))
+
+
+def _step(layer: Callable[..., Any], inputs: dict[str, jax.Array]) -> Any:
+    return differentiate(inputs, jnp.ones(inputs["x"].shape, jnp.float32), 1.0, layer)
+
+
+def _around_the_layer() -> Iterator[Program]:
+    """What a step of decoding runs beside its feed-forward layers."""
+    batch, heads, kv_heads, capacity, width, vocab_size = 8, 16, 4, 1024, 2048, 49152
+    scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    for dtype in ("bfloat16", "float32"):
+        for head_dim in decode.HEAD_DIMS:
+            qkv = jax.ShapeDtypeStruct((batch, (heads + 2 * kv_heads) * head_dim), dtype)
+            cache = jax.ShapeDtypeStruct((batch, capacity, kv_heads, head_dim), dtype)
+            angles = jax.ShapeDtypeStruct((batch, head_dim // 2), jnp.float32)
+            arguments = qkv, cache, cache, lengths, angles, angles
+            yield Program(f"decode attention, heads of {head_dim}, {dtype}", decode.attention, arguments)
+        weight = jax.ShapeDtypeStruct((vocab_size, width), dtype)
+        for rows in (1, batch, 64):
+            x = jax.ShapeDtypeStruct((rows, width), dtype)
+            yield Program(f"decode projection, {rows} rows, {dtype}", decode.project, (x, weight))
+            add_norm = partial(decode.add_norm, eps=1e-5)
+            yield Program(f"decode norm, {rows} rows, {dtype}", add_norm, (x, x, scale))
 
 
 def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
@@ -81,28 +138,20 @@ def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
     return mesh, SingleDeviceSharding(described.devices[0])
 
 
-def _compile(job) -> str | None:
+def _compile(job: tuple[tuple[str, Any], Program]) -> str | None:
     """Compiles one program; why it cannot be, or None."""
-    (kind, (mesh, sharding)), format, backward, (tokens, d_model, d_ff, dtype, gated) = job
-    weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype, sharding=sharding)
-    names = ("w_gate", "w_up", "w_down") if gated else ("w_up", "w_down")
-    inputs = {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype, sharding=sharding)}
-    inputs |= dict.fromkeys(names, weight)
-    layer = partial(call, options=FFNOptions(format=format))
-
-    def step(inputs):
-        return differentiate(inputs, jnp.ones(inputs["x"].shape, jnp.float32), 1.0, layer)
-
+    (kind, (mesh, sharding)), program = job
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), program.arguments
+    )
     try:
         with use_abstract_mesh(mesh):
-            traced = jax.jit(step if backward else layer).trace(inputs)
+            traced = jax.jit(program.function).trace(*arguments)
             temporary = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
         found, failure = f"{temporary.temp_size_in_bytes / 2**20:,.0f} MiB beside its arguments", None
     except Exception as error:  # whatever a compiler raises
         found = failure = next(iter(str(error).strip().splitlines()), repr(error))
-    direction = "forward and backward" if backward else "forward"
-    shape = f"{tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {'gated' if gated else 'non-gated'}"
-    print(f"{kind}: {format}, {direction}, {shape}: {found}", flush=True)
+    print(f"{kind}: {program.name}: {found}", flush=True)
     return failure
 
 
@@ -117,7 +166,7 @@ def main(kinds: list[str]) -> int:
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
-    jobs = list(product(targets, FORMATS, (False, True), LAYERS))
+    jobs = list(product(targets, [*_layers(), *_around_the_layer()]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(_compile, jobs) if failure is not None]
     print(f"{len(jobs) - len(failures)} of {len(jobs)} programs compile, JAX {jax.__version__}")

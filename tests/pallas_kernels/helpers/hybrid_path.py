@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from op_contract import Path
+from op_checks import Path
 
 
 @dataclasses.dataclass(frozen=True)

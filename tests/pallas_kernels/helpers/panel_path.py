@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import numpy as np
-from op_contract import DL1, Path, call, check_everything, cotangent, differentiate, run
+from op_checks import DL1, Path, call, check_everything, cotangent, differentiate, run
 
 from pallas_kernels import FFNOptions, Panel
 from pallas_kernels.panel import config as configs

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
-from op_contract import call, differentiate
+from op_checks import call, differentiate
 
 from pallas_kernels import FFNOptions
 

@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_allow_exces
 import jax
 import jax.numpy as jnp
 from hybrid_path import HybridPath
-from op_contract import DL1, Path, check_everything, compiled, compiled_forward, cotangent
+from op_checks import DL1, Path, check_everything, compiled, compiled_forward, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, Hybrid, Panel, Twell

@@ -6,7 +6,7 @@ The gate's weight is the identity, so that x is the gate and a pattern is whatev
 
 import jax.numpy as jnp
 import numpy as np
-from op_contract import DL1, check_counts, check_gradients, check_values, compiled, cotangent, run
+from op_checks import DL1, check_counts, check_gradients, check_values, compiled, cotangent, run
 
 from pallas_kernels import FFNOptions, FFNStats
 

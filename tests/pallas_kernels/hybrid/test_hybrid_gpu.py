@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybrid_path import HybridPath
-from op_contract import Contract, call, differentiate
+from op_checks import call, differentiate
+from op_contract import Contract
 from random_layers import DENSE, check_errors, errors, random_layer
 
 from pallas_kernels import FFNOptions, Hybrid

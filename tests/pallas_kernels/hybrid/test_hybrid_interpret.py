@@ -8,18 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybrid_path import HybridPath
-from op_contract import (
-    DL1,
-    DTYPES,
-    LAYERS,
-    Contract,
-    check_everything,
-    compiled,
-    cotangent,
-    differentiate,
-    run,
-)
-from op_contract import call as sparse_call
+from op_checks import DL1, DTYPES, LAYERS, check_everything, compiled, cotangent, differentiate, run
+from op_checks import call as sparse_call
+from op_contract import Contract
 from truth import judge, rounding_to
 
 from pallas_kernels import FFNOptions, Hybrid, HybridELL

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 from lowering import lowered, on_h200, shapes
-from op_contract import DTYPES, LAYERS, differentiate
-from op_contract import call as call_with
+from op_checks import DTYPES, LAYERS, differentiate
+from op_checks import call as call_with
 
 from pallas_kernels import FFNOptions, Hybrid
 from pallas_kernels.bench.shapes import SHAPES, TOKENS

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_contract import call, check_counts, check_values, compiled_forward, judge, run
+from op_checks import call, check_counts, check_values, compiled_forward, run
 from panel_path import PanelPath
-from truth import exact, forward, rounding_to
+from truth import exact, forward, judge, rounding_to
 
 from pallas_kernels import Auto, FFNOptions, Panel, PanelELL, device, reference
 from pallas_kernels.activations import RELU

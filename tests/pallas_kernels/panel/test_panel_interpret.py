@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lowering import on_h200
-from op_contract import DL1, Contract, call, check_everything, cotangent, differentiate, run
+from op_checks import DL1, call, check_everything, cotangent, differentiate, run
+from op_contract import Contract
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn

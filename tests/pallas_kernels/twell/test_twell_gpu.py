@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from designed import layer
-from op_contract import Contract, Path, call, check_counts, check_values, run
+from op_checks import Path, call, check_counts, check_values, run
+from op_contract import Contract
 from random_layers import DENSE, random_layer
 
 from pallas_kernels import FFNOptions, Twell, device

@@ -1,6 +1,7 @@
 """The contract on the TwELL kernels, run by Pallas' interpreter on a CPU."""
 
-from op_contract import Contract, Path
+from op_checks import Path
+from op_contract import Contract
 
 from pallas_kernels import FFNOptions, Twell
 

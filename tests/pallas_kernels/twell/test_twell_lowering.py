@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from lowering import lowered, shapes
-from op_contract import DTYPES, LAYERS, call, differentiate
+from op_checks import DTYPES, LAYERS, call, differentiate
 
 from pallas_kernels import FFNOptions, Twell
 from pallas_kernels.bench.shapes import SHAPES, TOKENS

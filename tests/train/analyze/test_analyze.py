@@ -22,7 +22,8 @@ from train.bench.order_times import LayerTimes
 from train.bench.text_layers import TextLayers
 from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
-from train.run.checkpoint import find_checkpoint
+from train.picture import check_matplotlib
+from train.run.checkpoint_files import find_checkpoint
 
 CALL = 128
 
@@ -217,7 +218,7 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"analyze needs the package matplotlib.*sparse-lm\[plot\]"):
-        figures.check_installed()
+        check_matplotlib("analyze")
 
 
 def test_a_token_that_is_no_text_is_its_number():

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from train.bench import against, results
+from train.bench import against
+from train.bench.results import CommonOptions
 from train.errors import UserError
 
 NEW = {
@@ -60,10 +61,10 @@ def test_a_slower_case_ends_the_program_only_if_asked(old):
     from rich.console import Console
 
     console = Console(record=True)
-    results.print_against(console, NEW, str(old), None)
+    CommonOptions(against=str(old)).print_against(console, NEW)
     assert "panel: 5.5 ms" in console.export_text()
     with pytest.raises(UserError, match=r"panel takes 10.0% longer .*--tolerance allows 5.0%"):
-        results.print_against(console, NEW, str(old), 0.05)
+        CommonOptions(against=str(old), tolerance=0.05).print_against(console, NEW)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"name": "dense"}]}', '{"rows": [1]}'])

@@ -17,6 +17,7 @@ from train.bench import bench_model, core, nvml
 from train.bench.bench_model import BenchModelOptions, Row
 from train.bench.core import Counts
 from train.bench.energy import Energy, EnergyReport, Power
+from train.bench.results import CommonOptions
 from train.errors import UserError
 
 MODEL = ModelConfig(
@@ -52,7 +53,7 @@ def printed(**changes):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "new" / "model.json"
-    rows, text = printed(formats=("panel", "dense", "silu"), json=str(path))
+    rows, text = printed(formats=("panel", "dense", "silu"), common=CommonOptions(json=str(path)))
     return rows, text, json.loads(path.read_text())
 
 

@@ -13,6 +13,7 @@ from sparse_lm import ModelConfig
 from train import cli
 from train.bench import bench_step
 from train.bench.bench_step import BenchStepOptions, Case, Row
+from train.bench.results import CommonOptions
 from train.errors import UserError
 
 MODEL = ModelConfig(
@@ -34,7 +35,7 @@ def printed(**changes):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "new" / "step.json"
-    rows, text = printed(formats=("dense", "panel"), remats=("sparse",), json=str(path))
+    rows, text = printed(formats=("dense", "panel"), remats=("sparse",), common=CommonOptions(json=str(path)))
     return rows, text, json.loads(path.read_text())
 
 
@@ -90,13 +91,13 @@ def test_every_format_is_timed_under_every_policy(a_millisecond_each):
 
 
 def test_times_stand_beside_an_older_file(a_millisecond_each, tmp_path):
-    printed(formats=("dense",), remats=("none",), json=str(tmp_path / "new.json"))
+    printed(formats=("dense",), remats=("none",), common=CommonOptions(json=str(tmp_path / "new.json")))
     document = json.loads((tmp_path / "new.json").read_text())
     old = tmp_path / "old.json"
     faster = [row | {"median_ms": row["median_ms"] / 1e6} for row in document["rows"]]
     old.write_text(json.dumps(document | {"rows": faster}))
     with pytest.raises(UserError, match=r"dense, remat none takes .*% longer .*--tolerance allows 100.0%"):
-        printed(formats=("dense",), remats=("none",), against=str(old), tolerance=1.0)
+        printed(formats=("dense",), remats=("none",), common=CommonOptions(against=str(old), tolerance=1.0))
 
 
 def test_a_case_without_room_is_a_row_and_the_others_go_on(monkeypatch):

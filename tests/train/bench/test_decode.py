@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 
 from pallas_kernels import reference
+from pallas_kernels.errors import RequestError
 from sparse_lm import ModelConfig
 from sparse_lm.inference import InferenceModel
 from train import cli
 from train.bench import decode
-from train.errors import UserError
+from train.bench.results import CommonOptions
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=1, context_length=64,
@@ -36,7 +37,7 @@ def options(**changes):
 
 def test_every_case_has_its_time_and_bytes(tmp_path):
     console, path = Console(record=True, width=140), tmp_path / "decode.json"
-    rows = decode.run(options(json=str(path)), console=console)
+    rows = decode.run(options(common=CommonOptions(json=str(path))), console=console)
     assert [(row.what, row.tokens) for row in rows] == [
         ("layer", 1), ("layer", 3), ("step", 2), ("first token", 16),
     ]  # fmt: skip
@@ -70,7 +71,7 @@ def test_every_neuron_can_be_active():
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(changes, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(RequestError, match=sentence):
         decode.run(options(**changes))
 
 
@@ -93,7 +94,7 @@ def test_the_kernels_benchmarks_are_benchmarks_of_the_program_too(capsys, comman
 def test_the_last_layer_is_as_active_as_asked():
     """Deviations of 0.3 at a width of 64 do to the residual stream what 0.02 do at a width of 1,000."""
     deep = ModelConfig(
-        vocab_size=512, d_model=64, d_ff=1024, num_layers=4, num_heads=2, num_kv_heads=2, context_length=4,
+        vocab_size=512, d_model=64, d_ff=1024, num_layers=4, num_heads=2, num_kv_heads=2, context_length=24,
         init_std=0.3, dtype="float32",
     )  # fmt: skip
     model = decode.synthetic_model(options(model=deep, nnz=12))

@@ -10,7 +10,8 @@ from pallas_kernels.bench import recorded
 from train import cli
 from train.data.batches import heldout_batches
 from train.data.evaluation_text import read_evaluation_text
-from train.run.checkpoint import find_checkpoint, load_for_inference, read_saved_data
+from train.run.checkpoint_files import find_checkpoint
+from train.run.checkpoint_reading import load_for_inference, read_saved_data
 
 
 @pytest.fixture(scope="module")

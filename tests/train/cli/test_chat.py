@@ -19,7 +19,7 @@ from sparse_lm.generate import GREEDY, Sampling, generate
 from train import cli
 from train.run import convert
 from train.run.chat_template import ChatTemplate
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "sparse_lm" / "convert" / "goldens" / "llama"

@@ -101,6 +101,18 @@ def complaint(capsys, *argv):
         ("evaluate --checkpoint x --data.text-field y", "--data.text-field needs --data.paths; got none"),
         ("evaluate --checkpoint x --jsn y", "unknown option --jsn; did you mean --json?"),
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
+        ("generate --checkpoint x --prompt y --stop=", "--stop must have a character; got none"),
+        ("chat --checkpoint x --stop=", "--stop must have a character; got none"),
+        ("chat --checkpoint x --top-p 2", "top_p must be over 0 and at most 1"),
+        ("bench model --rounds 0", "rounds must be at least 1; got 0"),
+        ("bench decode --rounds 0", "rounds must be at least 1; got 0"),
+        ("bench decode --tokens 0", "batches and tokens must be at least 1; got 1, 8, 32, 0"),
+        ("bench step --batch-size 0", "batch-size must be at least 1; got 0"),
+        ("bench model --tolerance 0.1", "tolerance needs --against, the result that it is of; got none"),
+        ("bench step --tolerance -1 --against x", "tolerance must be at least 0; got -1"),
+        ("bench decode --against x --json x", "--json must name another file than --against"),
+        ("bench decode --agianst x", "unknown option --agianst; did you mean --against?"),
+        ("bench order --checkpoint x --panels 0", "panels must be numbers of at least 1; got 0"),
         ("plot x.json", "plot needs --out; got none"),
         ("plot --out x.png", "plot needs at least one work directory of a run; got none"),
     ],
@@ -133,7 +145,15 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("evaluate --checkpoint {tmp} --json {tmp}/x.json", "found none"),
         ("evaluate --checkpoint {run} --json {tmp}/file/x.json",
          "--json must name a file that can be written; "),
-        ("analyze --checkpoint {run} --out {tmp}/file", "--out must name a directory that can be written; "),
+        ("analyze --checkpoint {run} --out {tmp}/file", "file is a file: choose another"),
+        ("analyze --checkpoint {tmp}/file --out {tmp}/x", "a directory; {tmp}/file is a file"),
+        ("convert --source {tmp}/file --out {tmp}/x", "must be a directory; {tmp}/file is a file"),
+        ("convert --source {run} --out {tmp}/x", "must be a Hugging Face model; {run} is a checkpoint"),
+        ("plot {run} --out {tmp}", "--out must end with .png, .svg or .pdf; got {tmp}"),
+        ("plot {run} --out {tmp}/no/x.png", "a file in a directory that is there; {tmp}/no is none"),
+        ("layer-inputs --checkpoint {run} --out {tmp}/x.npy", "--out must end with .npz; got {tmp}/x.npy"),
+        ("bench decode --config tiny", "--context must be from 1 to 112 and --prompt at most 128, in"),
+        ("bench order --checkpoint {run} --tokens 64 --times panel", "needs an NVIDIA GPU"),
         ("evaluate --checkpoint {run} --tokens 0", "tokens must be at least 1; got 0"),
         ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
         ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
@@ -151,7 +171,7 @@ def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command,
     if words[0] == "train" and "--workdir" not in words:
         words += ["--workdir", str(tmp_path / "run")]
     status, said = complaint(capsys, *words)
-    assert sentence in said
+    assert sentence.format(tmp=tmp_path, run=finished.workdir) in said
     assert status == 1
     assert os.listdir(tmp_path) == ["file"]
 
@@ -238,7 +258,13 @@ def test_interrupts_end_quietly(capsys, monkeypatch):
         ("--help", ["train", "generate", "evaluate", "layer-inputs", "plot"]),
         (
             "train --help",
-            ["--config", "--steps", "--lr (--optimizer.learning-rate)", "--model.sparsity.l1", "--workdir"],
+            [
+                "--config",
+                "--steps",
+                "--lr                --optimizer.learning-rate",
+                "--model.sparsity.l1",
+                "--workdir",
+            ],
         ),
         ("train --config 1b --help", ["--config STR", "(default: 1b)", "(default: 20000)"]),
         ("generate --help", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import programs
 import tiny_runs
 
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 
 # A learning rate that does not depend on the number of steps, so that the lengths of runs make no difference.
 OPTIONS = (

@@ -25,8 +25,15 @@ def train(corpus: Path, workdir: Path, *options: str) -> list[str]:
 def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """The program in a process of its own, with its output in pipes; at the end of the context it is gone,
     also where an assertion failed before it was stopped."""
+    with start_python(["-m", "train", *words], **environment) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`start`, for what ``python`` with ``words`` runs."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "train", *words],
+        [sys.executable, "-u", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -23,7 +23,9 @@ from train.data.tokenizer import ByteTokenizer, fit_bpe
 from train.errors import UserError
 from train.parallel import Layout
 from train.run import checkpoint
-from train.run.checkpoint import Checkpoints, SavedData, complete_steps, find_checkpoint, load_for_inference
+from train.run.checkpoint import Checkpoints
+from train.run.checkpoint_files import complete_steps, find_checkpoint
+from train.run.checkpoint_reading import SavedData, load_for_inference
 from train.run.loop import run
 from train.state import build_program
 

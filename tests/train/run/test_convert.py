@@ -19,7 +19,7 @@ from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint
 from train.run import convert, loop
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 GOLDENS = Path(__file__).parents[2] / "sparse_lm" / "convert" / "goldens"
 WORDS = [f"w{number}" for number in range(39)]
@@ -52,7 +52,7 @@ def test_a_published_model_generates_and_goes_back(published, tmp_path, capsys):
     ours, back = tmp_path / "ours", tmp_path / "back"
     assert main(["convert", "--source", str(published), "--out", str(ours), "--dtype", "float32"]) == 0
     output = capsys.readouterr().out
-    assert output.startswith("llama: 2 layers, d_model 32, d_ff 32, relu, 0.0 M parameters\n")
+    assert output.startswith("llama: 2 layers, d_model 32, d_ff 32, relu, 17.1k parameters\n")
     assert f"sparse-lm generate --checkpoint {ours}" in output
 
     expected = load_file(published / "expected.safetensors")

@@ -11,7 +11,7 @@ from train.config import CheckpointConfig, ReportConfig
 from train.errors import UserError
 from train.parallel import Layout
 from train.run import loop
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 from train.run.loop import run
 from train.run.metrics import to_record
 

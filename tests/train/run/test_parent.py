@@ -14,7 +14,7 @@ from flax import nnx
 
 from train import cli
 from train.run import convert
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 
 # No weight changes in f32 by such steps, so that a child still has its parent's weights after some.
 FROZEN = ("--lr", "1e-30", "--optimizer.warmup-steps", "0")

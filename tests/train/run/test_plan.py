@@ -1,6 +1,7 @@
 """A plan for each layer: what it follows, what it withstands, and a run that changes it on the way."""
 
 import dataclasses
+import re
 import signal
 import threading
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny_runs
 
@@ -61,6 +63,25 @@ def test_a_plan_has_panels_with_room_where_they_pay_and_few_segments():
         assert 1.2 * union / 5632 < layout.capacity < 3 * union / 5632
     assert len(chosen.segments(first_alone=False)) <= 5
     assert plan.best(counted([3400] * 8, TERRAIN.start), TERRAIN)[0] == TERRAIN.start
+
+
+def test_layers_that_are_no_loop_have_each_the_least_that_it_needs():
+    unrolled = dataclasses.replace(TERRAIN, unrolled=True)
+    activity = counted([400, 900] * 4, TERRAIN.start)
+    (loop, _), (alone, _) = (plan.best(activity, terrain) for terrain in (TERRAIN, unrolled))
+    assert alone == LayerPlan((Panel(128, 0.125), Panel(128, 0.25)) * 4)
+    assert loop == LayerPlan((Panel(128, 0.25),) * 8)
+    assert plan.cost(alone, activity, unrolled) < plan.cost(loop, activity, unrolled)
+    assert plan.cost(loop, activity, TERRAIN) < plan.cost(alone, activity, TERRAIN)
+
+
+@pytest.mark.parametrize(("loop", "unrolled"), [("auto", False), ("scan", False), ("unrolled", True)])
+def test_the_terrain_of_a_run_knows_whether_its_layers_are_loops(loop, unrolled):
+    model = dataclasses.replace(
+        tiny_runs.MODEL, ffn=FFNOptions("auto(tokens=16)", backend="interpret"), layer_loop=loop
+    )
+    config = tiny_runs.tiny_config(Path("corpus"), Path("run"), model=model, plan="auto")
+    assert Terrain.of(config).unrolled == unrolled
 
 
 def test_a_plan_follows_the_activity():
@@ -206,6 +227,38 @@ def test_a_run_takes_a_plan_saves_it_and_resumes_with_it(planned):
         assert len(record["union_per_layer"]) == 2
         assert record["l0"] <= np.mean(record["union_per_layer"]) <= 64
         assert record["dense_tokens_per_layer"] == ([128, 128] if record["plan"] == dense else [0, 0])
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_ends_does_not_wait_for_a_plan_that_is_being_compiled(corpus, tmp_path):
+    """XLA compiles in its thread for as long as the process lives."""
+    code = """if True:
+        from train import cli
+        from train.parallel import Layout
+        from train.run import plan
+        from sparse_lm import LayerPlan
+
+        compiled_step = Layout.compiled_step
+
+        def endless(self, program, tokens):
+            while True:
+                compiled_step(self, program, tokens)
+
+        Layout.compiled_step = endless
+        plan.best = lambda activity, terrain: (LayerPlan.parse(["panel(tokens=16)"]), 0.0)
+        cli.run()
+    """
+    words = programs.train(
+        corpus, tmp_path, "--model.ffn.format", "auto(tokens=16)", "--model.ffn.backend", "interpret",
+        "--plan", "auto", "--plan-every", "1", "--report.every", "1", "--steps", "1000000",
+        "--checkpoint.every", "1000000",
+    )  # fmt: skip
+    with programs.start_python(["-c", code, *words]) as process:
+        programs.wait_for_line(process, "compiling other formats for the layers: panel(tokens=16)")
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "SIGTERM: saving after this step; once more to exit at once\n")
+    assert re.search(r"stopped by a signal after step (\d+) of 1000000, saved at .*\n$", out), out
 
 
 def test_a_moving_plan_trains_the_curve_of_the_dense_layer(planned, corpus, tmp_path):

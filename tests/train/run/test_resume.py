@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 from train.run.loop import run
 
 
@@ -64,7 +64,10 @@ def test_kill_during_a_save_resumes_from_the_one_before(finished, corpus, tmp_pa
     assert (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").is_dir()
 
     _, states = tiny_runs.run_recording(tiny_runs.tiny_config(corpus, tmp_path))
-    assert "ignoring half-written checkpoints: 4.orbax-checkpoint-tmp" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "removing what a killed run left of checkpoints: 4.orbax-checkpoint-tmp\n" in said
+    assert "ignoring half-written" not in said
+    assert list((tmp_path / "checkpoints").glob("*tmp*")) == []
     assert min(states) == 3
     assert_same_run(tmp_path, states[8], finished)
     assert complete_steps(tmp_path / "checkpoints")[-2:] == [6, 8]

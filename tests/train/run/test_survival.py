@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import tiny_runs
 
 from train import cli
 from train.run import lock
-from train.run.checkpoint import complete_steps
+from train.run.checkpoint_files import complete_steps
 
 FOR_EVER = ("--steps", "1000000", "--checkpoint.every", "1000000")
 
@@ -157,6 +158,40 @@ def test_checkpoints_by_time(corpus, tmp_path):
     )
     assert cli.main(programs.train(corpus, tmp_path, *options)) == 0
     assert complete_steps(tmp_path / "checkpoints") == [1, 2, 3, 4]
+
+
+def test_kill_during_the_removal_of_a_checkpoint(corpus, tmp_path, capsys):
+    """The next start removes the rest of it, and nothing that somebody else may have put there."""
+    code = """if True:
+        import shutil, sys, time
+        from pathlib import Path
+        from train import cli
+
+        def stuck(path, **options):
+            next(file for file in Path(path).rglob("*") if file.is_file()).unlink()
+            print("removing", Path(path).relative_to(Path(path).parents[2]), flush=True)
+            time.sleep(600)
+
+        shutil.rmtree = stuck
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    words = programs.train(corpus, tmp_path, "--checkpoint.every", "1", "--checkpoint.keep", "1")
+    with programs.start_python(["-c", code, *words, "--steps", "2", *FLAT]) as process:
+        programs.wait_for_line(process, "removing checkpoints/deleting/1")
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["2", "deleting"]
+    shutil.copytree(checkpoints / "2", checkpoints / "20", ignore=shutil.ignore_patterns("params"))
+    shutil.copytree(checkpoints / "2", checkpoints / "19.half-written")
+    (checkpoints / "deleting" / "notes").mkdir()
+
+    assert cli.main([*words, "--steps", "3", *FLAT]) == 0
+    said = capsys.readouterr().out
+    assert "ignoring half-written checkpoints: 19.half-written, 20\n" in said
+    assert "removing what a killed run left of checkpoints: deleting/1\n" in said
+    assert "resuming after step 2 of 3\n" in said
+    left = ["19.half-written", "20.half-written", "3", "deleting"]
+    assert sorted(os.listdir(checkpoints)) == left
+    assert os.listdir(checkpoints / "deleting") == ["notes"]
 
 
 def lose(victim, count, words, workdir):

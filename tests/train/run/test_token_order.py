@@ -15,7 +15,7 @@ from sparse_lm.convert import load_params, open_hf
 from train.config import ParallelConfig, ReportConfig
 from train.evaluate import evaluate_checkpoint
 from train.run import convert
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 from train.run.hooks import Hook
 from train.run.loop import run
 

@@ -12,7 +12,7 @@ from flax import nnx
 from pallas_kernels.bench import timing
 from sparse_lm import clusters, order
 from train.bench import energy, nvml
-from train.run.checkpoint import load_for_inference
+from train.run.checkpoint_reading import load_for_inference
 from train.sweep import report, speed
 from train.sweep.figures import count_unions, read_quality
 from train.sweep.results import Results

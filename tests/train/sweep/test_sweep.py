@@ -10,7 +10,7 @@ import tiny_runs
 import configs
 from sparse_lm.model import num_parameters
 from train import cli
-from train.config import changed_fields
+from train.config_json import changed_fields
 from train.errors import UserError
 from train.run import loop
 from train.sweep.rows import Sweep
