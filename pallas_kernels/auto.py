@@ -52,7 +52,7 @@ _GOLDEN = 0.6180339887498949
 def pays(x: jax.Array, w_gate: jax.Array, options: FFNOptions, share: float) -> jax.Array:
     """() bool: whether panels of x (M, D) activate under ``share`` of the neurons of w_gate (F, D), on a
     sample."""
-    tokens = _panel_tokens(options)
+    tokens = _layout(options).tokens
     starts = [nth * tokens for nth in _probed(x.shape[0] // tokens)]
     sample = jnp.concatenate([lax.slice_in_dim(x, start, start + tokens) for start in starts])
     active = options.rule.active(reference.project(sample, w_gate)).reshape(len(starts), tokens, -1)
@@ -69,15 +69,17 @@ def _probed(n_panels: int) -> list[int]:
     return [int(n_panels * (nth * _GOLDEN % 1)) for nth in range(1, count + 1)]
 
 
-def _panel_tokens(options: FFNOptions) -> int:
+def _layout(options: FFNOptions) -> Auto:
     layout = options.layout
     assert isinstance(layout, Auto)
-    return layout.tokens
+    return layout
 
 
 def _as_panel(options: FFNOptions) -> FFNOptions:
     """The options of the PanelELL layer with room for every pair."""
-    return dataclasses.replace(options, format=Panel(tokens=_panel_tokens(options), capacity=1.0))
+    layout = _layout(options)
+    panels = Panel(tokens=layout.tokens, capacity=1.0, block_tokens=layout.block_tokens)
+    return dataclasses.replace(options, format=panels)
 
 
 def infer(
@@ -91,7 +93,7 @@ def infer(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel and
     weights (F, D) of one type."""
-    tokens, rule = _panel_tokens(options), options.rule
+    tokens, block_tokens, rule = _layout(options).tokens, _layout(options).block_tokens, options.rule
     break_even = configs.break_even(device.current(), backend, gated=w_gate is not None)
 
     def after_the_gate(x, w_gate, w_up, w_down):
@@ -112,11 +114,7 @@ def infer(
         return varying_axes.vary_with(x, outputs)
 
     def instead(x, w_gate, w_up, w_down):
-        arguments = x, w_gate, w_up, w_down
-        if panel.is_cut(x, w_up):
-            outputs = blocks.infer(*arguments, options, groups)
-        else:
-            outputs = dense.infer(*arguments, options, "xla", groups)
+        outputs = blocks.infer(x, w_gate, w_up, w_down, options, groups, block_tokens=block_tokens)
         return varying_axes.vary_with(x, outputs)
 
     def probe(x, w_gate, w_up, w_down):

@@ -76,8 +76,9 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
     if format == "auto" and backend != "interpret":
         if call.dtype.itemsize != 2:
             return f"format='auto' is dense for types without tensor cores; got {call.dtype.name}"
-        least = panel_configs.LEAST_PROBED_TOKENS
-        if call.tokens < least and backend != "mosaic_gpu":
+        on_hopper = backend == "mosaic_gpu"
+        least = panel_configs.LEAST_COUNTED_TOKENS if on_hopper else panel_configs.LEAST_PROBED_TOKENS
+        if call.tokens < least:
             return f"format='auto' is dense on {backend} under {least} tokens; got {call.tokens}"
     if isinstance(layout, Auto) and call.tokens < layout.tokens:
         return f"format='auto' probes panels of {layout.tokens} tokens; got {call.tokens} tokens"

@@ -65,14 +65,19 @@ class Panel(_Layout):
       capacity: share of all (panel, neuron) pairs that there is room to keep between forward and backward. A
         call with more active pairs keeps nothing and takes the dense path there; without a gradient to
         compute there is room for all.
+      block_tokens: most tokens that a call without a gradient takes at a time, a multiple of 128, which its
+        temporary memory follows; None takes all at once, which is faster. Calls of up to 64 panels are not
+        cut.
     """
 
     tokens: int = 128
     capacity: float = 0.25
+    block_tokens: int | None = None
     name: ClassVar[Format] = "panel"
 
     def __post_init__(self) -> None:
         _check_panel_tokens("Panel", self.tokens)
+        _check_block_tokens("Panel", self.block_tokens)
         if not 0 < self.capacity <= 1:
             raise ValueError(f"Panel.capacity must be above 0 and at most 1; got {self.capacity}")
 
@@ -145,18 +150,27 @@ class Auto(_Layout):
 
     Attributes:
       tokens: P of its panels.
+      block_tokens: as in `Panel`; where the call is dense, a third of it, for there three arrays take the
+        room of one.
     """
 
     tokens: int = 128
+    block_tokens: int | None = None
     name: ClassVar[Format] = "auto"
 
     def __post_init__(self) -> None:
         _check_panel_tokens("Auto", self.tokens)
+        _check_block_tokens("Auto", self.block_tokens)
 
 
 def _check_panel_tokens(owner: str, tokens: int) -> None:
     if not 16 <= tokens <= 128 or tokens & (tokens - 1):
         raise ValueError(f"{owner}.tokens must be a power of two from 16 to 128; got {tokens}")
+
+
+def _check_block_tokens(owner: str, tokens: int | None) -> None:
+    if tokens is not None and (tokens < 128 or tokens % 128):
+        raise ValueError(f"{owner}.block_tokens must be a multiple of 128, or None; got {tokens}")
 
 
 def _check_tile(owner: str, tile: int) -> None:

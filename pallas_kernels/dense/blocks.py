@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels import dense, device, reference
+from pallas_kernels import dense, reference
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import token_blocks, varying_axes
 from pallas_kernels.common.groups import Groups, group_size
@@ -23,6 +23,9 @@ from pallas_kernels.reference import Weights
 
 BLOCK = 4096
 """Most tokens of a block: enough for a GEMM to run at its full rate."""
+
+_ARRAYS = 3
+"""(tokens, F) arrays of the dense layer: the gate, the up projection and h."""
 
 
 def forward(
@@ -44,27 +47,35 @@ def infer(
     w_down: jax.Array,
     options: FFNOptions,
     groups: Groups = None,
+    *,
+    block_tokens: int | None,
 ) -> tuple[jax.Array, FFNStats]:
-    """`dense.infer`: the same y and integer statistics, l1 summed in another order. A call that
-    `token_blocks.split` does not cut is `dense.infer` itself."""
-    (tokens, d_model), d_ff = x.shape, w_up.shape[0]
-    projection = token_blocks.Product(d_ff, d_model)
-    products = [projection] * (1 if w_gate is None else 2) + [token_blocks.Product(d_model, d_ff)]
-    blocks = token_blocks.split(tokens, products, device.current())
-    if len(blocks) == 1:
+    """`dense.infer`: the same y and integer statistics, l1 summed in another order.
+
+    The (tokens, F) arrays of a block, of which there are ``_ARRAYS``, take the room of one of
+    ``block_tokens``; None is `dense.infer` itself.
+    """
+    tokens = x.shape[0]
+    if block_tokens is None or tokens <= block_tokens:
         return dense.infer(x, w_gate, w_up, w_down, options, "xla", groups)
-    size, length = group_size(tokens, groups), blocks[0].tokens
-    if groups is not None and size <= length:  # whole groups in a block
-        blocks = token_blocks.cut(tokens, length // size * size)
-    elif groups is not None:  # several blocks in a group
+    multiple = token_blocks.MULTIPLE
+    most = max(1, block_tokens // (_ARRAYS * multiple)) * multiple
+    size = group_size(tokens, groups)
+    if groups is None:
+        blocks = token_blocks.split(tokens, most)
+    elif size <= most:  # whole groups in a block
+        length = most // size * size
+        starts = range(0, tokens, length)
+        blocks = [token_blocks.Block(start, min(length, tokens - start)) for start in starts]
+    else:  # several blocks in a group
         blocks = [
             token_blocks.Block(start + block.start, block.tokens)
             for start in range(0, tokens, size)
-            for block in token_blocks.cut(size, length)
+            for block in token_blocks.split(size, most)
         ]
     y, parts = varying_axes.vary_with(x, lax.empty(x.shape, x.dtype)), []
     for start, count in blocks:
-        within = None if groups is None or size > length else count // size
+        within = None if groups is None or size > most else count // size
         rows = lax.slice_in_dim(x, start, start + count)
         outputs = dense.infer(rows, w_gate, w_up, w_down, options, "xla", within)
         # The next block waits for this one: together they would hold the intermediates of both.
@@ -74,7 +85,7 @@ def infer(
     counts = [block.tokens for block in blocks]
     if groups is None:
         return y, _whole(parts, counts)
-    if size <= length:
+    if size <= most:
         return y, jax.tree.map(lambda *of_groups: jnp.concatenate(of_groups), *parts)
     each = len(blocks) // groups
     whole = [_whole(parts[n : n + each], counts[n : n + each]) for n in range(0, len(parts), each)]

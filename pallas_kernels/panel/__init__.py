@@ -1,5 +1,5 @@
 """PanelELL: neighbouring tokens share neurons, so a panel of tokens runs its projections on tensor cores."""
 
-from pallas_kernels.panel.layer import backward, forward, infer, is_cut
+from pallas_kernels.panel.layer import backward, forward, infer
 
-__all__ = ["backward", "forward", "infer", "is_cut"]
+__all__ = ["backward", "forward", "infer"]

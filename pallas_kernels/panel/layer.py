@@ -29,7 +29,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels import dense, device
+from pallas_kernels import dense
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import token_blocks, varying_axes
 from pallas_kernels.common.groups import Groups, by_group, group_size
@@ -104,7 +104,7 @@ def infer(
     by_token = groups is not None
     one = partial(_infer_block, options=options, backend=backend, config=config, by_token=by_token)
     weights = w_gate, w_up, w_down
-    *others, last = _blocks(x, w_up)
+    *others, last = token_blocks.split(tokens, _layout(options).block_tokens)
     if not others:
         y, counted = one(x, *weights, None, None, rows=tokens)
     else:
@@ -112,16 +112,6 @@ def infer(
     gate_weight, _ = roles(w_gate, w_up)
     overflowed = jnp.zeros((), bool)
     return y, _stats(counted, overflowed, x, gate_weight, config.panel, options.rule, groups)
-
-
-def is_cut(x: jax.Array, w_up: jax.Array) -> bool:
-    """Whether `infer` runs over several blocks of the tokens of x (M, D), for weights like w_up (F, D)."""
-    return len(_blocks(x, w_up)) > 1
-
-
-def _blocks(x: jax.Array, w_up: jax.Array) -> list[token_blocks.Block]:
-    (tokens, d_model), gate_columns = x.shape, w_up.shape[0]
-    return token_blocks.split(tokens, [token_blocks.Product(gate_columns, d_model)], device.current())
 
 
 def _over_blocks(one, x, weights, others, last):

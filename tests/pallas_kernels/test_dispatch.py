@@ -128,14 +128,14 @@ def test_auto_decodes_a_few_tokens(found, most):
 
 def test_auto_counts_a_gate_stage_of_few_tokens_on_hopper():
     with on(H200):
-        assert dispatch.choose(FFNOptions(), MANY._replace(tokens=128)) == (Auto(), "mosaic_gpu")
+        assert dispatch.choose(FFNOptions(), MANY._replace(tokens=1024)) == (Auto(), "mosaic_gpu")
     with on(A100):
         assert dispatch.choose(FFNOptions(), MANY._replace(tokens=2047)) == (Dense(), "xla")
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tokens": 127}, {"tokens": 2047, "d_model": 100}, {"dtype": jnp.dtype("float32")}],
+    [{"tokens": 1023}, {"tokens": 2047, "d_model": 100}, {"dtype": jnp.dtype("float32")}],
     ids=str,
 )
 def test_auto_is_dense_where_a_decision_would_not_pay(changes):

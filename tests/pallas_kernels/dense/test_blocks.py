@@ -57,10 +57,10 @@ def test_blocks_are_the_layer(tokens, kind, by_token):
 @pytest.mark.parametrize(("tokens", "groups"), [(61, None), (60, 2), (60, 12), (64, 64), (16, 2)])
 def test_inference_over_blocks(monkeypatch, tokens, groups, kind):
     """Whole groups in a block, and several blocks in a group."""
-    monkeypatch.setattr(token_blocks, "split", lambda tokens, *_: token_blocks.cut(tokens, 16))
+    monkeypatch.setattr(token_blocks, "MULTIPLE", 16)
     weights, options = arguments(tokens, kind), FFNOptions(format="dense")
     y, stats = dense.infer(*weights, options, "xla", groups)
-    found, counted = blocks.infer(*weights, options, groups)
+    found, counted = blocks.infer(*weights, options, groups, block_tokens=48)
     np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
     for field in dataclasses.fields(FFNStats):
         got, expected = getattr(counted, field.name), getattr(stats, field.name)
