@@ -11,8 +11,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_gpu_autotune_level=0",  # on a GPU, autotuning the dense layers took most of the tests' time
         "--xla_allow_excess_precision=false",  # the dense layer rounds where the specification does
         "--xla_cpu_parallel_codegen_split_count=1",  # pytest's workers fill the cores
-        # Interpreted kernels compile in half the time without these; 0.11 has no choice.
-        *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+        # Interpreted kernels compile in less than half the time without XLA's MLIR fusion emitters. How to do
+        # without them changed between versions, and 0.12 has no other emitters.
+        {
+            "0.10": "--xla_cpu_use_fusion_emitters=false",
+            "0.11": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        }.get(version("jaxlib")[:4], ""),
     ]
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several pytest workers may share a GPU

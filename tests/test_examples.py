@@ -22,7 +22,8 @@ def test_an_example_runs(path):
     if FOUR_DEVICES not in path.read_text():
         runpy.run_path(str(path), run_name="__main__")
         return
-    environment = {**os.environ, "XLA_FLAGS": FOUR_DEVICES, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    assert FOUR_DEVICES in environment["XLA_FLAGS"]  # conftest.py's
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 

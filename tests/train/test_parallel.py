@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny_runs
 from jax.sharding import AxisType
@@ -127,7 +128,7 @@ def run_two_processes(corpus, workdir) -> list[str]:
             workdir,
             mode="plain",
             environment={
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": programs.xla_flags(devices=2),
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index),

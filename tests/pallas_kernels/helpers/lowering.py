@@ -6,6 +6,19 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
 
+def pairs(sizes, dtypes, kinds=("gated", "non-gated")):
+    """Cases (sizes, dtype, kind): every size in every type, in one of the two kinds of layer.
+
+    Kinds alternate, so that each also meets every size and every type: what a lowering refuses follows from
+    one of the three or from two together.
+    """
+    return [
+        (size, dtype, kinds[(row + column) % 2])
+        for row, size in enumerate(sizes)
+        for column, dtype in enumerate(dtypes)
+    ]
+
+
 def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
     """Arguments of one call, as shapes: x (M, D) and weights (F, D)."""
     weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from lowering import lowered, on_h200, shapes
+from lowering import lowered, on_h200, pairs, shapes
 from op_checks import DTYPES, LAYERS, differentiate
 from op_checks import call as call_with
 
@@ -47,9 +47,9 @@ def assert_kernels(text, kind="gated", backward=False):
     assert "callback" not in text
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kind"), pairs([(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], DTYPES), ids=str
+)
 def test_types_and_odd_sizes(sizes, dtype, kind):
     assert_kernels(lowered(step, shapes(*sizes, dtype, kind)), kind, backward=True)
 

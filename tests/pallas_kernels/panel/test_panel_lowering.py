@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lowering import lowered, shapes
+from lowering import lowered, pairs, shapes
 from op_checks import DTYPES, LAYERS, call, differentiate
 
 from pallas_kernels import FFNOptions, Panel
@@ -30,9 +30,9 @@ def step(options):
     return partial(differentiate, dl1=1.0, apply=partial(call, options=options))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 40, 200), (130, 129, 65), (16385, 1000, 5633)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kind"), pairs([(1, 40, 200), (130, 129, 65), (16385, 1000, 5633)], DTYPES), ids=str
+)
 def test_types_and_odd_sizes(sizes, dtype, kind):
     inputs, dy = shapes(*sizes, dtype, kind), jax.ShapeDtypeStruct(sizes[:2], jnp.float32)
     assert_kernels(lowered(step(OPTIONS), inputs, dy), FORWARD + BACKWARD)

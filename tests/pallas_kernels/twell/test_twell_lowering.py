@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lowering import lowered, shapes
+from lowering import lowered, pairs, shapes
 from op_checks import DTYPES, LAYERS, call, differentiate
 
 from pallas_kernels import FFNOptions, Twell
@@ -32,9 +32,9 @@ def assert_kernels(text, kind="gated"):
         assert name in text
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kind"), pairs([(1, 40, 200), (7, 129, 65), (16385, 1000, 5633)], DTYPES), ids=str
+)
 def test_types_and_odd_sizes(sizes, dtype, kind):
     """With the gradients, whose backward is the dense layer's: the tests below have the call alone."""
     dy = jax.ShapeDtypeStruct(sizes[:2], jnp.float32)

@@ -21,6 +21,12 @@ def train(corpus: Path, workdir: Path, *options: str) -> list[str]:
     return ["train", *TINY, "--data.paths", str(corpus), "--workdir", str(workdir), *options]
 
 
+def xla_flags(devices: int) -> str:
+    """The tests' own XLA_FLAGS, which make compilation cheap, with another number of simulated devices: of a
+    flag that is given twice, XLA takes the last."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 @contextlib.contextmanager
 def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """The program in a process of its own, with its output in pipes; at the end of the context it is gone,
@@ -40,7 +46,7 @@ def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Po
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": xla_flags(devices=1),
             "PYTHONPATH": os.pathsep.join(sys.path),
             **environment,
         },

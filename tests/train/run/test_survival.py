@@ -225,7 +225,7 @@ def test_a_lost_process_ends_the_other_and_one_process_goes_on_bit_for_bit(corpu
     for name in ("lost", "whole"):
         with programs.start(
             programs.train(corpus, tmp_path / name, *FLAT, *steps),
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            XLA_FLAGS=programs.xla_flags(devices=2),
         ) as process:
             out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
