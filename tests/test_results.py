@@ -44,7 +44,8 @@ def medians(case: dict) -> dict[str, float]:
     return {row["name"]: statistics.median(row["timing"]["samples_ms"]) for row in case["rows"]}
 
 
-CASES = [pytest.param(*table, id=table[0].stem) for table in tables() if table[0].stem != "step_0p5b"]
+OTHERS = ("step_0p5b", "decode_1p5b")
+CASES = [pytest.param(*table, id=table[0].stem) for table in tables() if table[0].stem not in OTHERS]
 
 
 def test_tables_are_found():
@@ -84,12 +85,28 @@ def test_the_steps_table_holds_the_files_medians():
             assert agrees(gibibytes, case["program_bytes"] / 2**30), cell
 
 
+def test_the_table_of_decode_holds_the_files_medians():
+    ((file, _, rows),) = [table for table in tables() if table[0].stem == "decode_1p5b"]
+    measured = {
+        (row["what"], row["tokens"], row["format"]): row for row in json.loads(file.read_text())["rows"]
+    }
+    assert len(rows) == len(measured) / 2
+    for what, tokens, dense, dense_share, auto, auto_share, ratio in rows:
+        pair = [measured[what, int(tokens.replace(",", "")), format] for format in ("dense", "auto")]
+        for row, cell, share in zip(pair, (dense, auto), (dense_share, auto_share), strict=True):
+            assert agrees(cell.replace(",", ""), 1e3 * row["median_ms"]), (what, tokens)
+            assert share == (
+                f"{row['bandwidth_share']:.0%}".replace("%", " %") if row["bandwidth_share"] else ""
+            )
+        assert agrees(ratio, pair[0]["median_ms"] / pair[1]["median_ms"]), (what, tokens)
+
+
 def test_the_readmes_figures_stand_in_docs():
     """Of ``2.48× (6.72 to 2.71 ms)`` both times, and the ratio follows from them."""
     table = (ROOT / "README.md").read_text().split("\n## Headline figures\n")[1].split("\n## ")[0]
     pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     numbers = set(re.findall(r"(?<![\d.,])[\d.,]*\d", pages))
-    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|GiB|tokens/s)\)", table)
+    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|tokens/s)\)", table)
     assert len(pairs) >= 5
     for ratio, sign, before, after, unit in pairs:
         assert {before, after} <= numbers
