@@ -152,7 +152,10 @@ def test_tiles_that_the_kernels_cannot_pack():
             "FFNOptions.weight_gradients must be one of auto, input, float32; got 'float16'",
         ),
         ({"activation": "gelu"}, "activation must be one of relu, relu2, drelu, or Threshold"),
-        ({"format": "panel(width=3)"}, "format 'panel' has the options tokens, capacity; got 'width=3'"),
+        (
+            {"format": "panel(width=3)"},
+            "format 'panel' has the options tokens, capacity, block_tokens; got 'width=3'",
+        ),
         ({"format": "decode(tile=3)"}, "format 'decode' has no options; got 'tile=3'"),
         ({"format": "panel(tokens=many)"}, "Panel.tokens must be a number; got 'many'"),
         ({"format": 3}, "FFNOptions.format must be one of .*; got 3"),

@@ -70,7 +70,7 @@ def complaint(capsys, *argv):
         ("train --model.ffn.format=panel(tokens=65)",
          "Panel.tokens must be a power of two from 16 to 128; got 65"),
         ("train --model.ffn.format=panel(width=64)",
-         "format 'panel' has the options tokens, capacity; got 'width=64' in 'panel(width=64)'"),
+         "format 'panel' has the options tokens, capacity, block_tokens; got 'width=64'"),
         ("train --model.ffn.format=hybrid(width=x)",
          "Hybrid.width must be a number; got 'x' in 'hybrid(width=x)'"),
         ("train --model.ffn.format.tokens 64", "unknown option --model.ffn.format.tokens"),
