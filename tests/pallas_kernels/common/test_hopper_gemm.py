@@ -24,6 +24,7 @@ GATES = {
     "twell": partial(twell.gate_pack, tile=256, slots=32),
     "twell, narrow tiles": partial(twell.gate_pack, tile=128, slots=32),
     "panel": panel.gate_panel,
+    "panel, tiles of few tokens": partial(panel.gate_panel, tile=176),
 }
 
 
@@ -35,13 +36,21 @@ def test_lowers(gate, tokens, d_model):
 
 
 @pytest.mark.skipif(VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on")
-@pytest.mark.parametrize("stages", [2, 4])
-@pytest.mark.parametrize("sizes", [(389, 192, 264), (264, 64, 128)], ids=str)
-def test_every_row_and_column(monkeypatch, sizes, stages):
+@pytest.mark.parametrize(
+    ("sizes", "stages", "tile"),
+    [
+        ((389, 192, 264), 2, 128),
+        ((389, 192, 264), 4, 128),
+        ((389, 192, 264), 3, 48),
+        ((264, 64, 128), 2, 128),
+    ],
+    ids=str,
+)
+def test_every_row_and_column(monkeypatch, sizes, stages, tile):
     """More tiles than programs, so that a ring goes around them; two rounds of programs; a D of one slice;
-    a cut row block, of a number of rows that copies do not count in."""
+    a cut row block, of a number of rows that copies do not count in; tiles of an odd number of swizzles."""
     tokens, d_model, d_ff = sizes
-    tile, cores = 128, 4
+    cores = 4
     rows, columns = (pl.cdiv(n, m) * m for n, m in ((tokens, TILE_M), (d_ff, tile)))
     monkeypatch.setattr(hopper_gemm, "_TILES_EACH", 2)
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", 90, cores))
