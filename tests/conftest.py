@@ -40,6 +40,15 @@ def pytest_collection_finish() -> None:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start
 
 
+_file = None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _file
+    if _file not in (None, item.path):
+        # Nobody calls the last file's functions again. Kept, their programs grow to 6 GB a worker, which each
+        # collection of garbage goes through.
+        jax.clear_caches()
+    _file = item.path
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
