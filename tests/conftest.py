@@ -3,6 +3,7 @@
 import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -40,15 +41,16 @@ def pytest_collection_finish() -> None:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start
 
 
-_file = None
+_FILES_KEPT = 30
+_files: set[Path] = set()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    global _file
-    if _file not in (None, item.path):
-        # Nobody calls the last file's functions again. Kept, their programs grow to 6 GB a worker, which each
-        # collection of garbage goes through.
+    if item.path not in _files and len(_files) == _FILES_KEPT:
+        # Nobody calls those files' functions again: kept, their programs grow to 6 GB a worker. Not after
+        # every file, for what is called outside of jit is compiled once for all.
         jax.clear_caches()
-    _file = item.path
+        _files.clear()
+    _files.add(item.path)
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
