@@ -220,9 +220,10 @@ class FFNOptions:
       format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
         `Decode`, `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
         ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` for a few tokens (up to 64 on Hopper,
-        elsewhere two); from 2,048 on it decides inside the program, call by call, between ``"panel"`` and
-        ``"dense"``; and it is ``"dense"`` where neither can be. A format asked for by name that cannot run a
-        call raises the reason. `dispatch.explain` tells what would run.
+        elsewhere two); from 2,048 on, and in a forward on Hopper from 1,024 on, it decides inside the
+        program, call by call, between ``"panel"`` and ``"dense"``; it is ``"dense"`` where neither can be. A
+        format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells what would
+        run.
       activation: ``"relu"``, ``"relu2"``, `Threshold` or ``"drelu"`` (`activations`).
       backend: what runs the call. ``"auto"`` is the first that can of those a format has: XLA for
         ``"dense"``, else Mosaic GPU for the gate on Hopper, and Triton. ``"interpret"`` runs Triton kernels'
