@@ -55,6 +55,25 @@ def test_the_largest_sizes():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("tokens", "format", "launches"),
+    [
+        (512, "panel", ["panel_down", "panel_lists", "panel_up"]),
+        (1024, "auto", ["panel_down", "panel_lists", "panel_under", "panel_up"]),
+        (1023, "auto", []),
+        (8193, "panel", ["panel_count", "panel_down", "panel_lists", "panel_up"]),
+    ],
+)
+def test_a_forward_call_of_few_panels_is_few_launches(tokens, format, launches, kind):
+    """Each kernel once behind Hopper's gate; ``auto`` decides from its counts, without a probe."""
+    text = lowered(partial(call, options=FFNOptions(format=format)), shapes(tokens, 2048, 5632, kind=kind))
+    found = [name for name in re.findall(r'"(panel_\w+)"', text) if not name.startswith("panel_gate")]
+    assert sorted(found) == launches
+    assert text.count("custom_call @mosaic_gpu_v2") == bool(launches)
+    assert ("stablehlo.case" in text) == (format == "auto" and bool(launches))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_auto_holds_both_layers_and_never_asks_the_host(kind):
     options, inputs = FFNOptions(), shapes(16384, 2048, 5632, kind=kind)
     text = lowered(step(options), inputs, jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
