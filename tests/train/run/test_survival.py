@@ -169,7 +169,8 @@ def test_kill_during_the_removal_of_a_checkpoint(corpus, tmp_path, capsys):
 
         def stuck(path, **options):
             next(file for file in Path(path).rglob("*") if file.is_file()).unlink()
-            print("removing", Path(path).relative_to(Path(path).parents[2]), flush=True)
+            # In one write: the run prints beside it, and what stands between two words is another line.
+            sys.stdout.write(f"removing {Path(path).relative_to(Path(path).parents[2])}\\n")
             time.sleep(600)
 
         shutil.rmtree = stuck
