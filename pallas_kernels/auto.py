@@ -1,10 +1,7 @@
 """``format="auto"`` on a GPU: the program itself finds out, call by call, whether sparsity pays.
 
-A call of few panels computes its gates first, as PanelELL does, counts the neurons that each panel activates,
-and ends over those neurons or densely from the gates that it has: nothing is computed twice (`panel.few`).
-
-Elsewhere a probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the
-neurons that each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens.
+A probe computes the gates of one panel of tokens in sixteen, and of four at most, and counts the neurons that
+each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tokens.
 
 A conditional then runs the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer
 one: both run). Both are exact, so the decision is about how long a call takes and never about what it gives,
@@ -12,7 +9,8 @@ and it is part of the compiled program. The host is not asked: XLA records the c
 and in a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of
 7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the first; the same layers without
 one had no gap above 0.3 µs. Where layers are short the host is what a call waits for, and a conditional costs
-it some 50 µs (`panel.config.LEAST_COUNTED_TOKENS`).
+it some 50 µs. So a forward of few panels on Hopper is not asked about, but is PanelELL
+(`panel.config.LEAST_UNASKED_TOKENS`).
 
 A call that is differentiated and too small for a probe is dense.
 
@@ -94,21 +92,8 @@ def infer(
 ) -> tuple[jax.Array, FFNStats]:
     """One feed-forward layer, PanelELL or dense: as `reference.ffn`, for x (M, D) of at least a panel and
     weights (F, D) of one type."""
-    tokens, block_tokens, rule = _layout(options).tokens, _layout(options).block_tokens, options.rule
-    break_even = configs.break_even(device.current(), backend, gated=w_gate is not None)
-
-    def after_the_gate(x, w_gate, w_up, w_down):
-        gates = few.gates_of(x, w_gate, w_up, tokens, rule, backend)
-
-        def sparse(gates, arguments):
-            return varying_axes.vary_with(x, few.sparse(gates, arguments, rule, backend))
-
-        def instead(gates, arguments):
-            return varying_axes.vary_with(x, few.dense(gates, arguments, rule))
-
-        return lax.cond(
-            gates.under(break_even.few, backend), sparse, instead, gates, (x, w_gate, w_up, w_down)
-        )
+    block_tokens = _layout(options).block_tokens
+    share = configs.break_even(device.current(), backend, gated=w_gate is not None).forward
 
     def sparse(x, w_gate, w_up, w_down):
         outputs = panel.infer(x, w_gate, w_up, w_down, _as_panel(options), backend, groups)
@@ -119,11 +104,11 @@ def infer(
         return varying_axes.vary_with(x, outputs)
 
     def probe(x, w_gate, w_up, w_down):
-        decision = pays(x, w_up if w_gate is None else w_gate, options, break_even.forward)
+        decision = pays(x, w_up if w_gate is None else w_gate, options, share)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
-    if groups is None and few.applies(x.shape[0], tokens):
-        return where_kernels_run(after_the_gate, instead, backend, x, w_gate, w_up, w_down)
+    if backend == "mosaic_gpu" and groups is None and few.applies(x.shape[0], _layout(options).tokens):
+        return where_kernels_run(sparse, instead, backend, x, w_gate, w_up, w_down)
     if _too_small_for_a_probe(x, backend):
         return instead(x, w_gate, w_up, w_down)
     return where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)

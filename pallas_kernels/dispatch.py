@@ -77,7 +77,7 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
         if call.dtype.itemsize != 2:
             return f"format='auto' is dense for types without tensor cores; got {call.dtype.name}"
         on_hopper = backend == "mosaic_gpu"
-        least = panel_configs.LEAST_COUNTED_TOKENS if on_hopper else panel_configs.LEAST_PROBED_TOKENS
+        least = panel_configs.LEAST_UNASKED_TOKENS if on_hopper else panel_configs.LEAST_PROBED_TOKENS
         if call.tokens < least:
             return f"format='auto' is dense on {backend} under {least} tokens; got {call.tokens}"
     if isinstance(layout, Auto) and call.tokens < layout.tokens:

@@ -145,8 +145,8 @@ class Decode(_Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
-    """For a few tokens `Decode` (up to 64 on Hopper, elsewhere two); for many the program decides, call by
-    call, between `Panel` and `Dense`.
+    """For a few tokens `Decode` (up to 64 on Hopper, elsewhere two); for more the program decides, call by
+    call, between `Panel` and `Dense`, but where a decision would take longer than the wrong layer.
 
     Attributes:
       tokens: P of its panels.
@@ -220,8 +220,8 @@ class FFNOptions:
       format: how the gate activations are stored between the projections: `Panel`, `Hybrid`, `Twell`,
         `Decode`, `Dense`, `Auto`, or such a one's name for its defaults, also with options as in
         ``"panel(tokens=64)"``. ``"auto"`` is ``"decode"`` for a few tokens (up to 64 on Hopper,
-        elsewhere two); from 2,048 on, and in a forward on Hopper from 1,024 on, it decides inside the
-        program, call by call, between ``"panel"`` and ``"dense"``; it is ``"dense"`` where neither can be. A
+        elsewhere two), and ``"panel"`` for a forward of 1,024 to 8,192 on Hopper; from 2,048 on it decides
+        inside the program, call by call, between ``"panel"`` and ``"dense"``; else it is ``"dense"``. A
         format asked for by name that cannot run a call raises the reason. `dispatch.explain` tells what would
         run.
       activation: ``"relu"``, ``"relu2"``, `Threshold` or ``"drelu"`` (`activations`).

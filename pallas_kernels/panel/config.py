@@ -183,12 +183,14 @@ FEW_PANELS = 64
 LEAST_PROBED_TOKENS = 2048
 """Tokens of a call from which on a probe of one panel in sixteen costs little beside it."""
 
-LEAST_COUNTED_TOKENS = 1024
-"""Tokens of a forward call from which on ``"auto"`` decides after Hopper's own gate stage.
+LEAST_UNASKED_TOKENS = 1024
+"""Tokens of a forward call on Hopper from which on, and up to `FEW_PANELS`, ``"auto"`` is PanelELL unasked.
 
-A conditional takes some 50 µs with what the host does for it. On one NVIDIA H200, at 45 active neurons of
-5,632 a token and D 2048, 1,024 tokens take 124 µs where dense takes 163 and PanelELL without a conditional
-78; 512 tokens take 168, 123 and 91.
+A conditional would cost such calls more than the wrong layer does. On one NVIDIA H200, at 45 active neurons
+of 5,632 a token and D 2048, 1,024 tokens take 78 µs where dense takes 163, and 46 more with a conditional.
+Where a panel activates 0.28 and 0.66 of the neurons, 2,048 tokens take 0.53 and 0.79 of dense's time, and 512
+tokens 0.9 and 1.07. A straight line through these ends, with every neuron active, at dense's time for 2,048
+tokens, and a fifth above it for 512.
 """
 
 
@@ -223,29 +225,26 @@ class BreakEven(NamedTuple):
     Attributes:
       forward: of a forward call.
       train: of forward and backward.
-      few: of a forward call of at most `FEW_PANELS` panels, once its gate stage has run.
     """
 
     forward: float
     train: float
-    few: float
 
 
 _BREAK_EVEN: dict[tuple[int, str, bool], BreakEven] = {
     # (compute capability times ten, the gate's backend, gated)
-    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55, 0.6),
-    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4, 0.4),
-    (90, "triton", True): BreakEven(0.8, 0.5, 0.5),
-    (90, "triton", False): BreakEven(0.5, 0.35, 0.3),
+    (90, "mosaic_gpu", True): BreakEven(0.9, 0.55),
+    (90, "mosaic_gpu", False): BreakEven(0.6, 0.4),
+    (90, "triton", True): BreakEven(0.8, 0.5),
+    (90, "triton", False): BreakEven(0.5, 0.35),
 }
 """From measurements of panels of 128 tokens on one NVIDIA H100, D 2048 and F 5632, gated, the gate on Mosaic
 GPU: forward at shares of 0.45 and 0.83 takes 0.65 and 0.93 of the dense layer's time and breaks even at about
-0.95; forward and backward at 0.26 and 0.43 takes 0.53 and 0.74, and breaks even at about 0.6. Of few panels,
-on one NVIDIA H200, 2,048 tokens at shares of 0.28 and 0.66 take 0.53 and 0.79, and 512 tokens 0.9 and 1.07.
+0.95; forward and backward at 0.26 and 0.43 takes 0.53 and 0.74, and breaks even at about 0.6.
 The other rows are those figures with two products in place of three, and with a gate stage that takes 0.35 ms
 more (4 to 6 % of the dense forward), and a margin."""
 
-_UNMEASURED = BreakEven(0.25, 0.15, 0.25)
+_UNMEASURED = BreakEven(0.25, 0.15)
 """Where nothing was measured: PanelELL saves at least twice what its gate stage may cost there."""
 
 

@@ -99,8 +99,7 @@ def infer(
     if tokens == 0:
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
     if groups is None and few.applies(tokens, _layout(options).tokens):
-        gates = few.gates_of(x, w_gate, w_up, _layout(options).tokens, options.rule, backend)
-        return few.sparse(gates, (x, w_gate, w_up, w_down), options.rule, backend)
+        return few.infer(x, w_gate, w_up, w_down, _layout(options).tokens, options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
     by_token = groups is not None
     one = partial(_infer_block, options=options, backend=backend, config=config, by_token=by_token)

@@ -168,22 +168,6 @@ def _add_hits(by_segment_ref, hits_ref, nth, d_ff):
     plt.store(hits_ref.at[columns], total, mask=columns < d_ff)
 
 
-def under(counts: jax.Array, limit: int, *, interpret: bool = False) -> jax.Array:
-    """() bool: whether all panels together have less than ``limit`` active neurons, in one launch where XLA
-    would take two."""
-    return pl.pallas_call(
-        partial(_under_kernel, limit=limit),
-        out_shape=varying_axes.output(counts, (1,), jnp.bool_),
-        interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        name="panel_under",
-    )(counts).reshape(())
-
-
-def _under_kernel(counts_ref, under_ref, *, limit):
-    under_ref[0] = jnp.sum(_each_panel(counts_ref)) < limit
-
-
 def _each_panel(ref):
     """The values of all panels, and zeros up to the next power of two."""
     panels = lax.iota(jnp.int32, max(16, pl.next_power_of_2(ref.shape[0])))

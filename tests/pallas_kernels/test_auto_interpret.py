@@ -68,7 +68,7 @@ def test_the_probe_is_not_misled_by_how_sequences_begin(sequences):
 @pytest.mark.parametrize("break_even", [0.0, 2.0])
 def test_either_decision_gives_the_same_result(monkeypatch, break_even):
     """The probe decides how long a call takes, never what it gives."""
-    share = configs.BreakEven(break_even, break_even, break_even)
+    share = configs.BreakEven(break_even, break_even)
     monkeypatch.setattr(configs, "break_even", lambda *_, **__: share)
     path = TestAutoInterpreted.path
     step = jax.jit(partial(differentiate, apply=partial(call, options=path.options)))

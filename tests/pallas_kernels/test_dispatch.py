@@ -126,7 +126,7 @@ def test_auto_decodes_a_few_tokens(found, most):
             assert choice == ((Dense(), "xla") if tokens > most else (Decode(), "triton"))
 
 
-def test_auto_counts_a_gate_stage_of_few_tokens_on_hopper():
+def test_auto_is_no_dense_layer_from_1024_tokens_on_hopper():
     with on(H200):
         assert dispatch.choose(FFNOptions(), MANY._replace(tokens=1024)) == (Auto(), "mosaic_gpu")
     with on(A100):

@@ -1,5 +1,6 @@
-"""Forward calls of few panels, interpreted on a CPU: their kernels, and both ways to end a call."""
+"""Forward calls of few panels, interpreted on a CPU."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -28,17 +29,6 @@ PATH = PanelPath(
     slots=8,
 )
 OPTIONS = [PATH.options, FFNOptions(format=Auto(tokens=16), backend="interpret")]
-SPARSE, DENSE = 2.0, 0.0
-
-
-@pytest.fixture(params=[SPARSE, DENSE], ids=["sparse", "dense"])
-def ended(request, monkeypatch):
-    """How ``format="auto"`` ends its calls; functions are compiled anew for it."""
-    share = configs.BreakEven(0.5, 0.5, request.param)
-    monkeypatch.setattr(configs, "break_even", lambda *_, **__: share)
-    compiled_forward.cache_clear()
-    yield request.param
-    compiled_forward.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 160])
@@ -116,17 +106,17 @@ def test_programs_share_tiles_and_the_statistics_are_one_sum(cores, monkeypatch)
     ("pattern", "tokens", "dtype", "kind"),
     [("uneven", 37, "bfloat16", "gated"), ("few", 16, "float32", "non-gated")],
 )
-def test_either_end_gives_the_same(ended, pattern, tokens, dtype, kind):
-    """Values and statistics, also of a token that is NaN, and of tokens that do not fill their panel."""
+def test_values_and_statistics(pattern, tokens, dtype, kind):
+    """Also of a token that is NaN, and of tokens that do not fill their panel."""
     inputs, active = PATH.layer(pattern, tokens, dtype, kind=kind)
     for nan in (False, True):
         if nan:
             inputs["x"][3, -1] = np.nan
             active[3] = True
-        y, stats = run(compiled_forward(OPTIONS[1]), inputs)
+        y, stats = run(compiled_forward(PATH.options), inputs)
         check_values(y, stats, inputs)
         check_counts(stats, active, 0)
-        assert int(stats.dense_tokens) == (tokens if ended == DENSE else 0)
+        assert int(stats.dense_tokens) == 0
         panels = np.pad(active, ((0, -tokens % 16), (0, 0))).reshape(-1, 16, PATH.d_ff)
         assert int(stats.pairs) == panels.any(axis=1).sum()
 
@@ -134,9 +124,9 @@ def test_either_end_gives_the_same(ended, pattern, tokens, dtype, kind):
 @pytest.mark.parametrize(
     ("activation", "kind"), [("relu2", "gated"), ("relu2", "non-gated"), ("drelu", "gated")]
 )
-def test_activations(ended, activation, kind):
+def test_activations(activation, kind):
     inputs, _ = PATH.layer("uneven", 37, "float32", kind=kind)
-    options = FFNOptions(format=Auto(tokens=16), backend="interpret", activation=activation)
+    options = dataclasses.replace(PATH.options, activation=activation)
     y, stats = run(compiled_forward(options), inputs)
     true, rounded = (forward(inputs, cast, activation) for cast in (exact, rounding_to("float32")))
     judge("y", y, true["y"], rounded["y"], y.dtype)
@@ -146,7 +136,7 @@ def test_activations(ended, activation, kind):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_calls_of_more_panels(options, monkeypatch):
-    """Lists that all panels share, and for auto a probe."""
+    """Lists that all panels share."""
     monkeypatch.setattr(configs, "FEW_PANELS", 1)
     for pattern in ("few", "fully-dense"):
         inputs, active = PATH.layer(pattern, 43, "bfloat16")
