@@ -39,6 +39,7 @@ class AutoReport:
     Attributes:
       device: whose break-even shares these are.
       panel_tokens: P of the probe.
+      forward_is_asked: false where a forward of a call's tokens is PanelELL whatever a probe would find.
       break_even_forward, break_even_train: share of its neurons up to which a panel is taken.
       layers: one choice each.
       here: what runs a call of these tokens on this machine's device, and why, in a few lines.
@@ -46,6 +47,7 @@ class AutoReport:
 
     device: str
     panel_tokens: int
+    forward_is_asked: bool
     break_even_forward: float
     break_even_train: float
     layers: tuple[AutoChoice, ...]
@@ -119,7 +121,15 @@ def auto_choices(
         found.append(AutoChoice(float(forward), float(train)))
         on_progress(layer + 1, layers.num_layers)
     here = dispatch.explain(x, w, options)
-    return AutoReport(device.kind, layout.tokens, limits.forward, limits.train, tuple(found), here)
+    return AutoReport(
+        device=device.kind,
+        panel_tokens=layout.tokens,
+        forward_is_asked=not auto.is_unasked(call, layout.tokens, backend),
+        break_even_forward=limits.forward,
+        break_even_train=limits.train,
+        layers=tuple(found),
+        here=here,
+    )
 
 
 def _auto_options(options: FFNOptions) -> FFNOptions:

@@ -197,6 +197,10 @@ def _auto(analysis: Analysis, drawn: dict[str, Picture]) -> str:
         f"where a gradient is taken. The probe looks at a few panels of each call of {analysis.call:,} "
         "tokens.",
     ]
+    if not auto.forward_is_asked:
+        sentences.append(
+            "A forward of so few tokens takes PanelELL there without a probe: what it would find is shown."
+        )
     rows = [
         [str(layer), decision(choice.panel_forward), decision(choice.panel_train)]
         for layer, choice in enumerate(auto.layers)

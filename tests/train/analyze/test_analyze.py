@@ -85,7 +85,15 @@ def test_autos_probe_decides_by_the_share_that_a_panel_activates(found, masks):
         shares = [masks[layer, at : at + CALL].any(axis=0).mean() for at in (0, CALL)]
         assert choice.panel_forward == np.mean([share < auto.break_even_forward for share in shares])
         assert choice.panel_train == np.mean([share < auto.break_even_train for share in shares])
+    assert auto.forward_is_asked
     assert "runs dense on xla" in auto.here
+
+
+def test_a_forward_of_few_panels_is_not_asked(found):
+    said = "takes PanelELL there without a probe"
+    assert said not in report.write_html(found, ())
+    few = dataclasses.replace(found, auto=dataclasses.replace(found.auto, forward_is_asked=False))
+    assert said in report.write_html(few, ())
 
 
 def test_the_training_is_read_from_the_metrics(found, finished):
