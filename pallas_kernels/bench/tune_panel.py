@@ -177,10 +177,10 @@ class _Search:
         d_ff = weight.shape[0]
         counts = jax.jit(partial(count_active, d_ff=d_ff, interpret=self._interpret))(gate)
         build = jax.jit(partial(build_lists, chunk=chunk, interpret=self._interpret), static_argnames="room")
-        lists, needed = build(gate, counts)
+        lists, _ = build(gate, counts)
         chunks = n_chunks(gate.values.shape[0], d_ff, chunk)
         room = max(1, round(chunks * _layout(options).capacity))
-        kept = build(gate, counts, room=room)[0] if int(needed) <= room else lists
+        kept = build(gate, counts, room=room)[0] if int(lists.needed) <= room else lists
         return {"lists": lists, "kept_lists": kept}
 
     def fastest(self, deadline: float) -> dict[str, dict[int, _Contender]]:

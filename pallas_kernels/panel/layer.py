@@ -46,6 +46,7 @@ from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
     NeuronLists,
+    Totals,
     build_lists,
     count_active,
     n_chunks,
@@ -142,7 +143,7 @@ def _infer_block(
     block = lax.dynamic_slice_in_dim(x, start[0], rows) if blocked else x
     gate = gate_stages.stage(config, backend, rule)(block, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
-    lists, _ = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
+    lists, totals = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
     hidden = panel_up(
         gate,
         lists,
@@ -164,7 +165,7 @@ def _infer_block(
         into=y,
         interpret=interpret,
     )
-    return y, _Counted.of(counts, gate, hidden.l1, rows, by_token)
+    return y, _Counted.of(counts, totals, gate, hidden.l1, rows, by_token)
 
 
 def _layout(options: FFNOptions) -> Panel:
@@ -177,51 +178,62 @@ class _Counted(NamedTuple):
     """What the statistics of some tokens are made of.
 
     Attributes:
-      counts: of their panels.
+      neurons: (n_panels,) int32, active neurons of each panel.
+      totals: of all panels.
       l1: () f32, the sum of |h|, or (tokens,), that of each token.
       nnz: (tokens,) int32, each token's active gates; None where l1 is one sum.
     """
 
-    counts: Counts
+    neurons: jax.Array
+    totals: Totals
     l1: jax.Array
     nnz: jax.Array | None
 
     @classmethod
-    def of(cls, counts: Counts, gate: GatePanel, l1: jax.Array, tokens: int, by_token: bool) -> "_Counted":
+    def of(
+        cls, counts: Counts, totals: Totals, gate: GatePanel, l1: jax.Array, tokens: int, by_token: bool
+    ) -> "_Counted":
         """Of ``tokens`` tokens in panels; l1 as `panel_up` gives it."""
         if not by_token:
-            return cls(counts, l1, None)
-        return cls(counts, l1[:tokens], jnp.sum(gate.nnz, axis=0)[:tokens])
+            return cls(counts.neurons, totals, l1, None)
+        return cls(counts.neurons, totals, l1[:tokens], jnp.sum(gate.nnz, axis=0)[:tokens])
 
     @classmethod
     def joined(cls, parts: "list[_Counted]") -> "_Counted":
         """Of tokens that come one after the other."""
 
         def join(*leaves):
-            return jnp.concatenate(leaves) if leaves[0].ndim else jnp.sum(jnp.stack(leaves))
+            return jnp.concatenate(leaves) if leaves[0].ndim else sum(leaves)
 
-        return jax.tree.map(join, *parts)
+        neurons, totals, l1, nnz = zip(*parts, strict=True)
+        hits, pairs, gates, most = zip(*totals, strict=True)
+        return cls(
+            neurons=jnp.concatenate(neurons),
+            totals=Totals(sum(hits), sum(pairs), sum(gates), jnp.max(jnp.stack(most))),
+            l1=join(*l1),
+            nnz=None if nnz[0] is None else jnp.concatenate(nnz),
+        )
 
 
 def _stats(counted: _Counted, overflowed, x, weight, panel: int, rule: Rule, groups: Groups) -> FFNStats:
     """The statistics of a call in panels of ``panel`` tokens, or of each of its groups; ``overflowed`` ()
     bool tells whether all tokens were computed densely."""
-    tokens, (counts, l1, nnz) = x.shape[0], counted
+    tokens, (neurons, totals, l1, nnz) = x.shape[0], counted
     size = group_size(tokens, groups)
     dense_tokens = jnp.where(overflowed, size, 0).astype(jnp.int32)
     if groups is None or nnz is None:
         return FFNStats(
             l1=l1 / tokens,
-            l0=jnp.sum(counts.gates, dtype=jnp.float32) / tokens,
-            neuron_hits=jnp.sum(counts.hits, axis=0, dtype=jnp.int32),
-            max_nnz=jnp.max(counts.most),
+            l0=totals.gates / tokens,
+            neuron_hits=totals.hits,
+            max_nnz=totals.most,
             overflow_rows=dense_tokens,
-            pairs=jnp.sum(counts.neurons, dtype=jnp.int32),
+            pairs=totals.neurons,
             dense_tokens=dense_tokens,
         )
     nnz = by_group(nnz, groups)
     # A panel's pairs are counted for the group that its first token is in.
-    first = jnp.arange(counts.neurons.shape[0]) * panel // size
+    first = jnp.arange(neurons.shape[0]) * panel // size
     each = jnp.zeros((groups,), jnp.int32)
     return FFNStats(
         l1=jnp.sum(by_group(l1, groups), axis=-1) / size,
@@ -229,7 +241,7 @@ def _stats(counted: _Counted, overflowed, x, weight, panel: int, rule: Rule, gro
         neuron_hits=token_hits(x, weight, rule, groups),
         max_nnz=jnp.max(nnz, axis=-1),
         overflow_rows=each + dense_tokens,
-        pairs=each.at[first].add(counts.neurons),
+        pairs=each.at[first].add(neurons),
         dense_tokens=each + dense_tokens,
     )
 
@@ -255,7 +267,7 @@ def forward(
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * layout.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)
-    lists, needed = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)
+    lists, totals = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)
 
     def sparse(gate, lists):
         hidden = panel_up(
@@ -277,13 +289,13 @@ def forward(
         y, l1 = blocks.forward(*arguments, rule)
         return y, jnp.sum(l1) if groups is None else l1, varying_axes.vary_with(x, empty(like))
 
-    fits, listed = needed <= room, lists
+    fits, listed = lists.needed <= room, lists
     if room == chunks:
         y, l1, kept = sparse(gate, listed)
     else:
         listed = lists.only_if(fits)
         y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
-    counted = _Counted.of(counts, gate, l1, tokens, groups is not None)
+    counted = _Counted.of(counts, totals, gate, l1, tokens, groups is not None)
     stats = _stats(counted, ~fits, x, gate_weight, config.panel, rule, groups)
     return (y, stats), Residuals(fits, listed, *kept)
 

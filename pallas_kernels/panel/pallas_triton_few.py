@@ -32,9 +32,8 @@ from pallas_kernels.common.triton_tiles import grouped_order
 from pallas_kernels.options import FFNStats
 from pallas_kernels.panel.config import FewConfig
 from pallas_kernels.panel.pallas_triton import down_tile, up_kernel
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, over_neurons, put
+from pallas_kernels.panel.pallas_triton_lists import HIT_COLUMNS, GatePanel, add_hits, over_neurons, put
 
-_HIT_ROWS, _HIT_COLUMNS = 256, 64
 _NNZ_TILES = 32
 _PARTS = 4096
 
@@ -94,7 +93,7 @@ def list_neurons(gate: GatePanel, *, d_ff: int, config: FewConfig, interpret: bo
                 each,
                 output((d_ff,), jnp.int32),
             ),
-            grid=(n_panels + pl.cdiv(d_ff, _HIT_COLUMNS),),
+            grid=(n_panels + pl.cdiv(d_ff, HIT_COLUMNS),),
             interpret=interpret,
             compiler_params=plt.CompilerParams(num_warps=config.list_warps, num_stages=1),
             name="panel_lists",
@@ -113,7 +112,7 @@ def _lists_kernel(by_segment_ref, nnz_ref, *outputs, d_ff, segments, panel, tile
 
     @pl.when(program >= n_panels)
     def _():
-        _add_hits(by_segment_ref, hits_ref, program - n_panels, d_ff)
+        add_hits(by_segment_ref, hits_ref, program - n_panels)
 
 
 def _list_panel(by_segment_ref, nnz_ref, list_refs, which, d_ff, segments, panel, tile):
@@ -150,22 +149,6 @@ def _list_panel(by_segment_ref, nnz_ref, list_refs, which, d_ff, segments, panel
     blocks = jnp.int32(pl.cdiv(n_tiles, width))
     nnz = lax.fori_loop(jnp.int32(0), blocks, add_tiles, jnp.zeros((panel,), jnp.int32))
     gates_ref[which], most_ref[which] = jnp.sum(nnz), jnp.max(nnz)
-
-
-def _add_hits(by_segment_ref, hits_ref, nth, d_ff):
-    n_rows = by_segment_ref.shape[0]
-    height = min(_HIT_ROWS, pl.next_power_of_2(n_rows))
-    columns = nth * _HIT_COLUMNS + lax.iota(jnp.int32, _HIT_COLUMNS)
-
-    def add_rows(block, total):
-        rows = block * height + lax.iota(jnp.int32, height)
-        here = (rows < n_rows)[:, None] & (columns < d_ff)[None, :]
-        hits = plt.load(by_segment_ref.at[rows[:, None], columns[None, :]], mask=here, other=0)
-        return total + jnp.sum(hits.astype(jnp.int32), axis=0)
-
-    blocks = jnp.int32(pl.cdiv(n_rows, height))
-    total = lax.fori_loop(jnp.int32(0), blocks, add_rows, jnp.zeros((_HIT_COLUMNS,), jnp.int32))
-    plt.store(hits_ref.at[columns], total, mask=columns < d_ff)
 
 
 def _each_panel(ref):

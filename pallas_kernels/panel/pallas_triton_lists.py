@@ -1,7 +1,8 @@
 """PanelELL's lists: which neurons each panel of tokens activates, made from what the gate stage has counted.
 
 **`count_active`**: reads the counts of hits and of each token's gates, writes M F / P bytes.
-**`build_lists`**: reads the hits again, writes 4 M F / P bytes of slots and 4 an active (panel, neuron) pair.
+**`build_lists`**: reads the hits again, writes 4 M F / P bytes of slots and 4 an active (panel, neuron) pair;
+adds up what has been counted, for which XLA would take a launch each.
 
 Limits. Those of the gate stages that write a `GatePanel`; panels of at most 128 tokens, whose hits a byte
 counts.
@@ -20,6 +21,9 @@ from pallas_kernels.common import varying_axes
 from pallas_kernels.common.triton_tiles import scatter_index
 
 _LIST_BLOCK = 8192
+_HIT_ROWS = 256
+HIT_COLUMNS = 64
+"""Neurons of a program that adds up hits."""
 
 
 class GatePanel(NamedTuple):
@@ -58,6 +62,22 @@ class Counts(NamedTuple):
     hits: jax.Array
 
 
+class Totals(NamedTuple):
+    """Sums of `Counts` over all panels.
+
+    Attributes:
+      hits: (F,) int32, for how many tokens a neuron is active.
+      neurons: () int32, active (panel, neuron) pairs.
+      gates: () f32, active gates.
+      most: () int32, active gates of the token that has most.
+    """
+
+    hits: jax.Array
+    neurons: jax.Array
+    gates: jax.Array
+    most: jax.Array
+
+
 class NeuronLists(NamedTuple):
     """Which neurons each panel has, as one array of slots that all panels share.
 
@@ -92,6 +112,12 @@ class NeuronLists(NamedTuple):
     def chunk(self) -> int:
         """What a panel's slots are a multiple of."""
         return self.neurons.shape[0] // self.owner.shape[0]
+
+    @property
+    def needed(self) -> jax.Array:
+        """() int32, how many chunks the panels need: with more than there are, only ``hits`` means something,
+        and a stage may have no other lists than `only_if` this fits."""
+        return self.offsets[-1] // self.chunk
 
     def only_if(self, fits: jax.Array) -> "NeuronLists":
         """The lists, or lists without a neuron: what a stage that runs all the same can walk in bounds.
@@ -165,36 +191,92 @@ def put(ref, place, value, mask):
 
 def build_lists(
     gate: GatePanel, counts: Counts, *, chunk: int, room: int | None = None, interpret: bool = False
-) -> tuple[NeuronLists, jax.Array]:
-    """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be).
-
-    Returns:
-      The lists, and () int32 how many chunks are needed: with more than ``room``, only ``hits`` means
-      something, and a stage may have no other lists than `NeuronLists.only_if` this fits.
-    """
+) -> tuple[NeuronLists, Totals]:
+    """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be), and
+    what the counts add up to."""
     n_panels, d_ff = counts.hits.shape
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
-    neurons, segments, owner, pairs, n_pairs, offsets, slots = pl.pallas_call(
+    output = partial(varying_axes.output, gate.hits)
+    one, flag = output((1,), jnp.int32), output((room,), jnp.int32)
+    neurons, segments, owner, pairs, n_pairs, offsets, slots, hits, *sums = pl.pallas_call(
         partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
-            varying_axes.output(gate.hits, (room * chunk,), jnp.int32),
-            varying_axes.output(gate.hits, (room * chunk,), jnp.uint8),
-            varying_axes.output(gate.hits, (room,), jnp.int32),
-            varying_axes.output(gate.hits, (room,), jnp.int32),
-            varying_axes.output(gate.hits, (1,), jnp.int32),
-            varying_axes.output(gate.hits, (n_panels + 1,), jnp.int32),
-            varying_axes.output(gate.hits, (n_panels, d_ff), jnp.int32),
+            output((room * chunk,), jnp.int32),
+            output((room * chunk,), jnp.uint8),
+            flag,
+            flag,
+            one,
+            output((n_panels + 1,), jnp.int32),
+            output((n_panels, d_ff), jnp.int32),
+            output((d_ff,), jnp.int32),
+            one,
+            output((1,), jnp.float32),
+            one,
         ),
-        grid=(n_panels,),
+        grid=(n_panels + pl.cdiv(d_ff, HIT_COLUMNS) + 1,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
-    )(gate.hits, counts.neurons)
+    )(gate.hits, *counts)
     lists = NeuronLists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
-    return lists, offsets[-1] // chunk
+    return lists, Totals(hits, *(value.reshape(()) for value in sums))
 
 
-def _lists_kernel(
+def _lists_kernel(by_segment_ref, counts_ref, gates_ref, most_ref, hits_ref, *outputs, d_ff, segments, chunk):
+    """The first programs list a panel each, others add up the hits of some neurons, the last one the rest."""
+    *list_refs, total_hits_ref, pairs_ref, total_gates_ref, total_most_ref = outputs
+    program, n_panels = pl.program_id(0), counts_ref.shape[0]
+    n_columns = pl.cdiv(d_ff, HIT_COLUMNS)
+
+    @pl.when(program < n_panels)
+    def _():
+        _list_panel(
+            program, by_segment_ref, counts_ref, *list_refs, d_ff=d_ff, segments=segments, chunk=chunk
+        )
+
+    @pl.when((program >= n_panels) & (program < n_panels + n_columns))
+    def _():
+        add_hits(hits_ref, total_hits_ref, program - n_panels)
+
+    @pl.when(program == n_panels + n_columns)
+    def _():
+        pairs_ref[0] = _over_panels(counts_ref, jnp.add, jnp.sum, jnp.int32)
+        # f32, for there may be more gates than an int32 counts.
+        total_gates_ref[0] = _over_panels(gates_ref, jnp.add, jnp.sum, jnp.float32)
+        total_most_ref[0] = _over_panels(most_ref, jnp.maximum, jnp.max, jnp.int32)
+
+
+def _over_panels(ref, combine, reduce, dtype):
+    """What the values of all panels, which are not negative, come to."""
+    n_panels = ref.shape[0]
+    width = min(_LIST_BLOCK, pl.next_power_of_2(n_panels))
+
+    def block(nth, found):
+        panels = nth * width + lax.iota(jnp.int32, width)
+        return combine(found, reduce(plt.load(ref.at[panels], mask=panels < n_panels, other=0).astype(dtype)))
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(n_panels, width)), block, dtype(0))
+
+
+def add_hits(by_rows_ref, hits_ref, nth):
+    """Sums block ``nth`` of the columns of hits (n_rows, F') up into hits (F,)."""
+    n_rows, (d_ff,) = by_rows_ref.shape[0], hits_ref.shape
+    height = min(_HIT_ROWS, pl.next_power_of_2(n_rows))
+    columns = nth * HIT_COLUMNS + lax.iota(jnp.int32, HIT_COLUMNS)
+
+    def add_rows(block, total):
+        rows = block * height + lax.iota(jnp.int32, height)
+        here = (rows < n_rows)[:, None] & (columns < d_ff)[None, :]
+        hits = plt.load(by_rows_ref.at[rows[:, None], columns[None, :]], mask=here, other=0)
+        return total + jnp.sum(hits.astype(jnp.int32), axis=0)
+
+    blocks = jnp.int32(pl.cdiv(n_rows, height))
+    total = lax.fori_loop(jnp.int32(0), blocks, add_rows, jnp.zeros((HIT_COLUMNS,), jnp.int32))
+    plt.store(hits_ref.at[columns], total, mask=columns < d_ff)
+
+
+def _list_panel(
+    which,
     by_segment_ref,
     counts_ref,
     neurons_ref,
@@ -209,7 +291,7 @@ def _lists_kernel(
     segments,
     chunk,
 ):
-    which, n_panels = pl.program_id(0), counts_ref.shape[0]
+    n_panels = counts_ref.shape[0]
     # Every program sums up the panels before its own: n² additions, and no launch of their own.
     chunks_before, pairs_before = _earlier(counts_ref, which, chunk)
     count = counts_ref[which]

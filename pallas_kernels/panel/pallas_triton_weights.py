@@ -50,7 +50,7 @@ from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _LIST_TILE = 32
 _SHORTEST_LIMIT = 16
-_PREFIX_BLOCK = 128
+_START_ROWS, _START_COLUMNS = 128, 32
 _ORDER_BLOCK = 8192
 
 
@@ -110,16 +110,16 @@ def rank(
     """Orders the neurons by their hits (n_panels, F). Those of more than ``limit`` tokens are hot, and so are
     the next in the order, up to ``round_up`` of how many exceed the limit."""
     totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
-    n_hot = round_up(jnp.sum(totals > limit, dtype=jnp.int32))
-    order, ranks = pl.pallas_call(
-        partial(_rank_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1)),
-        out_shape=(varying_axes.output(totals, totals.shape, jnp.int32),) * 2,
+    each = varying_axes.output(totals, totals.shape, jnp.int32)
+    order, ranks, n_hot = pl.pallas_call(
+        partial(_rank_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1), round_up=round_up),
+        out_shape=(each, each, varying_axes.output(totals, (1,), jnp.int32)),
         grid=(1,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=16, num_stages=1),
         name="panel_rank",
     )(totals)
-    return Ranking(totals, order, ranks, jnp.minimum(n_hot, totals.shape[0])[None])
+    return Ranking(totals, order, ranks, n_hot)
 
 
 def _fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
@@ -135,7 +135,7 @@ def _fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Ar
     return rows * config.tile
 
 
-def _rank_kernel(totals_ref, order_ref, ranks_ref, *, bounds):
+def _rank_kernel(totals_ref, order_ref, ranks_ref, n_hot_ref, *, bounds, round_up):
     (d_ff,) = totals_ref.shape
     width = min(_ORDER_BLOCK, pl.next_power_of_2(d_ff))
     found = jnp.int32(0)
@@ -154,6 +154,8 @@ def _rank_kernel(totals_ref, order_ref, ranks_ref, *, bounds):
             return found + jnp.sum(counted)
 
         found = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, found)
+        if above is None:
+            n_hot_ref[0] = jnp.minimum(round_up(found), d_ff)
 
 
 # -- hot neurons ---------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def token_lists(
     """The panels' lists transposed for rare neurons, of at most ``limit`` tokens: gate (n_slots, P)."""
     chunk = gate.shape[0] // lists.owner.shape[0]
     tile = min(_LIST_TILE, chunk)
-    begin = jnp.where(ranking.ranks < ranking.n_hot, -1, _before(lists.hits))
+    begin = _token_starts(lists.hits, ranking, interpret=interpret)
     shape = varying_axes.output(gate, (ranking.ranks.shape[0], limit), jnp.int32)
     rows, slots = pl.pallas_call(
         partial(_token_lists_kernel, chunk=chunk, tile=tile),
@@ -246,22 +248,35 @@ def token_lists(
     return TokenLists(rows, slots)
 
 
-def _before(hits: jax.Array) -> jax.Array:
-    """(n_panels, F) int32: how many tokens of earlier panels activate a neuron.
-
-    Within a block of panels it is a product with a triangle of ones, exact because all sums stay below 2^24.
-    """
+def _token_starts(hits: jax.Array, ranking: Ranking, *, interpret: bool) -> jax.Array:
+    """(n_panels, F) int32: how many tokens of earlier panels activate a rare neuron; -1 for a hot one."""
     n_panels, d_ff = hits.shape
-    block = min(_PREFIX_BLOCK, n_panels)
-    n_blocks = pl.cdiv(n_panels, block)
-    blocks = jnp.pad(hits, ((0, n_blocks * block - n_panels), (0, 0))).reshape(n_blocks, block, d_ff)
-    blocks = blocks.astype(jnp.bfloat16)  # counts up to 128 are exact in it
-    earlier = jnp.tril(jnp.ones((block, block), jnp.bfloat16), k=-1)
-    within = jnp.einsum("pq,bqf->bpf", earlier, blocks, preferred_element_type=jnp.float32).astype(jnp.int32)
-    if n_blocks > 1:
-        sums = jnp.sum(blocks, axis=1, dtype=jnp.float32).astype(jnp.int32)
-        within += (jnp.cumsum(sums, axis=0) - sums)[:, None]
-    return within.reshape(n_blocks * block, d_ff)[:n_panels]
+    return pl.pallas_call(
+        partial(_token_starts_kernel, height=min(_START_ROWS, pl.next_power_of_2(n_panels))),
+        out_shape=varying_axes.output(hits, hits.shape, jnp.int32),
+        grid=(pl.cdiv(d_ff, _START_COLUMNS),),
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="panel_token_starts",
+    )(hits, ranking.ranks, ranking.n_hot)
+
+
+def _token_starts_kernel(hits_ref, ranks_ref, n_hot_ref, starts_ref, *, height):
+    n_panels, d_ff = hits_ref.shape
+    neurons = pl.program_id(0) * _START_COLUMNS + lax.iota(jnp.int32, _START_COLUMNS)
+    is_hot = plt.load(ranks_ref.at[neurons], mask=neurons < d_ff, other=0) < n_hot_ref[0]
+
+    def add_block(nth, before):
+        panels = nth * height + lax.iota(jnp.int32, height)
+        here = (panels < n_panels)[:, None] & (neurons < d_ff)[None, :]
+        place = (panels[:, None], neurons[None, :])
+        hits = plt.load(hits_ref.at[place], mask=here, other=0).astype(jnp.int32)
+        starts = before[None, :] + jnp.cumsum(hits, axis=0) - hits
+        plt.store(starts_ref.at[place], jnp.where(is_hot[None, :], -1, starts), mask=here)
+        return before + jnp.sum(hits, axis=0)
+
+    blocks = jnp.int32(pl.cdiv(n_panels, height))
+    lax.fori_loop(jnp.int32(0), blocks, add_block, jnp.zeros((_START_COLUMNS,), jnp.int32))
 
 
 def _token_lists_kernel(

@@ -44,7 +44,8 @@ PANEL = TestPanelInterpreted.path.options.layout.tokens
 def listed(gate, d_ff, **sizes):
     """Lists of a gate stage's panels, and how many chunks they need."""
     counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
-    return lists_kernels.build_lists(gate, counts, interpret=True, **sizes)
+    lists, _ = lists_kernels.build_lists(gate, counts, interpret=True, **sizes)
+    return lists, lists.needed
 
 
 @jax.jit
@@ -208,9 +209,13 @@ def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
     np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
     np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
     np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
-    lists, needed = lists_kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
+    monkeypatch.setattr(lists_kernels, "_HIT_ROWS", 4)
+    lists, totals = lists_kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
+    np.testing.assert_array_equal(totals.hits, hits.sum(axis=(0, 1)))
+    assert (int(totals.neurons), int(totals.gates)) == (counts.neurons.sum(), nnz.sum())
+    assert int(totals.most) == by_panel.max()
     chunks = -(-np.asarray(counts.neurons) // chunk)
-    assert int(needed) == chunks.sum()
+    assert int(lists.needed) == chunks.sum()
     np.testing.assert_array_equal(lists.offsets, np.concatenate([[0], np.cumsum(chunks)]) * chunk)
     first = np.asarray(lists.offsets)[:-1] // chunk
     owners = np.repeat(np.arange(n_panels), chunks)
@@ -275,10 +280,12 @@ def test_slots_on_the_wide_side(d_model):
 
 @pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
 def test_hits_of_earlier_panels(n_panels):
-    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 24), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        weights._before(jnp.asarray(hits)), np.cumsum(hits, axis=0, dtype=np.int32) - hits
-    )
+    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 70), dtype=np.uint8)
+    ranks = np.random.default_rng(1).permutation(70).astype(np.int32)
+    ranking = weights.Ranking(None, None, jnp.asarray(ranks), jnp.asarray([20], jnp.int32))
+    found = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
+    before = np.cumsum(hits, axis=0, dtype=np.int32) - hits
+    np.testing.assert_array_equal(found, np.where(ranks < 20, -1, before))
 
 
 @pytest.mark.parametrize("share", [1, 1 << 20])
