@@ -129,7 +129,8 @@ def test_a_command_is_understood(path, text, capsys):
 def known_options(capsys):
     """Every option of every program, as ``--help`` has them."""
     commands = re.findall(r"^  ([a-z][a-z-]+) ", train.cli.program._HELP, re.MULTILINE)
-    benchmarks = [["bench", name] for name in ("model", "step", "decode", "order", "scaling", "curves")]
+    names = ("model", "step", "decode", "order", "gate-bound", "scaling", "curves")
+    benchmarks = [["bench", name] for name in names]
     for argv in [*([name] for name in commands if name != "bench"), *benchmarks]:
         assert train.cli.main([*argv, "--help"]) == 0
     text = capsys.readouterr().out

@@ -9,14 +9,15 @@ from train.cli.presets import preset_of
 _HELP = f"""usage: {PROGRAM} bench BENCHMARK [OPTIONS]
 
 benchmarks:
-  layers   time feed-forward layers of every format beside the dense one
-  stages   time the stages of a PanelELL layer, each alone
-  model    time the forward of a whole model's core, with its memory and energy
-  step     time training steps, and measure their memory
-  decode   time a token of generation, and a feed-forward layer of a few tokens
-  order    count the neurons that panels of a trained model's tokens share, by the order of the tokens
-  scaling  time training steps on one device and on several, and count what they send each other
-  curves   draw break-even curves from files of bench layers
+  layers      time feed-forward layers of every format beside the dense one
+  stages      time the stages of a PanelELL layer, each alone
+  model       time the forward of a whole model's core, with its memory and energy
+  step        time training steps, and measure their memory
+  decode      time a token of generation, and a feed-forward layer of a few tokens
+  order       count the neurons that panels of a trained model's tokens share, by the order of the tokens
+  gate-bound  count what a low-precision gate with a proven bound would leave to compute in bf16
+  scaling     time training steps on one device and on several, and count what they send each other
+  curves      draw break-even curves from files of bench layers
 
 {PROGRAM} bench BENCHMARK --help lists its options.
 """
@@ -31,6 +32,7 @@ def run(argv: list[str]) -> int | None:
         "step": _step,
         "decode": _decode,
         "order": _order,
+        "gate-bound": _gate_bound,
         "scaling": _scaling,
         "curves": _curves,
     }
@@ -89,6 +91,12 @@ def _order(argv: list[str]) -> None:
     from train.bench import bench_order
 
     bench_order.run(parse_options(bench_order.BenchOrderOptions, argv, "bench order"))
+
+
+def _gate_bound(argv: list[str]) -> None:
+    from train.bench import bench_gate_bound
+
+    bench_gate_bound.run(parse_options(bench_gate_bound.BenchGateBoundOptions, argv, "bench gate-bound"))
 
 
 def _scaling(argv: list[str]) -> None:

@@ -10,8 +10,8 @@ from train.cli.options import parse_options
 
 COMMANDS = [
     "train", "tokenize", "generate", "chat", "evaluate", "analyze", "convert", "layer-inputs", "plot",
-    "sweep", "compare", "bench model", "bench step", "bench decode", "bench order", "bench scaling",
-    "bench curves",
+    "sweep", "compare", "bench model", "bench step", "bench decode", "bench order", "bench gate-bound",
+    "bench scaling", "bench curves",
 ]  # fmt: skip
 
 
