@@ -59,6 +59,7 @@ class ScalingOptions:
       steps: timed steps of a case, after 3 that are not.
       compiler_options: options of XLA, each ``name=value``, to try what they change.
       tensor_parallel: also time one feed-forward layer whose neurons the devices share.
+      tensor_parallel_model: also time the model, without its output head, whose neurons they share.
       loss_steps: also train so many steps on the same batches of ``batch_size`` sequences in all on every
         number of devices, in every mode, and compare the losses.
       json: also write all figures to this file.
@@ -75,6 +76,7 @@ class ScalingOptions:
     steps: int = 10
     compiler_options: tuple[str, ...] = ()
     tensor_parallel: bool = False
+    tensor_parallel_model: bool = False
     loss_steps: int = 0
     json: str | None = None
     debug: bool = False
@@ -195,13 +197,17 @@ def run(options: ScalingOptions, *, console: Console | None = None) -> dict[str,
     for row in measure(options, counts):
         rows.append(row.beside(rows[0] if rows else None))
         keep("rows", [row.to_dict() for row in rows], _line(rows[-1]))
+    sizes = options.model, options.batch_size, options.nnz, options.steps, counts
     if options.tensor_parallel:
         layers: list[dict[str, Any]] = []
-        for layer in scaling_checks.tensor_parallel(
-            options.model, options.batch_size, options.nnz, options.steps, counts
-        ):
+        for layer in scaling_checks.tensor_parallel(*sizes):
             layers.append(layer)
             keep("tensor_parallel", layers, scaling_checks.layer_line(layer))
+    if options.tensor_parallel_model:
+        cases: list[dict[str, Any]] = []
+        for case in scaling_checks.tensor_parallel_model(*sizes):
+            cases.append(case)
+            keep("tensor_parallel_model", cases, scaling_checks.model_line(case))
     if options.loss_steps:
         losses = scaling_checks.compare_losses(
             options.model, options.batch_size, options.loss_steps, counts,
@@ -239,7 +245,7 @@ def _compiled(options: ScalingOptions, mode: Mode | None, devices: int) -> jax.s
     try:
         return layout.compiled_step(program(options, devices), _tokens(options, layout), options.xla)
     except jax.errors.JaxRuntimeError as error:
-        return _out_of_memory(error)
+        return scaling_checks.out_of_memory(error)
 
 
 def _measured(
@@ -259,7 +265,7 @@ def _measured(
     try:
         return _timed(options, row, step)
     except jax.errors.JaxRuntimeError as error:
-        return dataclasses.replace(row, failure=_out_of_memory(error))
+        return dataclasses.replace(row, failure=scaling_checks.out_of_memory(error))
 
 
 def _timed(options: ScalingOptions, row: Row, step: Any) -> Row:
@@ -286,13 +292,6 @@ def _layout(mode: Mode | None, devices: int) -> Layout:
 
 def _tokens(options: ScalingOptions, layout: Layout) -> Any:
     return layout.place(synthetic.random_tokens(options.model, options.batch_size * layout.mesh.size))
-
-
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
-    """What a row says of the error; any other error is raised again."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
-    return "out of memory: " + str(error).splitlines()[0]
 
 
 def _line(row: Row) -> str:

@@ -1,20 +1,22 @@
-"""Beside weak scaling, what ``sparse-lm bench scaling`` measures: a layer split by neurons, and losses."""
+"""Beside weak scaling, what ``sparse-lm bench scaling`` measures: a layer and a model split by neurons, and
+losses."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import sparse_ffn, sparse_mlp
 from pallas_kernels.bench import timing
 from pallas_kernels.bench.collectives import bytes_by_kind
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
 from sparse_lm import ModelConfig
-from train.bench import synthetic
+from train.bench import core, synthetic
 from train.config import OptimizerConfig, ParallelConfig, TrainConfig
 from train.parallel import Layout
 from train.state import build_program
@@ -71,15 +73,101 @@ def tensor_parallel(
             for name, array in inputs.items()
         }
         compiled = differentiated.lower(placed).compile()
-        measured = timing.measure({count: lambda: compiled(placed)}, rounds=rounds)[count]  # noqa: B023
-        alone = alone or measured.median_ms
-        yield {
-            "devices": count,
-            "samples_ms": list(measured.samples_ms),
-            "median_ms": measured.median_ms,
-            "of_linear": alone / measured.median_ms / count if count > 1 else None,
-            "exchanged": bytes_by_kind(compiled.as_text() or "") if count > 1 else {},
-        }
+        row = _timed(compiled, (placed,), count, rounds, alone)
+        alone = alone or row["median_ms"]
+        yield row
+
+
+def _timed(
+    compiled: jax.stages.Compiled, arguments: tuple[Any, ...], count: int, rounds: int, alone: float | None
+) -> dict[str, Any]:
+    """A row of `tensor_parallel`: a program on ``count`` devices, beside the milliseconds that one takes."""
+    measured = timing.measure({count: lambda: compiled(*arguments)}, rounds=rounds)[count]
+    return {
+        "devices": count,
+        "samples_ms": list(measured.samples_ms),
+        "median_ms": measured.median_ms,
+        "of_linear": alone / measured.median_ms / count if alone and count > 1 else None,
+        "exchanged": bytes_by_kind(compiled.as_text() or "") if count > 1 else {},
+    }
+
+
+def tensor_parallel_model(
+    model: ModelConfig, batch_size: int, nnz: float, rounds: int, counts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The model's core, from the embedding to the last norm, whose feed-forward neurons the devices share:
+    forward, and forward and backward, under plain ``jit``.
+
+    Every device has all tokens and all else of the weights, which are in the compute type. So what the
+    devices share is the feed-forward part alone.
+
+    Args and what is yielded are those of `tensor_parallel`, with ``what`` beside it, and ``failure``, the
+    reason why a case has no times, or None.
+    """
+    source = core.synthetic_source(model, batch_size=batch_size, nnz=nnz)
+    params = jax.device_get(source.make())
+    buffers = jax.device_get(core.buffers_of(model, params, jnp.asarray(source.tokens)))
+    run = core.forward(model)
+
+    def forward(params, buffers, tokens):
+        return run(params, buffers, tokens)[0]
+
+    def gradients(params, buffers, tokens):
+        def loss(params):
+            hidden, stats = run(params, buffers, tokens)
+            squares = jnp.mean(jnp.square(hidden.astype(jnp.float32)))
+            return squares if stats is None else squares + jnp.mean(stats.l1)
+
+        return jax.grad(loss)(params)
+
+    for what, function in (("forward", forward), ("forward and backward", gradients)):
+        alone = None
+        for count in counts:
+            if model.d_ff % count:
+                continue
+            mesh = jax.make_mesh(
+                (count,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+            )
+            whole = NamedSharding(mesh, PartitionSpec())
+            split = jax.tree_util.tree_map_with_path(partial(_by_neurons, mesh), params)
+            row: dict[str, Any] = {"devices": count, "samples_ms": [], "median_ms": None, "of_linear": None}
+            try:
+                placed = (
+                    *jax.device_put((params, buffers), (split, whole)),
+                    jax.device_put(source.tokens, whole),
+                )
+                outputs = split if function is gradients else None
+                compiled = jax.jit(function, out_shardings=outputs).lower(*placed).compile()
+                row = _timed(compiled, placed, count, rounds, alone)
+                alone = alone or row["median_ms"]
+                failure = None
+            except jax.errors.JaxRuntimeError as error:
+                failure = out_of_memory(error)
+            yield {"what": what, **row, "failure": failure}
+
+
+def _by_neurons(mesh: Mesh, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    """Where a parameter stands: the layers' feed-forward matrices (L, F, D) are split over F."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    by_neurons = "ffn" in names and names[-1] in ("w_gate", "w_up", "w_down")
+    return NamedSharding(mesh, PartitionSpec(None, "model") if by_neurons else PartitionSpec())
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What a row says of the error; any other error is raised again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return "out of memory: " + str(error).splitlines()[0]
+
+
+def model_line(row: Mapping[str, Any]) -> str:
+    """For people."""
+    devices = f"{row['devices']} devices share the model's neurons"
+    name = f"{row['what']}, {devices if row['devices'] > 1 else 'the model on 1 device'}"
+    if row["failure"]:
+        return f"{name}: {row['failure']}"
+    linear = f", {row['of_linear']:.1%} of linear" if row["of_linear"] else ""
+    return f"{name}: {row['median_ms']:.2f} ms{linear}"
 
 
 def layer_line(row: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "scaling.json"
     options = ScalingOptions(
         model=MODEL, batch_size=4, devices=(1, 2), modes=("zero1", "pmap"), nnz=6, steps=2,
-        tensor_parallel=True, loss_steps=5, json=str(path),
+        tensor_parallel=True, tensor_parallel_model=True, loss_steps=5, json=str(path),
     )  # fmt: skip
     console = Console(record=True, width=140)
     found = scaling.run(options, console=console)
@@ -67,6 +67,21 @@ def test_a_layers_neurons_are_shared(measured):
     # y and dx of all tokens; norms and statistics are a few scalars.
     assert shared["exchanged"]["all-reduce f32"] == pytest.approx(2 * 4 * 64 * 16, abs=64)
     assert shared["of_linear"] == pytest.approx(alone["median_ms"] / shared["median_ms"] / 2)
+
+
+def test_a_models_neurons_are_shared(measured):
+    found, text = measured
+    rows = found["tensor_parallel_model"]
+    cases = [(row["what"], row["devices"]) for row in rows]
+    assert cases == [(what, count) for what in ("forward", "forward and backward") for count in (1, 2)]
+    for alone, shared in (rows[:2], rows[2:]):
+        assert (alone["failure"], shared["failure"], alone["exchanged"]) == (None, None, {})
+        assert shared["of_linear"] == pytest.approx(alone["median_ms"] / shared["median_ms"] / 2)
+    # y of all tokens, and in the backward dx of all tokens.
+    forward, both = (row["exchanged"]["all-reduce f32"] for row in (rows[1], rows[3]))
+    assert forward == pytest.approx(4 * 64 * 16, abs=64)
+    assert both == pytest.approx(2 * 4 * 64 * 16, abs=64)
+    assert "forward, 2 devices share the model's neurons: " in text
 
 
 def test_losses_are_those_of_one_device_up_to_rounding(measured):
