@@ -36,9 +36,10 @@ def run(
     interpret: bool = False,
 ) -> tuple[Any, Hidden | Shares]:
     """The layer's y (M, D), and what its statistics are made of, for x (M, D) and weights (F, D), or for
-    those of one ``layer`` (1,) int32 of a stack (L, F, D). With ``onto``, the `Stream` that y is added to.
+    those of one ``layer`` (1,) int32 of a stack (L, F, D).
 
-    One or two tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
+    With ``onto``, what is returned for y is the `Stream` that adding it to that residual gives. One or two
+    tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
 
     Raises:
       ValueError: a config whose programs do not have all neurons.

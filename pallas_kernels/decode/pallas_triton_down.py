@@ -7,7 +7,8 @@ takes.
 
 **`decode_down`**: a grid of column tiles and *splits* of the neurons. Each program writes its part of y in
 f32 and counts itself in; the one that finds all others counted adds the parts up, in the order of the splits
-whichever comes last: so the same inputs give the same bits. Nobody waits for anybody.
+whichever comes last: so the same inputs give the same bits. Nobody waits for anybody. The last one may also
+add that sum to a residual stream (`residual`).
 
 **Numerics.** f32 accumulation and one rounding to the input type. Products are taken as ``Wd^T h``, with the
 columns of y as rows: these fill a tensor core's operand, a few tokens do not.

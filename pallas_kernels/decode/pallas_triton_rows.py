@@ -8,7 +8,8 @@ the down row are asked for together, so that the way from the gate to the share 
 **`rows_hidden`**: a tile of neurons a program: gate, and for each active neuron in turn the up projection and
 the share of y (M, D) in f32. **`sum_shares`** adds the shares up, those of tiles without an active neuron
 left out: in an order that the sizes fix, so that the same inputs give the same bits.
-**`rows_project`**: a tile of outputs a program.
+**`rows_project`**: a tile of outputs a program. It and `sum_shares` may add to a residual stream, and it and
+`rows_hidden` may read the norm of one (`residual`).
 
 **Numerics.** Products and sums are f32, rounded where those of the kernels for more tokens are.
 
