@@ -4,7 +4,7 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from pallas_kernels import batching, dense, partition
+from pallas_kernels import batching, dense, dispatch, partition
 from pallas_kernels.checks import check_ffn_arguments
 from pallas_kernels.common import varying_axes
 from pallas_kernels.options import FFNOptions, FFNStats
@@ -68,6 +68,21 @@ def _layer(
     arguments = varying_axes.vary_alike(*arguments)
     y, stats = batching.apply(arguments, options)
     return y.reshape(x.shape), stats
+
+
+def path(
+    x: jax.Array,
+    w_up: jax.Array,
+    options: FFNOptions = FFNOptions(),  # noqa: B008 - frozen
+) -> dispatch.Choice | None:
+    """What `sparse_ffn` or `sparse_mlp` runs for x (M, D) and weights like w_up (F, D), all of one type.
+
+    None where devices share the call, each of which chooses for its own part.
+
+    Raises:
+      RequestError: options that cannot run here.
+    """
+    return None if partition.is_shared(x, w_up) else dispatch.choose(options, dispatch.Call.of(x, w_up))
 
 
 def ffn_on_mesh(

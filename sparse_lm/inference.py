@@ -7,6 +7,7 @@ them. The projections of queries, keys and values are one matrix, for they read 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels import decode, device, reference, sparse_ffn, sparse_mlp
+from pallas_kernels import decode, device, ffn, reference, sparse_ffn, sparse_mlp
 from sparse_lm.attention import attend
 from sparse_lm.config import SILU, ModelConfig
 from sparse_lm.layers import rms_norm, rotary, scaled
@@ -23,6 +24,9 @@ from sparse_lm.rope import frequencies
 from sparse_lm.silu import silu_ffn
 
 _LOGITS_AT_ONCE = 64  # positions of each row
+
+_Attended = Callable[[int, jax.Array | decode.Normed], jax.Array]
+"""Attention of one token a row, from a layer's number and its normed input (B, D): (B, N H)."""
 
 
 @jax.tree_util.register_dataclass
@@ -171,25 +175,61 @@ class InferenceModel:
         self, tokens: jax.Array, cache: LayerCaches, *, interpret: bool
     ) -> tuple[jax.Array, LayerCaches]:
         """`extend` by one token (B,) a row, of which every part is one kernel: hidden states (B, D)."""
-        project = partial(decode.project, interpret=interpret)
-        add_norm = partial(decode.add_norm, eps=self.config.norm_eps, interpret=interpret)
         cos, sin = self._angles(cache.lengths)
-        x = self._embed(tokens)
-        normed = self._norm(x, self.layers[0].attention_norm)
-        following = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         keys, values = list(cache.keys), list(cache.values)
-        for nth, (layer, scale) in enumerate(zip(self.layers, following, strict=True)):
-            qkv = project(normed, layer.qkv)
+
+        def attended(nth: int, normed: jax.Array | decode.Normed) -> jax.Array:
+            """What attention of layer ``nth`` gives (B, N H); writes its cache."""
+            layer = self.layers[nth]
+            qkv = decode.project(normed, layer.qkv, interpret=interpret)
             if layer.qkv_bias is not None:
                 qkv += layer.qkv_bias[None]
-            attended, keys[nth], values[nth] = decode.attention(
+            y, keys[nth], values[nth] = decode.attention(
                 qkv, keys[nth], values[nth], cache.lengths, cos, sin, interpret=interpret
             )
-            added = scaled(project(attended, layer.output), self.config.residual_scale)
-            x, normed = add_norm(x, added, layer.ffn_norm)
-            added = scaled(self._feed_forward(layer, normed), self.config.residual_scale)
-            x, normed = add_norm(x, added, scale)
-        return normed, LayerCaches(tuple(keys), tuple(values), cache.lengths + 1)
+            return y
+
+        x = self._embed(tokens)
+        run = self._layers_on_stream if self._decodes(x) else self._layers_with_norms
+        hidden = run(x, attended, interpret=interpret)
+        return hidden, LayerCaches(tuple(keys), tuple(values), cache.lengths + 1)
+
+    def _decodes(self, x: jax.Array) -> bool:
+        """Whether the feed-forward layers of x (B, D) run the decode kernels, which take part in the residual
+        stream."""
+        if self.config.activation == SILU:
+            return False
+        path = ffn.path(x, self.layers[0].w_up, self.config.ffn_options)
+        return path is not None and path.layout.name == "decode"
+
+    def _layers_on_stream(self, x: jax.Array, attended: _Attended, *, interpret: bool) -> jax.Array:
+        """Hidden states (B, D) of embedded tokens x (B, D): residual sums and norms are parts of the kernels
+        around them."""
+        config = self.config
+        stream = decode.Stream.of(x)
+        for nth, layer in enumerate(self.layers):
+            y = attended(nth, stream.normed(layer.attention_norm, config.norm_eps))
+            onto = decode.Residual(stream.x, config.residual_scale)
+            stream = decode.project_onto(onto, y, layer.output, interpret=interpret)
+            normed = stream.normed(layer.ffn_norm, config.norm_eps)
+            onto = decode.Residual(stream.x, config.residual_scale)
+            weights = layer.w_gate, layer.w_up, layer.w_down
+            stream = decode.layer_onto(
+                onto, normed, *weights, rule=config.ffn_options.rule, interpret=interpret
+            )
+        return self._final(stream.x)
+
+    def _layers_with_norms(self, x: jax.Array, attended: _Attended, *, interpret: bool) -> jax.Array:
+        """The same with feed-forward layers as they come, between which sums and norms are kernels."""
+        factor = self.config.residual_scale
+        add_norm = partial(decode.add_norm, eps=self.config.norm_eps, interpret=interpret)
+        normed = self._norm(x, self.layers[0].attention_norm)
+        following = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
+        for nth, (layer, scale) in enumerate(zip(self.layers, following, strict=True)):
+            added = decode.project(attended(nth, normed), layer.output, interpret=interpret)
+            x, normed = add_norm(x, scaled(added, factor), layer.ffn_norm)
+            x, normed = add_norm(x, scaled(self._feed_forward(layer, normed), factor), scale)
+        return normed
 
     def _backend(self, batch: int) -> str | None:
         """What runs the kernels of a step, ``"triton"`` or ``"interpret"``; None where XLA runs the step."""

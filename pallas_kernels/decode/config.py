@@ -10,6 +10,7 @@ import jax
 
 from pallas_kernels import device as device_lib
 from pallas_kernels.common import powers_of_2
+from pallas_kernels.decode.residual import Normed
 from pallas_kernels.device import Device
 
 MOST_TOKENS = 64
@@ -165,7 +166,7 @@ def _at_least_one(config: HiddenConfig | DownConfig | ProjectConfig, *names: str
             raise ValueError(f"{type(config).__name__}.{name} must be at least 1; got {value}")
 
 
-def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfig:
+def choose(x: jax.Array | Normed, d_ff: int, device: Device | None = None) -> DecodeConfig:
     """The config for x (M, D) and F neurons."""
     device = device_lib.current() if device is None else device
     (tokens, d_model), itemsize = x.shape, x.dtype.itemsize
@@ -200,13 +201,16 @@ def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfi
     )
 
 
-def choose_rows(x: jax.Array) -> RowsConfig:
+def choose_rows(x: jax.Array | Normed) -> RowsConfig:
     """The config for x (M, D) of at most `ROWS_TOKENS` tokens."""
-    slice_d = min(2048, max(16, powers_of_2.at_least(x.shape[1])))
-    return RowsConfig(8, slice_d, 4 if x.shape[0] * x.shape[1] <= 2048 else 8)
+    num_warps = 4 if x.shape[0] * x.shape[1] <= 2048 else 8
+    # A thread holds values of a norm's scale beside those of x and the weight: with eight of them as many
+    # programs fit a core at a time as without a norm, with sixteen fewer.
+    longest = 8 * 32 * num_warps if isinstance(x, Normed) else 2048
+    return RowsConfig(8, min(longest, max(16, powers_of_2.at_least(x.shape[1]))), num_warps)
 
 
-def choose_project(x: jax.Array, outputs: int) -> ProjectConfig:
+def choose_project(x: jax.Array | Normed, outputs: int) -> ProjectConfig:
     """The config for x (M, D) and a weight (outputs, D)."""
     rows = _rows(x.shape[0])
     if x.dtype.itemsize == 4:

@@ -18,25 +18,28 @@ from pallas_kernels.decode.config import ROWS_TOKENS, DecodeConfig
 from pallas_kernels.decode.pallas_triton_down import decode_down
 from pallas_kernels.decode.pallas_triton_hidden import Hidden, decode_hidden
 from pallas_kernels.decode.pallas_triton_rows import Shares, rows_hidden, sum_shares
+from pallas_kernels.decode.residual import Normed, Residual, Stream
 from pallas_kernels.options import Auto, FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
 
 def run(
-    x: jax.Array,
+    x: jax.Array | Normed,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     layer: jax.Array | None = None,
+    onto: Residual | None = None,
     *,
     rule: Rule,
     config: DecodeConfig | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, Hidden | Shares]:
+) -> tuple[Any, Hidden | Shares]:
     """The layer's y (M, D), and what its statistics are made of, for x (M, D) and weights (F, D), or for
     those of one ``layer`` (1,) int32 of a stack (L, F, D).
 
-    One or two tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
+    With ``onto``, what is returned for y is the `Stream` that adding it to that residual gives. One or two
+    tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
 
     Raises:
       ValueError: a config whose programs do not have all neurons.
@@ -46,15 +49,30 @@ def run(
     if tokens <= ROWS_TOKENS and config is None:
         rows = configs.choose_rows(x)
         shares = rows_hidden(x, *weights, layer, rule=rule, config=rows, interpret=interpret)
-        return sum_shares(shares, x, interpret=interpret), shares
+        return sum_shares(shares, onto, dtype=x.dtype, interpret=interpret), shares
     config = configs.choose(x, d_ff) if config is None else config
     config.check(d_ff)
     n_counters = config.down.n_tiles(d_model)
     hidden = decode_hidden(
         x, w_gate, w_up, layer, n_counters=n_counters, rule=rule, config=config.hidden, interpret=interpret
     )
-    y = decode_down(hidden, w_down, layer, tokens=tokens, config=config.down, interpret=interpret)
+    y = decode_down(hidden, w_down, layer, onto, tokens=tokens, config=config.down, interpret=interpret)
     return y, hidden
+
+
+def layer_onto(
+    onto: Residual,
+    x: jax.Array | Normed,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    rule: Rule,
+    interpret: bool = False,
+) -> Stream:
+    """The layer of x (M, D) and weights (F, D), added to a residual stream, without a gradient."""
+    with jax.enable_x64(False):
+        return run(x, w_gate, w_up, w_down, onto=onto, rule=rule, interpret=interpret)[0]
 
 
 def layer_of_stack(

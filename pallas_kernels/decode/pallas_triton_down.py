@@ -7,7 +7,8 @@ takes.
 
 **`decode_down`**: a grid of column tiles and *splits* of the neurons. Each program writes its part of y in
 f32 and counts itself in; the one that finds all others counted adds the parts up, in the order of the splits
-whichever comes last: so the same inputs give the same bits. Nobody waits for anybody.
+whichever comes last: so the same inputs give the same bits. Nobody waits for anybody. The last one may also
+add that sum to a residual stream (`residual`).
 
 **Numerics.** f32 accumulation and one rounding to the input type. Products are taken as ``Wd^T h``, with the
 columns of y as rows: these fill a tensor core's operand, a few tokens do not.
@@ -28,51 +29,52 @@ from pallas_kernels.common.products import CONTRACT_FIRST, dot
 from pallas_kernels.decode.config import DownConfig
 from pallas_kernels.decode.pallas_triton_hidden import Hidden
 from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, load
+from pallas_kernels.decode.residual import Residual, Stream, writer
 
 
 def decode_down(
     hidden: Hidden,
     w_down: jax.Array,
     layer: jax.Array | None = None,
+    onto: Residual | None = None,
     *,
     tokens: int,
     config: DownConfig,
     interpret: bool = False,
-) -> jax.Array:
+) -> jax.Array | Stream:
     """y (M, D) of the hidden activations of M tokens and a weight (F, D), or that of one ``layer`` (1,) int32
-    of a stack (L, F, D).
+    of a stack (L, F, D); added ``onto`` a residual stream where there is one.
 
     ``hidden.arrivals`` needs a counter for each of ``config.n_tiles(D)`` tiles of y.
     """
     n_blocks, d_model = hidden.h.shape[0], w_down.shape[-1]
     n_tiles = config.n_tiles(d_model)
     output = partial(varying_axes.output, hidden.h)
-    y, *_ = pl.pallas_call(
+    *_, y = pl.pallas_call(
         partial(_kernel, config=config, interpret=interpret),
         out_shape=(
-            output((tokens, d_model), hidden.h.dtype),
-            output((config.splits, tokens, d_model), jnp.float32),
             output(hidden.arrivals.shape, jnp.int32),
+            output((config.splits, tokens, d_model), jnp.float32),
+            output((tokens, d_model), hidden.h.dtype) if onto is None else onto.output(n_tiles),
         ),
         grid=(n_tiles, config.splits, n_blocks),
-        input_output_aliases={3: 2},
+        input_output_aliases={3: 0},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_down",
-    )(hidden.hits, hidden.h, as_rows(w_down), hidden.arrivals, *([] if layer is None else [layer]))
+    )(hidden.hits, hidden.h, as_rows(w_down), hidden.arrivals, layer, onto)
     return y
 
 
-def _kernel(hits_ref, h_ref, w_ref, _, *refs, config, interpret):
-    *layer_refs, y_ref, parts_ref, arrivals_ref = refs
-    (n_tokens, d_model), (_, d_ff, rows) = y_ref.shape, h_ref.shape
+def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, onto, arrivals_ref, parts_ref, out, *, config, interpret):
+    (_, n_tokens, d_model), (_, d_ff, rows) = parts_ref.shape, h_ref.shape
     tile, split, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     columns = tile * config.tile_d + lax.iota(jnp.int32, config.tile_d)
     place = lax.iota(jnp.int32, rows)
     tokens = block * rows + place
     column_here = columns < d_model
     inside = column_here if d_model % config.tile_d else None
-    first = first_row(layer_refs, w_ref, d_ff)
+    first = first_row(layer_ref, w_ref, d_ff)
 
     def step(nth, acc):
         # The splits take turns: neighbours in the order of activity are shared out evenly.
@@ -85,9 +87,12 @@ def _kernel(hits_ref, h_ref, w_ref, _, *refs, config, interpret):
 
     steps = pl.cdiv(pl.cdiv(d_ff, config.tile), config.splits)
     acc = lax.fori_loop(0, steps, step, jnp.zeros((config.tile_d, rows), jnp.float32))
-    at, here = (tokens[None, :], columns[:, None]), (tokens < n_tokens)[None, :] & column_here[:, None]
+    token_here = tokens < n_tokens
+    at, here = (tokens[None, :], columns[:, None]), token_here[None, :] & column_here[:, None]
+
+    result = partial(writer, out, onto, at, here, (tile, tokens), token_here)
     if config.splits == 1:
-        plt.store(y_ref.at[at], acc.astype(y_ref.dtype), mask=here)
+        result()(acc)
         return
     plt.store(parts_ref.at[split, *at], acc, mask=here)
     barrier(interpret)
@@ -95,7 +100,7 @@ def _kernel(hits_ref, h_ref, w_ref, _, *refs, config, interpret):
 
     @pl.when(before == config.splits - 1)
     def add_up():
-        total = jnp.zeros(acc.shape, jnp.float32)
+        write, total = result(), jnp.zeros(acc.shape, jnp.float32)
         for nth in range(config.splits):
             total += plt.load(parts_ref.at[nth, *at], mask=here, other=0)
-        plt.store(y_ref.at[at], total.astype(y_ref.dtype), mask=here)
+        write(total)

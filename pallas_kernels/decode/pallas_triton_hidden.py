@@ -32,7 +32,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode.config import HiddenConfig
-from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, product, products
+from pallas_kernels.decode.pallas_triton_tiles import Rows, as_rows, barrier, first_row, product, products
+from pallas_kernels.decode.residual import Normed, unnormed
 
 _GROUP = 16
 
@@ -56,7 +57,7 @@ class Hidden(NamedTuple):
 
 
 def decode_hidden(
-    x: jax.Array,
+    x: jax.Array | Normed,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     layer: jax.Array | None = None,
@@ -69,12 +70,11 @@ def decode_hidden(
     """The hidden activations of x (M, D) for weights (F, D), or for those of one ``layer`` (1,) int32 of a
     stack (L, F, D), which are read where they stand."""
     tokens, d_ff = x.shape[0], w_up.shape[-2]
-    weights = [as_rows(weight) for weight in (w_gate, w_up) if weight is not None]
     n_blocks = pl.cdiv(tokens, config.rows)
-    output = partial(varying_axes.output, x)
+    output = partial(varying_axes.output, unnormed(x))
     return Hidden(
         *pl.pallas_call(
-            partial(_kernel, gated=w_gate is not None, rule=rule, config=config, interpret=interpret),
+            partial(_kernel, rule=rule, config=config, interpret=interpret),
             out_shape=(
                 output((n_blocks, d_ff), jnp.int32),
                 output((config.programs, tokens), jnp.int32),
@@ -86,20 +86,34 @@ def decode_hidden(
             interpret=interpret,
             compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
             name="decode_hidden",
-        )(x, *weights, *([] if layer is None else [layer]))
+        )(x, as_rows(w_gate), as_rows(w_up), layer)
     )
 
 
-def _kernel(x_ref, *refs, gated, rule, config, interpret):
-    *inputs, hits_ref, nnz_ref, l1_ref, h_ref, arrivals_ref = refs
-    (gate_ref, *up_refs), layer_refs = inputs[: 1 + gated], inputs[1 + gated :]
-    dtype, n_tokens, d_ff = x_ref.dtype, x_ref.shape[0], hits_ref.shape[1]
+def _kernel(
+    x,
+    w_gate_ref,
+    w_up_ref,
+    layer_ref,
+    hits_ref,
+    nnz_ref,
+    l1_ref,
+    h_ref,
+    arrivals_ref,
+    *,
+    rule,
+    config,
+    interpret,
+):
+    gated = w_gate_ref is not None
+    gate_ref = w_gate_ref if gated else w_up_ref
+    dtype, n_tokens, d_ff = x.dtype, x.shape[0], hits_ref.shape[1]
     program, block = pl.program_id(0), pl.program_id(1)
     neurons = program + config.programs * lax.iota(jnp.int32, config.tile)
     place = lax.iota(jnp.int32, config.rows)
     tokens = block * config.rows + place
     token_here, neuron_here = tokens < n_tokens, neurons < d_ff
-    first = first_row(layer_refs, gate_ref, d_ff)
+    first = first_row(layer_ref, gate_ref, d_ff)
 
     @pl.when(program == 0)
     def reset_arrivals():
@@ -107,7 +121,8 @@ def _kernel(x_ref, *refs, gated, rule, config, interpret):
         counters = lax.iota(jnp.int32, pl.next_power_of_2(n_counters))
         plt.store(arrivals_ref.at[block, counters], jnp.zeros_like(counters), mask=counters < n_counters)
 
-    gate = product(gate_ref, first + neurons, neuron_here, x_ref, tokens, token_here, tile_k=config.tile_k)
+    x_rows = Rows.of(x, tokens, token_here)
+    gate = product(gate_ref, first + neurons, neuron_here, x_rows, tile_k=config.tile_k)
     gate = gate.astype(dtype)
     active = rule.active(gate.astype(jnp.float32), dtype) & token_here[None, :] & neuron_here[:, None]
     counted = active.astype(jnp.int32)
@@ -156,9 +171,8 @@ def _kernel(x_ref, *refs, gated, rule, config, interpret):
             for (chosen, _), mask in zip(groups, masks, strict=True)
         ]
         up_rows = [(first + chosen, here) for chosen, here in groups]
-        ups = products(
-            up_refs[0], up_rows, x_ref, tokens, nnz > 0, tile_k=config.tile_k, chains=config.chains
-        )
+        needed_rows = x_rows.among(nnz > 0)
+        ups = products(w_up_ref, up_rows, needed_rows, tile_k=config.tile_k, chains=config.chains)
         barrier(interpret)  # the gates have been read
         hs = []
         for (chosen, here), mask, g, up in zip(groups, masks, gates, ups, strict=True):

@@ -2,8 +2,9 @@
 
 Why they exist. A projection of a few tokens takes the time of reading its weight; `decode_project` streams it
 past tokens that are padded to what a tensor core takes, whatever their number, so that a row's result does
-not depend on how many others there are up to 16. `add_norm` is one launch for a residual sum and the norm
-that reads it, where XLA has two or three.
+not depend on how many others there are up to 16. It reads the norm of a residual stream, and adds its result
+to one, without a launch for either (`residual`). `add_norm` is one launch for a residual sum and the norm
+that reads it, where XLA has two or three: for a step whose feed-forward layers are XLA's.
 
 **Numerics.** f32 accumulation, one rounding to the output type; the residual sum is rounded to the input type
 before the norm reads it, and the norm's result is rounded once.
@@ -12,6 +13,7 @@ before the norm reads it, and the norm's result is rounded once.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +26,12 @@ from pallas_kernels.common import varying_axes
 from pallas_kernels.decode import config as configs
 from pallas_kernels.decode.config import ProjectConfig
 from pallas_kernels.decode.pallas_triton_rows import rows_project
-from pallas_kernels.decode.pallas_triton_tiles import product
+from pallas_kernels.decode.pallas_triton_tiles import Rows, product
+from pallas_kernels.decode.residual import Normed, Residual, Stream, unnormed, writer
 
 
 def decode_project(
-    x: jax.Array,
+    x: jax.Array | Normed,
     weight: jax.Array,
     *,
     dtype: DTypeLike | None = None,
@@ -36,28 +39,56 @@ def decode_project(
     interpret: bool = False,
 ) -> jax.Array:
     """``x W^T`` for x (M, D) and W (O, D): (M, O) in x's type, or in ``dtype``."""
+    return _project(x, weight, None, dtype or x.dtype, config, interpret)
+
+
+def project_onto(
+    onto: Residual,
+    x: jax.Array | Normed,
+    weight: jax.Array,
+    *,
+    config: ProjectConfig | None = None,
+    interpret: bool = False,
+) -> Stream:
+    """`decode_project` to the width of a residual stream, added to that."""
+    return _project(x, weight, onto, x.dtype, config, interpret)
+
+
+def _project(
+    x: jax.Array | Normed,
+    weight: jax.Array,
+    onto: Residual | None,
+    dtype: DTypeLike,
+    config: ProjectConfig | None,
+    interpret: bool,
+) -> Any:
     tokens, outputs = x.shape[0], weight.shape[0]
     if tokens <= configs.ROWS_TOKENS and config is None:
         rows = configs.choose_rows(x)
-        return rows_project(x, weight, dtype=dtype or x.dtype, config=rows, interpret=interpret)
+        return rows_project(x, weight, onto, dtype=dtype, config=rows, interpret=interpret)
     config = configs.choose_project(x, outputs) if config is None else config
-    return pl.pallas_call(
+    n_tiles = pl.cdiv(outputs, config.tile)
+    y = varying_axes.output(unnormed(x), (tokens, outputs), dtype)
+    (result,) = pl.pallas_call(
         partial(_project_kernel, config=config),
-        out_shape=varying_axes.output(x, (tokens, outputs), x.dtype if dtype is None else dtype),
-        grid=(pl.cdiv(outputs, config.tile), pl.cdiv(tokens, config.rows)),
+        out_shape=(y if onto is None else onto.output(n_tiles),),
+        grid=(n_tiles, pl.cdiv(tokens, config.rows)),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_project",
-    )(x, weight)
+    )(x, weight, onto)
+    return result
 
 
-def _project_kernel(x_ref, w_ref, y_ref, *, config):
+def _project_kernel(x, w_ref, onto, out, *, config):
+    tile = pl.program_id(0)
     rows = pl.program_id(1) * config.rows + lax.iota(jnp.int32, config.rows)
-    outputs = pl.program_id(0) * config.tile + lax.iota(jnp.int32, config.tile)
-    row_here, output_here = rows < x_ref.shape[0], outputs < w_ref.shape[0]
-    y = product(w_ref, outputs, output_here, x_ref, rows, row_here, tile_k=config.tile_k)
-    mask = output_here[:, None] & row_here[None, :]
-    plt.store(y_ref.at[rows[None, :], outputs[:, None]], y.astype(y_ref.dtype), mask=mask)
+    outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
+    row_here, output_here = rows < x.shape[0], outputs < w_ref.shape[0]
+    at, mask = (rows[None, :], outputs[:, None]), output_here[:, None] & row_here[None, :]
+    write = writer(out, onto, at, mask, (tile, rows), row_here)
+    x_rows = Rows.of(x, rows, row_here)
+    write(product(w_ref, outputs, output_here, x_rows, tile_k=config.tile_k))
 
 
 def add_norm(

@@ -8,7 +8,8 @@ the down row are asked for together, so that the way from the gate to the share 
 **`rows_hidden`**: a tile of neurons a program: gate, and for each active neuron in turn the up projection and
 the share of y (M, D) in f32. **`sum_shares`** adds the shares up, those of tiles without an active neuron
 left out: in an order that the sizes fix, so that the same inputs give the same bits.
-**`rows_project`**: a tile of outputs a program.
+**`rows_project`**: a tile of outputs a program. It and `sum_shares` may add to a residual stream, and it and
+`rows_hidden` may read the norm of one (`residual`).
 
 **Numerics.** Products and sums are f32, rounded where those of the kernels for more tokens are.
 
@@ -29,6 +30,7 @@ from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode.config import RowsConfig
 from pallas_kernels.decode.pallas_triton_tiles import as_rows, first_row
+from pallas_kernels.decode.residual import Normed, Residual, Stream, unnormed, writer
 
 _MOST_SHARES = 256
 _SUM_COLUMNS = 32
@@ -53,7 +55,7 @@ class Shares(NamedTuple):
 
 
 def rows_hidden(
-    x: jax.Array,
+    x: jax.Array | Normed,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
@@ -67,39 +69,50 @@ def rows_hidden(
     int32 of a stack (L, F, D), which are read where they stand."""
     (tokens, d_model), d_ff = x.shape, w_up.shape[-2]
     n_tiles = pl.cdiv(d_ff, config.tile)
-    operands = [as_rows(weight) for weight in (w_gate, w_up, w_down) if weight is not None]
-    operands += [] if layer is None else [layer]
+    output = partial(varying_axes.output, unnormed(x))
     return Shares(
         *pl.pallas_call(
-            partial(_hidden_kernel, gated=w_gate is not None, rule=rule, config=config),
+            partial(_hidden_kernel, rule=rule, config=config),
             out_shape=(
-                varying_axes.output(x, (1, d_ff), jnp.int32),
-                varying_axes.output(x, (n_tiles,), jnp.int32),
-                varying_axes.output(x, (n_tiles, tokens), jnp.int32),
-                varying_axes.output(x, (n_tiles, tokens), jnp.float32),
-                varying_axes.output(x, (n_tiles, tokens, d_model), jnp.float32),
+                output((1, d_ff), jnp.int32),
+                output((n_tiles,), jnp.int32),
+                output((n_tiles, tokens), jnp.int32),
+                output((n_tiles, tokens), jnp.float32),
+                output((n_tiles, tokens, d_model), jnp.float32),
             ),
             grid=(n_tiles,),
             interpret=interpret,
             compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
             name="decode_rows_hidden",
-        )(x, *operands)
+        )(x, as_rows(w_gate), as_rows(w_up), as_rows(w_down), layer)
     )
 
 
-def _hidden_kernel(x_ref, *refs, gated, rule, config):
-    *inputs, hits_ref, active_ref, nnz_ref, l1_ref, shares_ref = refs
-    (gate_ref, *up_refs, down_ref), layer_refs = inputs[: 2 + gated], inputs[2 + gated :]
-    (tokens, d_model), d_ff, dtype = x_ref.shape, hits_ref.shape[1], x_ref.dtype
+def _hidden_kernel(
+    x,
+    w_gate_ref,
+    w_up_ref,
+    w_down_ref,
+    layer_ref,
+    hits_ref,
+    active_ref,
+    nnz_ref,
+    l1_ref,
+    shares_ref,
+    *,
+    rule,
+    config,
+):
+    gated = w_gate_ref is not None
+    gate_ref = w_gate_ref if gated else w_up_ref
+    (tokens, d_model), d_ff, dtype = x.shape, hits_ref.shape[1], x.dtype
     tile_id, within = pl.program_id(0), lax.iota(jnp.int32, config.tile)
     neurons = tile_id * config.tile + within
     neuron_here = neurons < d_ff
-    first = first_row(layer_refs, gate_ref, d_ff)
+    first = first_row(layer_ref, gate_ref, d_ff)
 
-    gates = [
-        gate.astype(dtype)
-        for gate in _products(gate_ref, first + neurons, neuron_here, x_ref, config.slice_d)
-    ]
+    gates, x_slices = _products(gate_ref, first + neurons, neuron_here, x, config.slice_d)
+    gates = [gate.astype(dtype) for gate in gates]
     masks = [rule.active(gate.astype(jnp.float32), dtype) & neuron_here for gate in gates]
     hits = jnp.zeros((config.tile,), jnp.int32)
     for mask in masks:
@@ -124,8 +137,8 @@ def _hidden_kernel(x_ref, *refs, gated, rule, config):
             sums, shares = state[:tokens], state[tokens:]
             which = jnp.sum(jnp.where((rank == nth) & (needed > 0), within, 0))
             neuron_row = first + tile_id * config.tile + which
-            rows = [_row(down_ref, neuron_row, start, config.slice_d) for start in starts]
-            ups = [_row(ref, neuron_row, start, config.slice_d) for ref in up_refs for start in starts]
+            rows = [_slice(w_down_ref, neuron_row, start, config.slice_d) for start in starts]
+            ups = [_slice(w_up_ref, neuron_row, start, config.slice_d) for start in starts if gated]
             following, following_sums = [], []
             for token, (gate, mask) in enumerate(zip(gates, masks, strict=True)):
                 chosen = within == which
@@ -134,8 +147,7 @@ def _hidden_kernel(x_ref, *refs, gated, rule, config):
                 h = rule.value(g).astype(dtype).astype(jnp.float32)
                 if gated:
                     products = [
-                        jnp.sum(row * _row(x_ref, token, start, config.slice_d))
-                        for row, start in zip(ups, starts, strict=True)
+                        jnp.sum(row * x_slices[token](start)) for row, start in zip(ups, starts, strict=True)
                     ]
                     up = jnp.asarray(sum(products)).astype(dtype).astype(jnp.float32)
                     h = (h * rule.up(up)).astype(dtype)
@@ -158,45 +170,76 @@ def _hidden_kernel(x_ref, *refs, gated, rule, config):
             plt.store(shares_ref.at[tile_id, token, columns], total, mask=columns < d_model)
 
 
-def _row(ref, row, start, size):
+def _slice(ref, row, start, size):
     """A slice of a matrix's row, in f32; zero beyond its end."""
     columns = start + lax.iota(jnp.int32, size)
     return plt.load(ref.at[row, columns], mask=columns < ref.shape[1], other=0).astype(jnp.float32)
 
 
-def _products(w_ref, rows, row_here, x_ref, slice_d):
-    """For each of x's tokens (M, D), (len(rows),) f32: its products with rows of a weight (., D)."""
-    tokens, d_model = x_ref.shape
-    totals = [jnp.zeros(rows.shape, jnp.float32) for _ in range(tokens)]
-    for start in range(0, d_model, slice_d):
+def _products(w_ref, rows, row_here, x, slice_d):
+    """Products of x (M, D), a ref or a `Normed` of refs, with rows of a weight (., D); and how to load x.
+
+    Returns:
+      For each token (len(rows),) f32; and for each token a function of a slice's first column, which gives
+      ``slice_d`` values in f32.
+    """
+    tokens, d_model = x.shape
+
+    def load(start):
         columns = start + lax.iota(jnp.int32, slice_d)
         mask = row_here[:, None] & (columns < d_model)[None, :]
-        weight = plt.load(w_ref.at[rows[:, None], columns[None, :]], mask=mask, other=0).astype(jnp.float32)
+        return plt.load(w_ref.at[rows[:, None], columns[None, :]], mask=mask, other=0)
+
+    weight = load(0)  # on its way while an RMS is made of its parts
+    x_slices = [_slices(x, token, slice_d) for token in range(tokens)]
+    totals = [jnp.zeros(rows.shape, jnp.float32) for _ in range(tokens)]
+    for start in range(0, d_model, slice_d):
+        weight = (load(start) if start else weight).astype(jnp.float32)
         for token in range(tokens):
-            x = _row(x_ref, token, start, slice_d)
-            totals[token] += jnp.sum(weight * x[None, :], axis=1)
-    return totals
+            totals[token] += jnp.sum(weight * x_slices[token](start)[None, :], axis=1)
+    return totals, x_slices
 
 
-def sum_shares(shares: Shares, x: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """y (M, D) in x's type: the sum of the shares that count."""
+def _slices(x, token, size):
+    """How slices of a token's row of x, a ref or a `Normed` of refs, are loaded: as `_slice` gives them."""
+    if not isinstance(x, Normed):
+        return lambda start: _slice(x, token, start, size)
+    inverse_rms = x.inverse_rms(token)
+
+    def normed(start):
+        columns = start + lax.iota(jnp.int32, size)
+        row = _slice(x.x, token, start, size)
+        return x.apply(row, inverse_rms, columns, columns < x.shape[1]).astype(jnp.float32)
+
+    return normed
+
+
+def sum_shares(
+    shares: Shares, onto: Residual | None = None, *, dtype: DTypeLike, interpret: bool = False
+) -> jax.Array | Stream:
+    """y (M, D) in ``dtype``: the sum of the shares that count; added ``onto`` a residual stream if there is
+    one."""
     _, tokens, d_model = shares.y.shape
     width = min(_SUM_COLUMNS, pl.next_power_of_2(d_model))
-    return pl.pallas_call(
+    n_tiles = pl.cdiv(d_model, width)
+    y = varying_axes.output(shares.y, (tokens, d_model), dtype)
+    (result,) = pl.pallas_call(
         partial(_sum_kernel, width=width),
-        out_shape=varying_axes.output(x, (tokens, d_model), x.dtype),
-        grid=(pl.cdiv(d_model, width), tokens),
+        out_shape=(y if onto is None else onto.output(n_tiles),),
+        grid=(n_tiles, tokens),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="decode_sum",
-    )(shares.y, shares.active)
+    )(shares.y, shares.active, onto)
+    return result
 
 
-def _sum_kernel(shares_ref, active_ref, y_ref, *, width):
+def _sum_kernel(shares_ref, active_ref, onto, out, *, width):
     n_shares, _, d_model = shares_ref.shape
-    row = pl.program_id(1)
-    columns = pl.program_id(0) * width + lax.iota(jnp.int32, width)
+    tile, row = pl.program_id(0), pl.program_id(1)
+    columns = tile * width + lax.iota(jnp.int32, width)
     column_here = columns < d_model
+    write = writer(out, onto, (row, columns), column_here, (tile, row))
     size = min(_MOST_SHARES, pl.next_power_of_2(n_shares))
 
     def step(nth, acc):
@@ -206,27 +249,40 @@ def _sum_kernel(shares_ref, active_ref, y_ref, *, width):
         share = plt.load(shares_ref.at[which[:, None], row, columns[None, :]], mask=mask, other=0)
         return acc + jnp.sum(share, axis=0)
 
-    acc = lax.fori_loop(0, pl.cdiv(n_shares, size), step, jnp.zeros((width,), jnp.float32))
-    plt.store(y_ref.at[row, columns], acc.astype(y_ref.dtype), mask=column_here)
+    write(lax.fori_loop(0, pl.cdiv(n_shares, size), step, jnp.zeros((width,), jnp.float32)))
 
 
 def rows_project(
-    x: jax.Array, weight: jax.Array, *, dtype: DTypeLike, config: RowsConfig, interpret: bool = False
-) -> jax.Array:
-    """``x W^T`` for x (M, D), M a handful, and W (O, D): (M, O) in ``dtype``."""
+    x: jax.Array | Normed,
+    weight: jax.Array,
+    onto: Residual | None = None,
+    *,
+    dtype: DTypeLike,
+    config: RowsConfig,
+    interpret: bool = False,
+) -> jax.Array | Stream:
+    """``x W^T`` for x (M, D), M a handful, and W (O, D): (M, O) in ``dtype``; added ``onto`` a residual
+    stream if there is one."""
     outputs = weight.shape[0]
-    return pl.pallas_call(
+    n_tiles = pl.cdiv(outputs, config.tile)
+    y = varying_axes.output(unnormed(x), (x.shape[0], outputs), dtype)
+    (result,) = pl.pallas_call(
         partial(_project_kernel, config=config),
-        out_shape=varying_axes.output(x, (x.shape[0], outputs), dtype),
-        grid=(pl.cdiv(outputs, config.tile),),
+        out_shape=(y if onto is None else onto.output(n_tiles),),
+        grid=(n_tiles,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="decode_rows_project",
-    )(x, weight)
+    )(x, weight, onto)
+    return result
 
 
-def _project_kernel(x_ref, w_ref, y_ref, *, config):
-    outputs = pl.program_id(0) * config.tile + lax.iota(jnp.int32, config.tile)
+def _project_kernel(x, w_ref, onto, out, *, config):
+    tile = pl.program_id(0)
+    outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
     here = outputs < w_ref.shape[0]
-    for token, y in enumerate(_products(w_ref, outputs, here, x_ref, config.slice_d)):
-        plt.store(y_ref.at[token, outputs], y.astype(y_ref.dtype), mask=here)
+    tokens = map(jnp.int32, range(x.shape[0]))
+    writers = [writer(out, onto, (token, outputs), here, (tile, token)) for token in tokens]
+    ys, _ = _products(w_ref, outputs, here, x, config.slice_d)
+    for write, y in zip(writers, ys, strict=True):
+        write(y)

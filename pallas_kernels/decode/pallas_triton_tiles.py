@@ -1,6 +1,8 @@
 """What the decode kernels have in common: masked tiles of a matrix, and products over its rows."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +11,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common.products import CONTRACT_LAST, dot
+from pallas_kernels.decode.residual import Normed, unnormed
 
 _LEAST_SLICE = 16
 
 
-def as_rows(weight: jax.Array) -> jax.Array:
-    """A stack of weights (L, F, D) as one matrix (L F, D); a single weight as it is."""
-    return weight.reshape(-1, weight.shape[-1])
+def as_rows(weight: jax.Array | None) -> jax.Array | None:
+    """A stack of weights (L, F, D) as one matrix (L F, D); a single weight as it is, and so is None."""
+    return None if weight is None else weight.reshape(-1, weight.shape[-1])
 
 
-def first_row(layer_refs, w_ref, d_ff: int):
-    """Where the rows of a layer's F neurons begin in ``as_rows`` of a stack; a number outside of the stack is
-    that of the nearest layer, as in `jax.lax.dynamic_index_in_dim`."""
-    for layer_ref in layer_refs:
-        return jnp.clip(layer_ref[0], 0, w_ref.shape[0] // d_ff - 1) * d_ff
-    return 0
+def first_row(layer_ref, w_ref, d_ff: int):
+    """Where the rows of a layer's F neurons begin in ``as_rows`` of a stack, 0 where there is no stack and
+    ``layer_ref`` is None; a number outside of the stack is that of the nearest layer, as in
+    `jax.lax.dynamic_index_in_dim`."""
+    if layer_ref is None:
+        return 0
+    return jnp.clip(layer_ref[0], 0, w_ref.shape[0] // d_ff - 1) * d_ff
 
 
 def load(ref, rows, row_here, columns, column_here=None):
@@ -34,8 +38,38 @@ def load(ref, rows, row_here, columns, column_here=None):
     return plt.load(ref.at[rows[:, None], columns[None, :]], mask=mask, other=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of x (M, D) as a kernel loads them, a tile of columns at a time.
+
+    Attributes:
+      x: a ref, or a `Normed` of refs, whose norm is applied to what is loaded.
+      tokens: (R,) int32, the rows' numbers.
+      here: (R,) bool, which of them are needed; the others are not read, and count as zero.
+      inverse_rms: (R,) f32, of a `Normed`.
+    """
+
+    x: Any
+    tokens: jax.Array
+    here: jax.Array
+    inverse_rms: jax.Array | None
+
+    @classmethod
+    def of(cls, x: Any, tokens: jax.Array, here: jax.Array) -> "Rows":
+        return cls(x, tokens, here, x.inverse_rms(tokens, here) if isinstance(x, Normed) else None)
+
+    def among(self, here: jax.Array) -> "Rows":
+        """The same rows, of which fewer are needed."""
+        return dataclasses.replace(self, here=here)
+
+    def tile(self, columns: jax.Array, inside: jax.Array | None) -> jax.Array:
+        """(R, len(columns)) in x's type; ``inside`` is which columns exist, or None for all."""
+        x = load(unnormed(self.x), self.tokens, self.here, columns, inside)
+        return x if self.inverse_rms is None else self.x.apply(x, self.inverse_rms, columns, inside)
+
+
 def products(
-    w_ref, groups: Sequence[tuple[jax.Array, jax.Array]], x_ref, tokens, token_here, *, tile_k, chains=1
+    w_ref, groups: Sequence[tuple[jax.Array, jax.Array]], x_rows: Rows, *, tile_k, chains=1
 ) -> list[jax.Array]:
     """For each group of rows of a weight (F, D), those rows times rows of x (M, D), in f32: (rows, tokens).
 
@@ -54,7 +88,7 @@ def products(
         for chain, accs in enumerate(sums):
             columns = nth * tile_k + chain * width + lax.iota(jnp.int32, width)
             inside = columns < depth if depth % tile_k else None
-            x = load(x_ref, tokens, token_here, columns, inside)
+            x = x_rows.tile(columns, inside)
             following.append(
                 tuple(
                     acc + dot(load(w_ref, rows, needed, columns, inside), x, CONTRACT_LAST)
@@ -63,14 +97,14 @@ def products(
             )
         return tuple(following)
 
-    zeros = tuple(jnp.zeros((rows.shape[0], tokens.shape[0]), jnp.float32) for rows, _ in groups)
+    zeros = tuple(jnp.zeros((len(rows), len(x_rows.tokens)), jnp.float32) for rows, _ in groups)
     sums = lax.fori_loop(0, pl.cdiv(depth, tile_k), step, (zeros,) * chains)
     return [sum(chain[1:], chain[0]) for chain in zip(*sums, strict=True)]
 
 
-def product(w_ref, rows, needed, x_ref, tokens, token_here, *, tile_k) -> jax.Array:
+def product(w_ref, rows, needed, x_rows: Rows, *, tile_k) -> jax.Array:
     """`products` for one group."""
-    return products(w_ref, [(rows, needed)], x_ref, tokens, token_here, tile_k=tile_k)[0]
+    return products(w_ref, [(rows, needed)], x_rows, tile_k=tile_k)[0]
 
 
 def barrier(interpret: bool) -> None:

@@ -14,7 +14,7 @@ the
 Inside a ``jax.shard_map`` or ``jax.pmap`` of the caller's, arrays are local already.
 """
 
-from pallas_kernels.partition.call import ffn, ffn_on_mesh
+from pallas_kernels.partition.call import ffn, ffn_on_mesh, is_shared
 from pallas_kernels.partition.split import Split
 
-__all__ = ["Split", "ffn", "ffn_on_mesh"]
+__all__ = ["Split", "ffn", "ffn_on_mesh", "is_shared"]

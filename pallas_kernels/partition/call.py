@@ -28,6 +28,11 @@ def ffn(x: jax.Array, *weights: jax.Array, options: FFNOptions) -> tuple[jax.Arr
     return ffn_on_mesh(mesh, *placed, options=options)
 
 
+def is_shared(*arrays: jax.Array) -> bool:
+    """Whether `ffn` shares out a call of these arrays."""
+    return _mesh(*arrays) is not None
+
+
 def ffn_on_mesh(
     mesh: AbstractMesh,
     x: tuple[jax.Array, PartitionSpec],

@@ -1,15 +1,18 @@
 """The model made ready for inference computes what the model does."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lowering import lowered
 
-from sparse_lm import SparseLM
-from sparse_lm.inference import InferenceModel
+from sparse_lm import SparseLM, SparsityConfig
+from sparse_lm.generate import generate
+from sparse_lm.inference import InferenceModel, LayerCaches
 from sparse_lm.rope import RopeScaling
 
 SCALED = {
@@ -63,14 +66,24 @@ def test_a_step_writes_its_cache_in_place(model):
     assert memory.alias_size_in_bytes >= size
 
 
-@pytest.mark.parametrize("changes", [{}, {"gated": False, "qkv_bias": False, "num_layers": 1} | SCALED])
-def test_a_step_of_kernels_equals_a_step_of_xla(config, changes):
+SILU = {"activation": "silu", "sparsity": SparsityConfig(l1=0)}
+WIDE = {"d_model": 128, "num_heads": 4, "num_kv_heads": 2, "d_ff": 48, "num_layers": 2}
+"""Heads that the attention kernel takes."""
+
+
+@pytest.mark.parametrize(
+    ("format", "changes"),
+    [
+        ("decode", {}),
+        ("decode", {"gated": False, "qkv_bias": False, "num_layers": 1} | SCALED),
+        ("auto", {"residual_scale": 0.5, "num_layers": 1}),  # few tokens, interpreted, are dense
+    ],
+    ids=["decode", "decode, scaled", "dense"],
+)
+def test_a_step_of_kernels_equals_a_step_of_xla(config, format, changes):
     """One kernel for each part of a step, interpreted, on rows of different lengths and a full one."""
-    changes = {"d_model": 128, "num_heads": 4, "num_kv_heads": 2, "d_ff": 48, "num_layers": 2} | changes
-    config = dataclasses.replace(config, **changes)
-    plain = InferenceModel.of(SparseLM(config, rngs=nnx.Rngs(0)))
-    options = dataclasses.replace(config.ffn, format="decode", backend="interpret")
-    kernels = dataclasses.replace(plain, config=dataclasses.replace(config, ffn=options))
+    plain, kernels = _plain_and_kernels(config, format, WIDE | changes)
+    config = plain.config
     tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, config.vocab_size)
     _, cache = plain.prefill(tokens, jnp.array([7, 1, 4], jnp.int32), 8)
     extend = jax.jit(kernels.extend)
@@ -84,3 +97,40 @@ def test_a_step_of_kernels_equals_a_step_of_xla(config, changes):
         logits = kernels.logits(got_hidden[:, 0])
         np.testing.assert_allclose(logits, plain.logits(got_hidden)[:, 0], atol=1e-4, rtol=1e-4)
         cache = want
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_of_kernels_give_the_text_of_xla(config, rows):
+    plain, kernels = _plain_and_kernels(config, "decode", WIDE | {"num_layers": 1})
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4]][:rows]
+    want = generate(plain, prompts, max_new_tokens=5)
+    assert generate(kernels, prompts, max_new_tokens=5) == want
+
+
+def _plain_and_kernels(config, format, changes):
+    """A model whose steps XLA runs, and the same whose steps are kernels, interpreted."""
+    config = dataclasses.replace(config, **changes)
+    plain = InferenceModel.of(SparseLM(config, rngs=nnx.Rngs(0)))
+    options = dataclasses.replace(config.ffn, format=format, backend="interpret")
+    return plain, dataclasses.replace(plain, config=dataclasses.replace(config, ffn=options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "kernels"),
+    [
+        (2, {}, ["rows_project", "attention", "rows_project", "rows_hidden", "sum"]),
+        (3, {}, ["project", "attention", "project", "hidden", "down"]),
+        (3, SILU, ["project", "attention", "project", "add_norm", "add_norm"]),
+        (3, {"dtype": "float32"}, ["project", "attention", "project", "add_norm", "add_norm"]),
+    ],
+    ids=["vectors", "tensor cores", "silu", "float32"],
+)
+def test_sums_and_norms_are_kernels_only_around_dense_layers(config, rows, changes, kernels):
+    """A step's kernels in their order, lowered for a GPU: sums and norms are parts of the decode kernels
+    where the feed-forward layers run these."""
+    config = dataclasses.replace(config, **WIDE | {"dtype": "bfloat16"} | changes)
+    ready = InferenceModel.of(SparseLM(config, rngs=nnx.Rngs(0)))
+    kv = [jax.ShapeDtypeStruct((rows, 8, config.num_kv_heads, config.head_dim), config.dtype)] * 2
+    cache = LayerCaches(tuple(kv), tuple(kv), jax.ShapeDtypeStruct((rows,), jnp.int32))
+    text = lowered(ready.extend, jax.ShapeDtypeStruct((rows, 1), jnp.int32), cache)
+    assert re.findall(r'name = "decode_(\w+)"', text) == kernels * config.num_layers

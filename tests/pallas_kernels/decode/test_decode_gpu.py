@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from op_checks import Path
 from op_contract import Contract
-from step_parts import check_add_norm, check_attention, check_project
+from step_parts import check_add_norm, check_attention, check_project, check_stream
 
 from pallas_kernels import FFNOptions, sparse_ffn
 from pallas_kernels.bench.inputs import ffn_inputs, like_trained
@@ -67,3 +67,10 @@ def test_attention(heads, kv_heads, head_dim, dtype):
 def test_projections_and_norms(tokens, dtype):
     check_project(tokens, d_model=1000, outputs=777, dtype=dtype, interpret=False)
     check_add_norm(tokens, d_model=1000, dtype=dtype, interpret=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gated", [False, True], ids=["non-gated", "gated"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 20, 64])
+def test_sums_and_norms_inside_the_kernels(tokens, gated, dtype):
+    check_stream(tokens, d_model=1000, d_ff=777, dtype=dtype, gated=gated, factor=0.3, interpret=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from op_checks import Path, call
 from op_contract import Contract
-from step_parts import check_add_norm, check_attention, check_project
+from step_parts import check_add_norm, check_attention, check_project, check_stream
 from truth import exact, forward
 
 from pallas_kernels import FFNOptions, decode
@@ -41,6 +41,21 @@ def test_attention(heads, kv_heads, dtype):
 def test_projections_and_norms(tokens, dtype):
     check_project(tokens, d_model=72, outputs=37, dtype=dtype, interpret=True)
     check_add_norm(tokens, d_model=72, dtype=dtype, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "dtype", "gated", "factor"),
+    [
+        (1, 72, "float32", True, 0.3),
+        (2, 72, "bfloat16", False, 1.0),
+        (3, 72, "bfloat16", True, 1.0),
+        (8, 128, "float16", False, 0.3),
+        (20, 72, "bfloat16", True, 0.3),
+    ],
+)
+def test_sums_and_norms_inside_the_kernels(tokens, d_model, dtype, gated, factor):
+    sizes = {"d_model": d_model, "d_ff": 80}
+    check_stream(tokens, **sizes, dtype=dtype, gated=gated, factor=factor, interpret=True)
 
 
 SEVERAL_GROUPS = DecodeConfig(HiddenConfig(16, 64, 2, 32, 2, 4, 2), DownConfig(16, 16, 3, 4, 2))

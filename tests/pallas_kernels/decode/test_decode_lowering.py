@@ -10,6 +10,7 @@ from lowering import lowered, shapes
 from op_checks import DTYPES, LAYERS, call
 
 from pallas_kernels import FFNOptions, decode
+from pallas_kernels.activations import RELU
 from pallas_kernels.decode.pallas_triton_attention import positions
 from pallas_kernels.device import Device
 
@@ -85,7 +86,38 @@ def test_the_kernels_around_the_layer(head_dim, dtype):
     qkv, lengths = shape(batch, (heads + 2 * kv_heads) * head_dim), shape(batch, dtype=jnp.int32)
     text = lowered(decode.attention, qkv, cache, cache, lengths, angles, angles)
     assert re.search(r"output_operand_aliases?", text)
-    x, scale = shape(batch, 100), shape(100, dtype=jnp.float32)
-    assert "decode_project" in lowered(decode.project, x, shape(33, 100))
-    assert "decode_rows_project" in lowered(decode.project, shape(2, 100), shape(33, 100))
-    assert "decode_add_norm" in lowered(partial(decode.add_norm, eps=1e-5), x, x, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "kernels"),
+    [
+        (2, ["rows_project", "rows_hidden", "sum", "rows_project"]),
+        (3, ["project", "hidden", "down", "project"]),
+        (64, ["project", "hidden", "down", "project"]),
+    ],
+)
+def test_projections_with_sums_and_norms_in_them_and_between_them(tokens, kernels, dtype):
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def on_stream(x, scale, output, weight, head):
+        first = decode.project_onto(decode.Residual(x, 0.3), x, output)
+        weights = weight, weight, weight
+        normed, onto = first.normed(scale, 1e-5), decode.Residual(first.x)
+        second = decode.layer_onto(onto, normed, *weights, rule=RELU)
+        return decode.project(second.normed(scale, 1e-5), head)
+
+    def with_norms(x, scale, output, weight, head):
+        x, normed = decode.add_norm(x, decode.project(x, output), scale, eps=1e-5)
+        return x, decode.project(normed, head)
+
+    scale = shape(100, dtype=jnp.float32)
+    arguments = shape(tokens, 100), scale, shape(100, 100), shape(65, 100), shape(33, 100)
+    assert _kernels(lowered(on_stream, *arguments)) == kernels
+    assert _kernels(lowered(with_norms, *arguments)) == [kernels[0], "add_norm", kernels[-1]]
+
+
+def _kernels(text):
+    """Names of the decode kernels of a program, as they are called one after the other."""
+    return re.findall(r'name = "decode_(\w+)"', text)

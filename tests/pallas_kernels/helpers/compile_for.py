@@ -100,6 +100,22 @@ def _around_the_layer() -> Iterator[Program]:
             yield Program(f"decode projection, {rows} rows, {dtype}", decode.project, (x, weight))
             add_norm = partial(decode.add_norm, eps=1e-5)
             yield Program(f"decode norm, {rows} rows, {dtype}", add_norm, (x, x, scale))
+            for gated in (True, False):
+                square = jax.ShapeDtypeStruct((width, width), dtype)
+                neurons = jax.ShapeDtypeStruct((5632, width), dtype)
+                weights = (neurons if gated else None, neurons, neurons)
+                name = (
+                    f"decode layer on a residual stream, {rows} rows, {dtype}, {'' if gated else 'non-'}gated"
+                )
+                yield Program(name, _on_stream, (x, scale, square, weights))
+
+
+def _on_stream(x: jax.Array, scale: jax.Array, square: jax.Array, weights: tuple[Any, ...]) -> Any:
+    """A layer but for its attention: every kernel that adds to a residual stream or reads its norm."""
+    stream = decode.project_onto(decode.Residual(x, 0.3), x, square)
+    normed, onto = stream.normed(scale, 1e-5), decode.Residual(stream.x, 0.3)
+    stream = decode.layer_onto(onto, normed, *weights, rule=FFNOptions().rule)
+    return decode.project(stream.normed(scale, 1e-5), square)
 
 
 def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:

@@ -1,12 +1,15 @@
 """Checks of the kernels around a decode step's feed-forward layers, on any backend, against float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode
+from pallas_kernels.activations import RELU
 
-_TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+_TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
 
 
 def check_attention(heads, kv_heads, head_dim, *, capacity, dtype, interpret):
@@ -73,6 +76,52 @@ def check_add_norm(tokens, *, d_model, dtype, interpret):
     wide = np.asarray(total, np.float64)
     want = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-5) * scale
     _close(normed, want, dtype)
+
+
+def check_stream(tokens, *, d_model, d_ff, dtype, gated, factor, interpret):
+    """A residual stream through an output projection, a feed-forward layer and the next layer's projection,
+    against the same with kernels for sums and norms between them.
+
+    Also that the same inputs give the same bits, and that a row does not depend on how many others there are,
+    among 3 to 16.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+
+    x, y, output, qkv = draw(tokens, d_model), draw(tokens, 40), draw(d_model, 40), draw(50, d_model)
+    weights = (draw(d_ff, d_model) if gated else None, draw(d_ff, d_model), draw(d_ff, d_model))
+    scales = [jnp.asarray(rng.uniform(0.5, 2, d_model), jnp.float32) for _ in range(2)]
+    project = partial(decode.project, interpret=interpret)
+    add_norm = partial(decode.add_norm, eps=1e-5, interpret=interpret)
+
+    def scaled(values):
+        return values if factor == 1 else (values.astype(jnp.float32) * factor).astype(dtype)
+
+    @jax.jit
+    def on_stream(x, y):
+        first = decode.project_onto(decode.Residual(x, factor), y, output, interpret=interpret)
+        normed, onto = first.normed(scales[0], 1e-5), decode.Residual(first.x, factor)
+        second = decode.layer_onto(onto, normed, *weights, rule=RELU, interpret=interpret)
+        return first.x, second.x, project(second.normed(scales[1], 1e-5), qkv)
+
+    @jax.jit
+    def with_norms(x):
+        first, normed = add_norm(x, scaled(project(y, output)), scales[0])
+        h, _ = decode.layer.run(normed, *weights, rule=RELU, interpret=interpret)
+        second, normed = add_norm(first, scaled(h), scales[1])
+        return first, second, project(normed, qkv)
+
+    got, want = on_stream(x, y), with_norms(x)
+    jax.tree.map(np.testing.assert_array_equal, on_stream(x, y), got)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == dtype
+        _close(one, np.asarray(other, np.float64), dtype)
+    np.testing.assert_array_equal(got[0], want[0])
+    if 3 < tokens <= 16:
+        for one, other in zip(got, on_stream(x[-3:], y[-3:]), strict=True):
+            np.testing.assert_array_equal(one[-3:], other)
 
 
 def _rotated(part, cos, sin):
