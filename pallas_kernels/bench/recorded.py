@@ -23,11 +23,13 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def save(path: Path, dtype: str, layers: Iterable[tuple[int, Mapping[str, np.ndarray]]]) -> None:
-    """Writes layers, (number, arguments by name), one by one; the file appears when all are in it.
+    """Writes layers, (number, arguments by name), one by one; the file appears when all are in it. A symbolic
+    link stays one, and the file that it names is replaced.
 
     Raises:
       OSError: the file cannot be written.
     """
+    path = Path(os.path.realpath(path))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
