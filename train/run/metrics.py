@@ -17,6 +17,7 @@ from sparse_lm.model import flops_per_token
 from train.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
+DROPPED_NAME = "metrics.dropped.jsonl"
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendor's data sheets; the longest match of a name counts.
 _PEAKS = {
     "NVIDIA A10G": 70e12,
@@ -58,7 +59,8 @@ class Sink(Protocol):
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` in the workdir, and to TensorBoard event files if asked.
 
-    What an earlier, interrupted run wrote for steps after ``start`` is dropped first: those steps come again.
+    What an earlier, interrupted run wrote for steps after ``start`` is dropped first, for those steps come
+    again; it is added to ``metrics.dropped.jsonl``, since what comes again need not be the same.
 
     Args:
       workdir: the run's directory.
@@ -180,18 +182,27 @@ def _json_numbers(value: Any) -> Any:
 
 
 def _keep_until(path: Path, start: int) -> None:
-    """Drops records of steps after ``start``, and lines that are no record,
-    as a last one that was cut off."""
+    """Moves records of steps after ``start``, and lines that are no record, as a last one that was cut off,
+    to the file of dropped ones."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= start:
-                kept.append(line + "\n")
+    kept, dropped = [], []
+    for line in path.read_bytes().splitlines():
+        (kept if _is_of_step_until(line, start) else dropped).append(line + b"\n")
+    if not dropped:
+        return
+    with path.with_name(DROPPED_NAME).open("ab") as file:
+        file.writelines(dropped)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     os.replace(partial, path)
+
+
+def _is_of_step_until(line: bytes, start: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= start)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _event_writer(directory: Path, start: int) -> Any:

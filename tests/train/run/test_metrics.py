@@ -64,6 +64,17 @@ def test_resumed_file_has_no_step_twice_and_no_broken_line(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_dropped_is_kept_beside_the_file(tmp_path):
+    """Steps come again with other options, or the file was never this program's: neither may be lost."""
+    first, second = tmp_path / "metrics.jsonl", tmp_path / "metrics.dropped.jsonl"
+    whole, torn = b'{"step": 1}\n', b'caf\xe9\n{"step": 2}\n{"step": 3, "c'
+    first.write_bytes(whole + torn)
+    for _ in range(2):  # the second start has nothing to drop, and adds nothing
+        MetricsWriter(tmp_path, start=1, tensorboard=False).close()
+        assert first.read_bytes() == whole
+        assert second.read_bytes() == torn + b"\n"
+
+
 def test_other_processes_write_nothing(tmp_path):
     writer = MetricsWriter(tmp_path / "none", start=0, tensorboard=True, primary=False)
     writer.write({"step": 1})
