@@ -26,7 +26,6 @@ from train.run.checkpoint_errors import making, reading, writing
 from train.run.checkpoint_files import (
     SUBDIRECTORY,
     UNDER_WAY,
-    complete_before,
     complete_steps,
     entries,
     is_half_written,
@@ -213,7 +212,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state saved at ``step``, placed as ``abstract``'s shardings say."""
         variables, rest = _split_state(abstract)
-        with reading(self.path(step), complete_before(self.path(step))):
+        with reading(self.path(step)):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(

@@ -10,6 +10,7 @@ import jax
 
 from train.errors import UserError, short_reason
 from train.lost_process import lost_process
+from train.run.checkpoint_files import complete_before
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def making(directory: Path) -> Iterator[None]:
         if is_disk_full(error):
             raise
         raise UserError(
-            f"workdir must be a directory that can be made and written to; {directory} cannot "
-            f"({error.strerror}): choose another with --workdir"
+            "workdir must be a directory that can be made and written to; "
+            f"{error.filename or directory} cannot ({error.strerror}): choose another with --workdir"
         ) from error
 
 
@@ -58,13 +59,9 @@ def writing(where: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(where: Path, instead: Path | None = None) -> Iterator[None]:
-    """Turns what a damaged checkpoint makes orbax raise into one sentence; the device's faults pass.
-
-    Args:
-      where: what is read.
-      instead: the checkpoint before it, if there is one.
-    """
+def reading(where: Path) -> Iterator[None]:
+    """Turns what a damaged checkpoint makes orbax raise into one sentence, which names the complete one
+    before it; the device's faults pass."""
     try:
         yield
     except Exception as error:
@@ -74,10 +71,15 @@ def reading(where: Path, instead: Path | None = None) -> Iterator[None]:
             error, OSError | ValueError | KeyError | TypeError
         ):
             raise
+        before, remedy = complete_before(where), "there is none before it to choose"
+        if before is not None:
+            remedy = (
+                f"choose the one before it, {before}, from which training goes on once {where.name} has been "
+                f"moved out of {where.parent}"
+            )
         raise UserError(
             f"{where} must be a whole checkpoint; found a part of it missing, damaged or of another shape "
-            f"({short_reason(error)}); it was left as it is: "
-            + (f"choose the one before it, {instead}" if instead else "there is none before it to choose")
+            f"({short_reason(error)}); it was left as it is: {remedy}"
         ) from error
 
 

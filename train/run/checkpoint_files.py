@@ -1,5 +1,6 @@
 """What lies in a directory of checkpoints: which are complete, which half-written, and which one is meant."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -71,18 +72,19 @@ def complete_before(path: Path) -> Path | None:
 
 
 def is_half_written(path: Path) -> bool:
-    """Whether ``path`` is a save under way, or a step's directory that lacks a part, perhaps set aside."""
+    """Whether ``path`` is a save under way, or has a step's name and lacks a part, perhaps set aside."""
     leftover = re.match(rf"\d+({re.escape(UNDER_WAY)}|{re.escape(_HALF_WRITTEN)})", path.name) is not None
     return leftover or (_is_step(path) and not _is_complete(path))
 
 
 def set_aside(directory: Path) -> None:
-    """Renames step directories that lack a part, so that the run can save those steps again; deletes
-    nothing."""
+    """Renames what has the name of a step and is no complete checkpoint, so that the run can save those
+    steps; deletes nothing."""
     for path in entries(directory):
         if _is_step(path) and is_half_written(path):
-            taken = sum(other.name.startswith(path.name + _HALF_WRITTEN) for other in entries(directory))
-            path.rename(path.with_name(f"{path.name}{_HALF_WRITTEN}{taken or ''}"))
+            names = (f"{path.name}{_HALF_WRITTEN}{number or ''}" for number in itertools.count())
+            free = (path.with_name(name) for name in names)
+            path.rename(next(to for to in free if not to.exists() and not to.is_symlink()))
 
 
 def entries(directory: Path) -> list[Path]:
@@ -91,7 +93,8 @@ def entries(directory: Path) -> list[Path]:
 
 
 def _is_step(path: Path) -> bool:
-    return path.name.isdecimal() and path.is_dir()
+    """Whether the name is one that a save gives, which would replace what is there; ``08`` is none."""
+    return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None
 
 
 def _is_complete(path: Path) -> bool:

@@ -16,7 +16,7 @@ from train.errors import UserError, short_reason
 from train.parallel import check_devices
 from train.run import converted
 from train.run.checkpoint_errors import reading
-from train.run.checkpoint_files import complete_before, find_checkpoint
+from train.run.checkpoint_files import find_checkpoint
 from train.state import build_program
 
 
@@ -62,18 +62,18 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         program.abstract_state().variables,
     )
-    with reading(path, complete_before(path)), ocp.StandardCheckpointer() as checkpointer:
+    with reading(path), ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", wanted)
     return nnx.merge(program.graphdef, params), tokenizer, config, step
 
 
 def read_run(path: Path) -> tuple[TrainConfig, int]:
     """The configuration and the step of one checkpoint's directory. Raises UserError if it cannot be read."""
-    with reading(path, complete_before(path)), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "run")
     try:
         return from_dict(TrainConfig, saved["config"]), saved["step"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use "
             "the version that saved it"
@@ -84,10 +84,9 @@ def read_saved_data(path: Path) -> SavedData:
     """Where a run stood in its data when it saved the checkpoint at ``path``."""
     with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path / "data")
-    plan = saved.get("plan")
-    return SavedData(
-        saved["position"], CorpusIdentity(**saved["corpus"]), None if plan is None else tuple(plan)
-    )
+        position, corpus = saved["position"], CorpusIdentity(**saved["corpus"])
+        plan = saved.get("plan")
+    return SavedData(position, corpus, None if plan is None else tuple(plan))
 
 
 def read_corpus(path: Path) -> CorpusIdentity | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import re
 import shutil
 import types
@@ -24,8 +25,8 @@ from train.errors import UserError
 from train.parallel import Layout
 from train.run import checkpoint
 from train.run.checkpoint import Checkpoints
-from train.run.checkpoint_files import complete_steps, find_checkpoint
-from train.run.checkpoint_reading import SavedData, load_for_inference
+from train.run.checkpoint_files import complete_steps, find_checkpoint, set_aside
+from train.run.checkpoint_reading import SavedData, load_for_inference, read_saved_data
 from train.run.loop import run
 from train.state import build_program
 
@@ -180,6 +181,39 @@ def test_half_written_is_set_aside_for_the_next_save(copy):
         shutil.copytree(copy / "checkpoints" / expected, copy / "checkpoints" / "8")
 
 
+def test_set_aside_takes_a_free_name_whatever_has_been_moved_away(copy):
+    """A name by count alone could be taken: an empty directory would be lost, and any other stop the run."""
+    steps = copy / "checkpoints"
+    (steps / "8" / "run" / "metadata").unlink()
+    (steps / "8.half-written1").mkdir()
+    set_aside(steps)
+    assert sorted(os.listdir(steps)) == ["6", "8.half-written", "8.half-written1"]
+    shutil.copytree(steps / "8.half-written", steps / "8")
+    set_aside(steps)
+    assert sorted(os.listdir(steps)) == ["6", "8.half-written", "8.half-written1", "8.half-written2"]
+
+
+def test_a_file_with_a_steps_name_is_set_aside_too(copy):
+    """A save would replace it."""
+    steps = copy / "checkpoints"
+    (steps / "10").write_text("mine")
+    set_aside(steps)
+    assert (steps / "10.half-written").read_text() == "mine"
+    assert complete_steps(steps) == [6, 8]
+
+
+def test_a_name_that_no_save_gives_is_no_step(copy):
+    (copy / "checkpoints" / "8").rename(copy / "checkpoints" / "08")
+    assert complete_steps(copy / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("saved", ["", "{}", "[]", '{"position": 3, "corpus": {"files": 2}}'])
+def test_a_damaged_position_names_the_checkpoint_before(copy, saved):
+    (copy / "checkpoints" / "8" / "data" / "metadata").write_text(saved)
+    with pytest.raises(UserError, match=r"8 must be a whole checkpoint; .*: choose the one before it, .*/6,"):
+        read_saved_data(copy / "checkpoints" / "8")
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -198,7 +232,8 @@ def test_damaged_parameters_are_one_sentence(copy, find, capfd):
     assert out == ""
     assert re.fullmatch(
         r"sparse-lm: .*checkpoints/8 must be a whole checkpoint; .* \(.*\); it was left as it is: choose the "
-        r"one before it, .*checkpoints/6\n",
+        r"one before it, .*checkpoints/6, from which training goes on once 8 has been moved out of "
+        r".*/checkpoints\n",
         err,
     )
 
