@@ -15,7 +15,12 @@ from train.errors import UserError, short_reason
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """Writes every field of ``config``."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: TrainConfig) -> str:
+    """What `write_config` writes."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def read_config(path: str | Path) -> TrainConfig:

@@ -26,7 +26,7 @@ from train.run.checkpoint_errors import check_writable, is_disk_full, making
 from train.run.checkpoint_files import check_local
 from train.run.checkpoint_reading import SavedData
 from train.run.hooks import Clock, Hook, StopSignal
-from train.run.manifest import Manifest, Parent, schedule_jumps, steers_anew
+from train.run.manifest import Manifest, Parent, check_others, schedule_jumps, steers_anew
 from train.run.manifest import write as write_manifest
 from train.run.metrics import MetricsWriter, Record, Speed, is_finite, to_record
 from train.run.parent import check_child, choose_parent, with_weights_of
@@ -131,6 +131,7 @@ def _run(
     cache = shared_cache or workdir / CACHE
     with making(cache.parent):
         check_writable(workdir)  # before the corpus is read
+        check_others(workdir)
         tokenizer = run_tokenizer(config, checkpoints, start, parent, cache, reporter)
         if start >= config.steps:
             reporter.say(

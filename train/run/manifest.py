@@ -28,7 +28,7 @@ from sparse_lm.config import SILU
 from sparse_lm.model import flops_per_token, num_parameters
 from sparse_lm.sparsity import l1_coefficient
 from train.config import TrainConfig
-from train.config_file import write_config
+from train.config_file import config_text, read_config, write_config
 from train.config_json import changed_fields, from_dict, to_dict
 from train.data.corpus import CorpusIdentity
 from train.errors import UserError
@@ -208,7 +208,7 @@ def write(workdir: Path, manifest: Manifest, changes: Mapping[str, tuple[Any, An
       An id that tells this run, over all its starts, from every other.
 
     Raises:
-      UserError: there is a manifest that this program did not write.
+      UserError: there is a manifest that this program did not write (`check_others` says so sooner).
     """
     path = workdir / FILE_NAME
     history = [*_history(path), _this_start(manifest.start, changes)]
@@ -222,6 +222,23 @@ def write(workdir: Path, manifest: Manifest, changes: Mapping[str, tuple[Any, An
     write_config(manifest.config.as_asked(), partial)
     os.replace(partial, workdir / CONFIG_NAME)
     return hashlib.sha256(json.dumps([str(workdir.absolute()), history[0]]).encode()).hexdigest()[:16]
+
+
+def check_others(workdir: Path) -> None:
+    """Raises UserError where a file that a run writes is there and this program did not write it."""
+    history = _history(workdir / FILE_NAME)
+    path = workdir / CONFIG_NAME
+    if history or not path.exists():
+        return
+    try:
+        ours = path.read_text(encoding="utf-8") == config_text(read_config(path))
+    except (UserError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise UserError(
+            f"a run writes its whole configuration to {path}, and the file there is none that a run wrote: "
+            "give it another name, under which --config takes it, or choose another --workdir"
+        )
 
 
 def read_lineage(workdir: Path) -> Lineage | None:
@@ -276,9 +293,10 @@ def _history(path: Path) -> list[Any]:
         return []
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["history"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} must be the manifest of a run; found another file: choose another --workdir"
+            f"{path} must be the manifest of a run; found another file: move it elsewhere, or choose another "
+            "--workdir"
         ) from error
     return list(history)
 

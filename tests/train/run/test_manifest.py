@@ -9,7 +9,10 @@ import pytest
 import tiny_runs
 
 from train import cli
+from train.config import TrainConfig
+from train.config_file import write_config
 from train.run import loop
+from train.run.manifest import check_others
 from train.run.metrics import FILE_NAME as METRICS
 
 
@@ -97,6 +100,24 @@ def test_a_manifest_of_something_else_is_left_alone(corpus, workdir, capsys):
     assert "manifest.json must be the manifest of a run; found another file" in capsys.readouterr().err
     assert (workdir / "manifest.json").read_text() == '{"name": "an extension"}'
     assert METRICS not in os.listdir(workdir)
+    assert "cache" not in os.listdir(workdir)
+
+
+def test_a_configuration_of_ones_own_is_not_replaced(corpus, workdir, capsys):
+    """One that was written by hand may stand where a run is to write its own; one of a run is the same."""
+    workdir.mkdir()
+    mine = workdir / "config.json"
+    mine.write_text('{"steps": 4}')
+    words = programs.train(corpus, workdir, "--config", str(mine), "--steps", "4", "--dry-run")
+    assert cli.main(words) == 1
+    assert re.search(
+        r"a run writes its whole configuration to .*config\.json, and the file there is none that a run "
+        r"wrote: give it another name, under which --config takes it, or choose another --workdir\n",
+        capsys.readouterr().err,
+    )
+    assert mine.read_text() == '{"steps": 4}'
+    write_config(TrainConfig(), mine)
+    check_others(workdir)
 
 
 @pytest.mark.parametrize(
