@@ -65,10 +65,10 @@ def run(options: AnalyzeOptions, *, console: Console | None = None) -> Analysis:
             options.checkpoint, tokens=options.tokens, call=options.call_tokens, text=options.data,
             on_progress=show,
         )  # fmt: skip
+        numbers.write(found.to_dict())  # first: they say whose the other files are
         show("drawing", 0, 1)
         pictures = figures.draw(found, out)
         show("drawing", 1, 1)
-    numbers.write(found.to_dict())
     page = out / REPORT
     try:
         page.write_text(report.write_html(found, pictures), encoding="utf-8")
@@ -86,10 +86,17 @@ def run(options: AnalyzeOptions, *, console: Console | None = None) -> Analysis:
 
 
 def _check_unused(out: Path, checkpoint: Path) -> None:
-    """Raises UserError where ``out`` holds the analysis of another checkpoint, which would be lost."""
+    """Raises UserError where ``out`` holds the analysis of another checkpoint, or files that are of no
+    analysis and have the names of its own: they would be lost."""
     try:
         there: Any = json.loads((out / NUMBERS).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
+        for name in (NUMBERS, REPORT, *figures.FILE_NAMES):
+            if (out / name).exists():
+                raise UserError(
+                    f"--out {out} holds a {name} that is of no analysis and would be lost: choose another "
+                    "directory"
+                ) from None
         return
     if there != str(checkpoint):
         raise UserError(f"--out {out} holds the analysis of {there}: choose another directory")

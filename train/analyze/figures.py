@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_NAMES = ("layers", "speed", "tokens", "position", "training", "popularity", "unions", "auto")
+FILE_NAMES = tuple(f"{name}.png" for name in _NAMES)
+"""Of every figure that an analysis may have."""
 _DPI = 150
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#141414", "marker": "o", "linestyle": "-"},
@@ -51,18 +54,18 @@ def draw(analysis: Analysis, out: Path) -> list[Picture]:
     check_matplotlib("analyze")
     from matplotlib.figure import Figure
 
-    wanted: list[tuple[str, str, Callable[[Analysis, Figure], None], bool]] = [
-        ("layers", "Active neurons by layer", _layers, True),
-        ("speed", "Speed-up by layer against active neurons", _speed, analysis.speedups is not None),
-        ("tokens", "Tokens of least and most activity", _tokens, True),
-        ("position", "Active neurons by position in the sequence", _position, True),
-        ("training", "Active and dead neurons over training", _training, analysis.training is not None),
-        ("popularity", "How much of all activity the most popular neurons have", _popularity, True),
-        ("unions", "Neurons that the tokens of a panel activate together", _unions, True),
-        ("auto", "What format=auto would do in each layer", _auto, _has_probed_size(analysis)),
+    wanted: list[tuple[str, Callable[[Analysis, Figure], None], bool]] = [
+        ("Active neurons by layer", _layers, True),
+        ("Speed-up by layer against active neurons", _speed, analysis.speedups is not None),
+        ("Tokens of least and most activity", _tokens, True),
+        ("Active neurons by position in the sequence", _position, True),
+        ("Active and dead neurons over training", _training, analysis.training is not None),
+        ("How much of all activity the most popular neurons have", _popularity, True),
+        ("Neurons that the tokens of a panel activate together", _unions, True),
+        ("What format=auto would do in each layer", _auto, _has_probed_size(analysis)),
     ]
     pictures = []
-    for name, title, fill, there in wanted:
+    for name, (title, fill, there) in zip(_NAMES, wanted, strict=True):
         if there:
             figure = Figure(figsize=(8.4, 4.4), layout="constrained")
             fill(analysis, figure)

@@ -201,12 +201,15 @@ def test_a_checkpoint_without_metrics_is_analyzed_all_the_same(finished, tmp_pat
         (["--call-tokens", "0"], "call-tokens must be at least 1; got 0", 2),
         (["--checkpoint", "{tmp}/none"], "a checkpoint must be a directory; there is none at", 1),
         (["--out", "{tmp}/file/out"], "--out must name a directory that can be written", 1),
+        (["--out", "{tmp}/mine"], "holds a training.png that is of no analysis and would be lost", 1),
         (["--out", "{tmp}/other"], "holds the analysis of /runs/8: choose another directory", 1),
     ],
 )
 def test_mistakes_are_one_sentence(finished, tmp_path, capsys, more, sentence, status):
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "training.png").touch()
     (tmp_path / "other" / "analysis.json").write_text('{"checkpoint": "/runs/8"}')
     command = ["analyze", "--checkpoint", str(finished.workdir), "--out", str(tmp_path / "out")]
     assert cli.main([*command, *(word.format(tmp=tmp_path) for word in more)]) == status
