@@ -141,12 +141,7 @@ def check_request(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int, speculate: int
 ) -> None:
     """Raises RequestError for what ``stream`` cannot do."""
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if not 0 <= seed < 2**32:
-        raise RequestError(f"seed must be at least 0 and under 2^32; got {seed}")
-    if not 0 <= speculate <= MOST_GUESSES:
-        raise RequestError(f"speculate must be from 0 to {MOST_GUESSES} tokens a step; got {speculate}")
+    check_amounts(max_new_tokens, seed, speculate)
     if not prompts:
         raise RequestError("generation needs at least one prompt; got none")
     for number, prompt in enumerate(prompts, start=1):
@@ -166,3 +161,13 @@ def check_request(
                 f"beyond the model's context of {config.context_length}: "
                 "shorten the prompt or ask for fewer new tokens"
             )
+
+
+def check_amounts(max_new_tokens: int, seed: int, speculate: int) -> None:
+    """Raises RequestError for a number that ``stream`` takes of no model and no prompt."""
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not 0 <= seed < 2**32:
+        raise RequestError(f"seed must be at least 0 and under 2^32; got {seed}")
+    if not 0 <= speculate <= MOST_GUESSES:
+        raise RequestError(f"speculate must be from 0 to {MOST_GUESSES} tokens a step; got {speculate}")

@@ -18,7 +18,7 @@ from sparse_lm import sparsity
 from train.data.batches import heldout_batches
 from train.data.holdout import TextChoice
 from train.errors import UserError
-from train.heldout import read_heldout
+from train.heldout import MORE_TEXT, read_heldout
 from train.loss import training_loss
 from train.run.checkpoint_reading import load_for_inference
 from train.state import Params
@@ -203,6 +203,7 @@ def evaluate_checkpoint(
         context_length=config.model.context_length,
         tokens=wanted,
         batch_size=batch_size or config.batch_size // config.optimizer.accumulation,
+        remedy=MORE_TEXT,
     )
     report = evaluate(
         make_evaluator(graphdef), nnx.to_pure_dict(variables), batches, step=step, d_ff=config.model.d_ff

@@ -15,6 +15,9 @@ from train.errors import UserError
 from train.run.checkpoint_files import find_checkpoint
 from train.run.checkpoint_reading import read_corpus
 
+MORE_TEXT = "add text, or with --data.paths take all of it by --data.every-document"
+"""What can be done about held-out text that is too short for a trained model."""
+
 
 def read_heldout(
     directory: str | Path, config: TrainConfig, tokenizer: Tokenizer, choice: TextChoice, *, tokens: int
@@ -53,8 +56,9 @@ def sequences_of(text: EvaluationText, *, context_length: int, tokens: int) -> n
       UserError: the text is shorter than a sequence.
     """
     batches = heldout_batches(
-        text.heldout, text.weights, context_length=context_length, tokens=tokens, batch_size=1
-    )
+        text.heldout, text.weights, context_length=context_length, tokens=tokens, batch_size=1,
+        remedy=MORE_TEXT,
+    )  # fmt: skip
     return np.concatenate([np.asarray(batch["tokens"])[:, :-1] for batch in batches])
 
 

@@ -19,11 +19,19 @@ def check_matplotlib(what: str) -> None:
         ) from error
 
 
+def check_ending(out: str | Path, *, option: str) -> None:
+    """Raises ValueError where ``out``, which ``option`` names, has no ending of a picture."""
+    if Path(out).suffix not in _ENDINGS:
+        raise ValueError(f"{option} must end with {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}; got {out}")
+
+
 def check_picture(out: str | Path, *, option: str) -> None:
     """Raises UserError where ``out``, which ``option`` names, has no ending of a picture or no directory."""
+    try:
+        check_ending(out, option=option)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     path = Path(out).absolute()
-    if path.suffix not in _ENDINGS:
-        raise UserError(f"{option} must end with {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}; got {out}")
     if not path.parent.is_dir():
         raise UserError(f"{option} must name a file in a directory that is there; {path.parent} is none")
 

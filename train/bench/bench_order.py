@@ -15,6 +15,7 @@ from train.bench.order_counts import TEXT, Row
 from train.bench.order_times import LayerTimes, MoveCosts
 from train.bench.text_layers import TextLayers
 from train.output import JsonFile, print_table
+from train.picture import check_ending
 
 _FIT_TOKENS = 32768
 
@@ -53,6 +54,8 @@ class BenchOrderOptions:
             if not values or min(values) < 1:
                 given = " ".join(map(str, values)) or "none"
                 raise RequestError(f"{name} must be numbers of at least 1; got {given}")
+        if self.picture is not None:
+            check_ending(self.picture, option="--picture")
 
 
 def run(options: BenchOrderOptions) -> None:

@@ -14,7 +14,7 @@ import tyro
 
 from pallas_kernels.errors import RequestError
 from train.errors import UserError
-from train.picture import check_matplotlib, check_picture, save_picture
+from train.picture import check_ending, check_matplotlib, check_picture, save_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class CurvesOptions:
     def __post_init__(self) -> None:
         if not self.results:
             raise RequestError("bench curves needs at least one file of results; got none")
+        check_ending(self.out, option="--out")
 
 
 _LAYERS = re.compile(r"(dense|twell|hybrid|panel|auto)(-\d+)?")  # other rows are stages of one

@@ -48,7 +48,7 @@ class ChatOptions:
 
 def run(argv: list[str]) -> None:
     options = parse_options(ChatOptions, argv, "chat")
-    sampling = options.drawing.sampling()
+    sampling = options.drawing.sampling(options.max_new_tokens)
 
     from sparse_lm.conversation import Conversation
     from train.run.chat_template import load_chat_template, stop_ids

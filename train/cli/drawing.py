@@ -33,17 +33,22 @@ class DrawingOptions:
     speculate: int = 0
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
-    def sampling(self) -> "Sampling":
+    def sampling(self, max_new_tokens: int | None) -> "Sampling":
         """Temperature, top k and top p as the library takes them.
 
+        Args:
+          max_new_tokens: most tokens of a text, an option of the commands themselves.
+
         Raises:
-          UsageError: one of them is out of its range, or ``stop`` is empty.
+          UsageError: a number is out of its range, or ``stop`` is empty.
         """
-        from sparse_lm.sampling import Sampling
+        from sparse_lm.generate import Sampling, check_amounts
 
         if not all(self.stop):
             raise UsageError("--stop must have a character; got none")
         try:
+            check_amounts(1 if max_new_tokens is None else max_new_tokens, self.seed, self.speculate)
             return Sampling(self.temperature, self.top_k, self.top_p)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            argument, _, rest = str(error).partition(" ")
+            raise UsageError(f"--{argument.replace('_', '-')} {rest}") from error

@@ -45,6 +45,10 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> None:
     options = parse_options(EvaluateOptions, argv, "evaluate")
+    for name, least in (("tokens", 1), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
     measure = _heldout(options) if options.tasks is None else _tasks(options)
 
     from rich.console import Console
@@ -97,10 +101,6 @@ def _tasks(options: EvaluateOptions) -> Measure:
         raise UsageError("--tokens is for the held-out text; --tasks has --limit")
     if options.data != TextChoice():
         raise UsageError("--data is for the held-out text; --tasks bring their own")
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
     names = [name.strip() for name in options.tasks.split(",")]
     if not all(names):
         raise UsageError(f"--tasks must be names with commas between them; got {options.tasks!r}")

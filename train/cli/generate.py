@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
     if not options.prompt:
         raise UsageError("generate needs at least one --prompt TEXT; got none")
     _check_prompts_are_text(options.prompt)
-    sampling = options.drawing.sampling()
+    sampling = options.drawing.sampling(options.max_new_tokens)
 
     from sparse_lm.generate import stream
     from train.cli.continuation import Continuation

@@ -25,6 +25,12 @@ class LayerInputsOptions:
     layers: tuple[int, ...] = ()
     debug: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".npz"):
+            raise ValueError(f"--out must end with .npz; got {self.out}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"--tokens must be at least 1; got {self.tokens}")
+
 
 def run(argv: list[str]) -> None:
     options = parse_options(LayerInputsOptions, argv, "layer-inputs")

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from train.cli.options import UsageError, parse_options
+from train.picture import check_ending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,9 @@ class PlotOptions:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     out: str
     debug: bool = False
+
+    def __post_init__(self) -> None:
+        check_ending(self.out, option="--out")
 
 
 def run(argv: list[str]) -> None:

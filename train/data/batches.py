@@ -101,7 +101,7 @@ class _Windows:
         self._streams = [stream.train for stream in streams]
         self._context_length = context_length
         for ring in self._streams:
-            _check_length(ring, context_length, "training")
+            _check_length(ring, context_length, "training", "add text or lower --model.context-length")
         self._orders = [
             # The index counts on from epoch to epoch, and with it the position on the ring.
             grain.MapDataset.range(len(ring) // context_length)
@@ -155,6 +155,7 @@ def heldout_batches(
     devices: int = 1,
     process_index: int = 0,
     process_count: int = 1,
+    remedy: str = "add text, raise --data.holdout or lower --model.context-length",
 ) -> list[dict[str, np.ndarray | int]]:
     """This process's share of the held-out windows: the same windows for every batch shape.
 
@@ -171,6 +172,7 @@ def heldout_batches(
       batch_size: most rows of a batch over all processes, a multiple of ``devices``.
       devices: over which rows are spread.
       process_index, process_count: which share.
+      remedy: of text that is too short, for messages: what a user can do about it.
 
     Returns:
       A list of ``{"tokens": (local rows, C + 1) int32, "rows": int, "bytes": int}``: ``rows`` counts the
@@ -182,7 +184,9 @@ def heldout_batches(
     """
     windows = [
         (text, number)
-        for text, count in zip(heldout, _allotted(heldout, weights, context_length, tokens), strict=True)
+        for text, count in zip(
+            heldout, _allotted(heldout, weights, context_length, tokens, remedy), strict=True
+        )
         for number in range(count)
     ]
     full = len(windows) // batch_size * batch_size
@@ -207,12 +211,12 @@ def heldout_batches(
 
 
 def _allotted(
-    heldout: Sequence[Heldout], weights: Sequence[float], context_length: int, tokens: int
+    heldout: Sequence[Heldout], weights: Sequence[float], context_length: int, tokens: int, remedy: str
 ) -> list[int]:
     """How many windows to take of each corpus: its share of what was asked for, but no more than it has."""
     counts = []
     for text, weight in zip(heldout, weights, strict=True):
-        _check_length(text.ids, context_length, "held-out")
+        _check_length(text.ids, context_length, "held-out", remedy)
         share = int(tokens // context_length * weight / math.fsum(weights))
         counts.append(max(1, min(share, len(text.ids) // context_length)))
     return counts
@@ -228,12 +232,11 @@ def _window(ring: Values, index: int, context_length: int) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _check_length(ring: Values, context_length: int, which: str) -> None:
+def _check_length(ring: Values, context_length: int, which: str, remedy: str) -> None:
     if len(ring) <= context_length:
-        also = "" if which == "training" else ", raise --data.holdout"
         raise UserError(
             f"the {which} documents must hold at least {context_length + 1} tokens, one window of the "
-            f"context; found {len(ring)}: add text{also} or lower --model.context-length"
+            f"context; found {len(ring)}: {remedy}"
         )
 
 

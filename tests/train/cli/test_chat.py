@@ -204,19 +204,20 @@ def test_a_model_without_a_template_is_refused_in_one_sentence(chat, checkpoint,
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "status"),
     [
-        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1; got 0", 2),
         (
             ["--max-new-tokens", "32"],
             "must leave room for messages in the model's context of 32 tokens",
+            1,
         ),
-        (["--seed", "-1"], "seed must be at least 0"),
-        (["--speculate", "16"], "speculate must be from 0 to 15"),
+        (["--seed", "-1"], "--seed must be at least 0", 2),
+        (["--speculate", "16"], "--speculate must be from 0 to 15", 2),
     ],
 )
-def test_values_out_of_range_are_one_sentence(chat, options, said):
-    _, err = chat("w3", options=options, status=1)
+def test_values_out_of_range_are_one_sentence(chat, options, said, status):
+    _, err = chat("w3", options=options, status=status)
     assert said in err
     assert err.count("\n") == 1
 

@@ -93,8 +93,8 @@ def complaint(capsys, *argv):
         ("generate --prompt x", "generate needs --checkpoint; got none"),
         ("generate --checkpoint x", "generate needs at least one --prompt TEXT; got none"),
         ("generate --checkpoint x --prompt y --temperature -1",
-         "temperature must be a finite number of at least 0"),
-        ("generate --checkpoint x --prompt y --top-p 2", "top_p must be over 0 and at most 1"),
+         "--temperature must be a finite number of at least 0"),
+        ("generate --checkpoint x --prompt y --top-p 2", "--top-p must be over 0 and at most 1"),
         ("generate --checkpoint x --prompt \udcff", "--prompt must be UTF-8 text; prompt 1 is not"),
         ("evaluate", "evaluate needs --checkpoint; got none"),
         ("evaluate --checkpoint x --data.every-document", "--data.every-document needs --data.paths"),
@@ -103,7 +103,7 @@ def complaint(capsys, *argv):
         ("layer-inputs --checkpoint x", "layer-inputs needs --out; got none"),
         ("generate --checkpoint x --prompt y --stop=", "--stop must have a character; got none"),
         ("chat --checkpoint x --stop=", "--stop must have a character; got none"),
-        ("chat --checkpoint x --top-p 2", "top_p must be over 0 and at most 1"),
+        ("chat --checkpoint x --top-p 2", "--top-p must be over 0 and at most 1"),
         ("bench model --rounds 0", "rounds must be at least 1; got 0"),
         ("bench decode --rounds 0", "rounds must be at least 1; got 0"),
         ("bench decode --tokens 0", "batches and tokens must be at least 1; got 1, 8, 32, 0"),
@@ -113,6 +113,16 @@ def complaint(capsys, *argv):
         ("bench decode --against x --json x", "--json must name another file than --against"),
         ("bench decode --agianst x", "unknown option --agianst; did you mean --against?"),
         ("bench order --checkpoint x --panels 0", "panels must be numbers of at least 1; got 0"),
+        ("generate --checkpoint x --prompt y --max-new-tokens 0",
+         "--max-new-tokens must be at least 1; got 0"),
+        ("generate --checkpoint x --prompt y --seed -1", "--seed must be at least 0 and under 2^32; got -1"),
+        ("chat --checkpoint x --speculate 16", "--speculate must be from 0 to 15 tokens a step; got 16"),
+        ("evaluate --checkpoint x --tokens 0", "--tokens must be at least 1; got 0"),
+        ("evaluate --checkpoint x --batch-size 0", "--batch-size must be at least 1; got 0"),
+        ("layer-inputs --checkpoint x --out x.npy", "--out must end with .npz; got x.npy"),
+        ("layer-inputs --checkpoint x --out x.npz --tokens 0", "--tokens must be at least 1; got 0"),
+        ("plot x --out x.txt", "--out must end with .png, .svg or .pdf; got x.txt"),
+        ("bench curves x.json --out x.txt", "--out must end with .png, .svg or .pdf; got x.txt"),
         ("plot x.json", "plot needs --out; got none"),
         ("plot --out x.png", "plot needs at least one work directory of a run; got none"),
     ],
@@ -137,24 +147,18 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
         ("evaluate --checkpoint {tmp}", "found none"),
         ("generate --checkpoint {run} --prompt 0123456789abcdef", "context of 16 tokens; got one of 16"),
         ("generate --checkpoint {run} --prompt x --max-new-tokens 16", "beyond the model's context of 16"),
-        ("generate --checkpoint {run} --prompt x --max-new-tokens 0",
-         "max_new_tokens must be at least 1; got 0"),
-        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --seed -1", "seed must be at least 0"),
-        ("generate --checkpoint {run} --prompt x --max-new-tokens 1 --speculate 16",
-         "speculate must be from 0 to 15 tokens a step; got 16"),
         ("evaluate --checkpoint {tmp} --json {tmp}/x.json", "found none"),
+        ("evaluate --checkpoint {run} --data.paths {tmp}/file.txt", "one window of the context; found 0: add "
+         "text, or with --data.paths take all of it by --data.every-document"),
         ("evaluate --checkpoint {run} --json {tmp}/file/x.json",
          "--json must name a file that can be written; "),
         ("analyze --checkpoint {run} --out {tmp}/file", "file is a file: choose another"),
         ("analyze --checkpoint {tmp}/file --out {tmp}/x", "a directory; {tmp}/file is a file"),
         ("convert --source {tmp}/file --out {tmp}/x", "must be a directory; {tmp}/file is a file"),
         ("convert --source {run} --out {tmp}/x", "must be a Hugging Face model; {run} is a checkpoint"),
-        ("plot {run} --out {tmp}", "--out must end with .png, .svg or .pdf; got {tmp}"),
         ("plot {run} --out {tmp}/no/x.png", "a file in a directory that is there; {tmp}/no is none"),
-        ("layer-inputs --checkpoint {run} --out {tmp}/x.npy", "--out must end with .npz; got {tmp}/x.npy"),
         ("bench decode --config tiny", "--context must be from 1 to 112 and --prompt at most 128, in"),
         ("bench order --checkpoint {run} --tokens 64 --times panel", "needs an NVIDIA GPU"),
-        ("evaluate --checkpoint {run} --tokens 0", "tokens must be at least 1; got 0"),
         ("layer-inputs --checkpoint {tmp} --out {tmp}/x.npz", "found none"),
         ("layer-inputs --checkpoint {run} --out {tmp}/no/x.npz",
          "--out must name a file in a directory that is there"),
@@ -168,12 +172,13 @@ def test_mistakes_on_the_command_line(capsys, command, sentence):
 def test_mistakes_in_what_the_command_names(capsys, tmp_path, finished, command, sentence):
     words = command.format(tmp=tmp_path, run=finished.workdir).split()
     (tmp_path / "file").touch()
+    (tmp_path / "file.txt").write_text("A document that is not held out.")
     if words[0] == "train" and "--workdir" not in words:
         words += ["--workdir", str(tmp_path / "run")]
     status, said = complaint(capsys, *words)
     assert sentence.format(tmp=tmp_path, run=finished.workdir) in said
     assert status == 1
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.txt"]
 
 
 def test_a_reason_from_deep_inside_is_a_sentence(capsys, monkeypatch):
