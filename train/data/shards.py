@@ -134,8 +134,7 @@ class ShardFile:
 
     def _error(self, found: str) -> UserError:
         return UserError(
-            f"the token shard {self._path} must be whole; found that {found}: restore the file, or make its "
-            "directory again"
+            f"the token shard {self._path} must be whole; found that {found}: {_remedy(self._path.parent)}"
         )
 
     def __del__(self) -> None:
@@ -217,21 +216,32 @@ def read_index(directory: Path) -> Index:
         values: dict[str, Any] = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"token shards must have an index; {path} cannot be read ({error.strerror})"
+            f"token shards must have an index; {path} cannot be read ({error.strerror}): {_remedy(directory)}"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} must be an index of token shards; found no valid JSON: {error}") from error
+        raise UserError(
+            f"{path} must be an index of token shards; found no valid JSON ({error}): {_remedy(directory)}"
+        ) from error
     version = values.pop("version", None) if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(
-            f"{path} must be an index of token shards of version {VERSION}; found version {version}: make "
-            "them again with sparse-lm tokenize"
+            f"{path} must be an index of token shards of version {VERSION}; found version {version}: "
+            + _remedy(directory)
         )
     try:
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return Index(**fields)
     except TypeError as error:
-        raise UserError(f"{path} must be an index of token shards; found other fields: {error}") from error
+        raise UserError(
+            f"{path} must be an index of token shards; found other fields ({error}): {_remedy(directory)}"
+        ) from error
+
+
+def _remedy(directory: Path) -> str:
+    return (
+        f"restore the file, or move {directory} elsewhere: a run makes again what is missing in its cache, "
+        "sparse-lm tokenize all else"
+    )
 
 
 class TokenShards:

@@ -102,8 +102,8 @@ class RunLock:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"workdir must be a directory that can be made and written to; {self._workdir} cannot "
-                f"({error.strerror}): choose another with --workdir"
+                "workdir must be a directory that can be made and written to; "
+                f"{error.filename or self._workdir} cannot ({error.strerror}): choose another with --workdir"
             ) from error
         _held_here.add(self._path)
         threading.Thread(target=self._touch, name="run-lock", daemon=True).start()

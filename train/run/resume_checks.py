@@ -27,9 +27,10 @@ def check_same_run(saved: TrainConfig, given: TrainConfig, where: Path) -> None:
         if not name.startswith((*MAY_CHANGE, _TOKENIZER_FIELD))
     ]
     if differing:
+        may_change = ", ".join(MAY_CHANGE).replace("_", "-")
         raise UserError(
-            f"{where} was trained with another configuration: {'; '.join(differing)}. Only "
-            f"{', '.join(MAY_CHANGE)} may change on resume: restore the field or choose another workdir"
+            f"{where} was trained with another configuration: {'; '.join(differing)}. Only {may_change} may "
+            "change on resume: restore the field or choose another workdir"
         )
 
 

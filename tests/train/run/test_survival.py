@@ -295,7 +295,8 @@ def test_a_shard_cut_short_under_a_run_and_ctrl_c(corpus, tmp_path, capsys):
     assert process.returncode == 1
     assert errors == (
         f"sparse-lm: the token shard {file} must be whole; found that it ends after 1,000 bytes: restore the "
-        "file, or make its directory again\n"
+        f"file, or move {shards} elsewhere: a run makes again what is missing in its cache, sparse-lm "
+        "tokenize all else\n"
     )
     newest = complete_steps(run / "checkpoints")[-1]
 
