@@ -122,7 +122,7 @@ def by_hash(
     signs = (
         jnp.einsum("...d,db->...b", x, projections.astype(x.dtype), preferred_element_type=jnp.float32) > 0
     )
-    code = jnp.sum(signs << jnp.arange(bits, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    code = jnp.sum(signs.astype(jnp.int32) << jnp.arange(bits, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
     return by_group(code, 2**bits, tokens, vocab_size=vocab_size)
 
 

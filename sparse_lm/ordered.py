@@ -11,7 +11,7 @@ it works on local arrays: under an ambient mesh, wrap it in `sparse_lm.ffn.over_
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import device as device_lib
 from pallas_kernels import dispatch
 from pallas_kernels.common import platforms, varying_axes
+from pallas_kernels.errors import RequestError
 from pallas_kernels.rows import pallas_triton as rows
 from pallas_kernels.rows import pallas_triton_nearest as nearest
 from sparse_lm import clusters
@@ -55,9 +56,11 @@ def gathered_norm(
         Triton kernels slowly on any device.
 
     Raises:
-      ValueError: x has other tokens than the order.
+      ValueError: x has other tokens than the order, the scale another width than x, or the backend cannot
+        run here.
     """
     order.check(x)
+    _check_width("scale", scale, (x.shape[-1],))
     backend = _choose(backend, x)
     if backend == "xla":
         return x, order.gather(rms_norm(x, scale, eps=eps, dtype=dtype))
@@ -80,7 +83,8 @@ def add_scattered(
       backend: as in `gathered_norm`.
 
     Raises:
-      ValueError: y has other tokens than the order, or x is of another shape than y.
+      ValueError: y has other tokens than the order, x is of another shape than y, or the backend cannot run
+        here.
     """
     order.check(y)
     if x.shape != y.shape:
@@ -105,7 +109,12 @@ def nearest_to_norm(
     """The index of the centroid (K, D) that is nearest to `rms_norm` of each x (..., D): (...) int32.
 
     ``clusters.nearest(rms_norm(x), centroids)`` up to rounding, in one pass over x. Not differentiated.
+
+    Raises:
+      ValueError: scale or centroids have another width than x, or the backend cannot run here.
     """
+    _check_width("scale", scale, (x.shape[-1],))
+    _check_width("centroids", centroids, (centroids.shape[0], x.shape[-1]))
     fits = x.dtype.itemsize == 2 and len(centroids) <= nearest.MOST_CENTROIDS
     backend = _choose(backend, x) if fits or backend != "auto" else "xla"
 
@@ -129,18 +138,37 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def _check_width(name: str, array: jax.Array, wanted: tuple[int, ...]) -> None:
+    if array.shape != wanted:
+        raise ValueError(f"{name} must have the width of x, shape {wanted}; got {array.shape}")
+
+
 def _choose(backend: Backend, *arrays: jax.Array) -> Backend:
-    if backend != "auto":
-        return backend
+    if backend not in get_args(Backend):
+        raise RequestError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    reason = dispatch.device_reason("triton", device_lib.current())
+    if backend == "xla" or (backend == "auto" and reason is not None):
+        return "xla"
+    if any(x.size == 0 for x in arrays):
+        return "xla"
     fit = all(
         jnp.issubdtype(x.dtype, jnp.floating)
         and x.dtype.itemsize in (2, 4)
         and x.shape[-1] <= rows.WIDEST
-        and 0 < x.size < _LARGEST
+        and isinstance(x.size, int)  # a symbol where the call is exported for any number of tokens
+        and x.size < _LARGEST
         for x in arrays
     )
-    runs = dispatch.device_reason("triton", device_lib.current()) is None
-    return "triton" if fit and runs else "xla"
+    if backend == "auto":
+        return "triton" if fit else "xla"
+    if not fit:
+        raise RequestError(
+            f"backend={backend!r} takes floating types of 16 or 32 bits, up to {rows.WIDEST:,} wide, of less "
+            f"than 2^31 elements; got {', '.join(f'{x.dtype} {x.shape}' for x in arrays)}: use 'auto'"
+        )
+    if backend == "triton" and reason is not None:
+        raise RequestError(reason)
+    return backend
 
 
 def _run(kernels, instead, backend: str, *arguments):

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,6 +129,62 @@ def test_other_tokens_are_refused():
         gathered_norm(x, scale, order_of(5), eps=EPS, dtype=x.dtype)
     with pytest.raises(ValueError, match=r"one shape; got \(1, 16\) and \(4, 16\)"):
         add_scattered(x[:1], y, order_of(4))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "sentence"),
+    [
+        ("cuda", "float32", 16, "backend must be one of auto, triton, interpret, xla; got 'cuda'"),
+        ("triton", "float32", 16, "backend='triton' needs an NVIDIA GPU"),
+        (
+            "interpret",
+            "float8_e4m3fn",
+            16,
+            r"floating types of 16 or 32 bits, .*; got float8_e4m3fn \(4, 16\)",
+        ),
+        ("interpret", "float32", 5, r"scale must have the width of x, shape \(16,\); got \(5,\)"),
+    ],
+)
+def test_what_cannot_run_is_refused(backend, dtype, width, sentence):
+    """A kernel would read beyond a scale that is too short, and say nothing."""
+    x, scale = jnp.ones((4, 16), dtype), jnp.ones(width)
+    with pytest.raises(ValueError, match=sentence):
+        gathered_norm(x, scale, order_of(4), eps=EPS, dtype="float32", backend=backend)
+    with pytest.raises(ValueError, match=sentence):
+        nearest_to_norm(x, scale, jnp.ones((3, 16)), eps=EPS, dtype="float32", backend=backend)
+    if width == 16:
+        with pytest.raises(ValueError, match=sentence):
+            add_scattered(x, x, order_of(4), backend=backend)
+
+
+def test_centroids_of_another_width_are_refused():
+    with pytest.raises(
+        ValueError, match=r"centroids must have the width of x, shape \(3, 16\); got \(3, 15\)"
+    ):
+        nearest_to_norm(jnp.ones((4, 16)), jnp.ones(16), jnp.ones((3, 15)), eps=EPS, dtype="float32")
+
+
+def test_export_for_any_number_of_tokens():
+    """Their number is a symbol, which no size is compared with where no kernel runs anyway."""
+
+    def half(ids, x):
+        order = by_key(ids)
+        x, entering = gathered_norm(x, jnp.ones(8), order, eps=EPS, dtype=x.dtype)
+        return add_scattered(x, entering, order)
+
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((rows, 2), "int32"), jax.ShapeDtypeStruct((rows, 2, 8), "float32")
+    ids, x = jnp.asarray([[5, 3], [1, 3], [0, 9]]), inputs((3, 2, 8))[0]
+    np.testing.assert_array_equal(
+        jax.export.export(jax.jit(half))(*shapes).call(ids, x), jax.jit(half)(ids, x)
+    )
+
+
+def test_no_tokens():
+    x, order = jnp.ones((0, 16)), order_of(0)
+    for backend in ("auto", "interpret"):
+        _, entering = gathered_norm(x, jnp.ones(16), order, eps=EPS, dtype=x.dtype, backend=backend)
+        assert add_scattered(x, entering, order, backend=backend).shape == (0, 16)
 
 
 def check_nearest(backend, tokens=150, d_model=80, count=7):
