@@ -19,16 +19,26 @@ def check_ffn_arguments(
     """Checks x (..., D) and the neuron-major weights (F, D) of one feed-forward call.
 
     Raises:
-      TypeError: an argument is no array, x is not bf16, f16 or f32, or the weights do not share one type,
-        x's or f32.
+      TypeError: options are no FFNOptions, an argument is no array, x is not bf16, f16 or f32, or the weights
+        do not share one type, x's or f32.
       ValueError: ranks or sizes do not fit, a weight looks transposed, f32 gradients are asked of other
         weights, or an activation of two projections of a layer that has one.
     """
+    if not isinstance(options, FFNOptions):
+        raise TypeError(
+            f"options must be FFNOptions, such as FFNOptions(format='panel'); got {type(options).__name__}: "
+            "pass FFNOptions(), or leave it out for the defaults"
+        )
     weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     named = {"x": x} | {name: w for name, w in weights.items() if w is not None}
     for name, value in named.items():
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             raise TypeError(f"{name} must be an array; got {type(value).__name__}")
+        if hasattr(value, "__jax_array__") and not isinstance(value, jax.Array):
+            raise TypeError(
+                f"{name} must be an array; got {type(value).__name__}, which holds one: pass that, in Flax "
+                f"NNX {name}[...]"
+            )
     if x.ndim < 1:
         raise ValueError(f"x must have shape (..., D) with at least one axis; got {_shape(x)}")
     for name, value in named.items():

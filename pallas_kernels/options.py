@@ -309,13 +309,14 @@ class FFNStats:
         With ``panel``, pairs are counted for panels of so many tokens, in the pass that counts the hits.
         """
         tokens = jnp.asarray(h.shape[0], jnp.int32)
+        count = jnp.maximum(tokens, 1).astype(jnp.float32)
         zero = jnp.zeros((), jnp.int32)
         panels = _by_panel(mask, panel)
         in_panel = jnp.sum(panels, axis=1, dtype=jnp.int32)
         hits = jnp.sum(in_panel, axis=0, dtype=jnp.int32)
         return cls(
-            l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / jnp.maximum(tokens, 1),
-            l0=jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(tokens, 1),
+            l1=jnp.sum(jnp.abs(h), dtype=jnp.float32) / count,
+            l0=jnp.sum(hits, dtype=jnp.float32) / count,
             neuron_hits=hits,
             max_nnz=jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32), initial=0),
             overflow_rows=zero,

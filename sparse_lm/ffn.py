@@ -15,6 +15,8 @@ from pallas_kernels import FFNOptions, FFNStats, sparse_ffn, sparse_mlp
 from pallas_kernels.ffn import ffn_on_mesh
 from sparse_lm.order import Permutation
 
+_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+
 
 class SparseFFN(nnx.Module):
     """A Llama-style feed-forward layer, exact at any sparsity (arXiv 2603.23198, section 2).
@@ -78,6 +80,7 @@ class SparseFFN(nnx.Module):
 
         Raises:
           ValueError: a size under 1, or ``use_bias=True``.
+          TypeError: a ``dtype`` that the kernels do not have, or ``options`` that are no FFNOptions.
         """
         if d_model < 1 or d_ff < 1:
             raise ValueError(f"SparseFFN needs d_model and d_ff of at least 1; got {d_model} and {d_ff}")
@@ -86,6 +89,16 @@ class SparseFFN(nnx.Module):
                 "SparseFFN takes no biases: its kernels compute a neuron from its weight row alone and skip "
                 "it where its gate is silent, and a positive gate bias would keep the neuron active for "
                 "every token, which is what the L1 term works against; use use_bias=False"
+            )
+        if dtype is not None and jnp.dtype(dtype) not in _DTYPES:
+            raise TypeError(
+                "SparseFFN computes in bfloat16, float16 or float32, or with dtype=None in its input's type; "
+                f"got dtype {jnp.dtype(dtype)}"
+            )
+        if options is not None and not isinstance(options, FFNOptions):
+            raise TypeError(
+                "options must be FFNOptions, such as FFNOptions(format='panel'); got "
+                f"{type(options).__name__}"
             )
         init = nnx.initializers.normal(init_std) if kernel_init is None else kernel_init
 
@@ -112,9 +125,12 @@ class SparseFFN(nnx.Module):
           ``y`` (..., D) in ``dtype`` and the call's statistics.
 
         Raises:
+          TypeError: ``x`` is no array.
           ValueError: ``x`` has another width, ``order`` is of other tokens, or ``batch_axes`` or the weights'
             metadata name what is no axis of the ambient mesh.
         """
+        if not hasattr(x, "shape"):
+            raise TypeError(f"SparseFFN expected x to be an array; got {type(x).__name__}")
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"SparseFFN expected x of shape (..., {self.d_model}); got {x.shape}")
         if order is None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -100,6 +101,16 @@ BAD = {
         {"x": shaped(M, D, dtype="int32")},
         TypeError,
         "x must be bfloat16, float16 or float32; got int32",
+    ),
+    "a parameter that holds an array": (
+        {"w_gate": types.SimpleNamespace(shape=(F, D), dtype="float32", ndim=2, __jax_array__=None)},
+        TypeError,
+        r"w_gate must be an array; got SimpleNamespace, which holds one: .* w_gate\[\.\.\.\]",
+    ),
+    "a format in place of options": (
+        {"options": "panel"},
+        TypeError,
+        r"options must be FFNOptions, such as FFNOptions\(format='panel'\); got str: ",
     ),
     "a list": ({"x": [[1.0] * D]}, TypeError, "x must be an array; got list"),
 }

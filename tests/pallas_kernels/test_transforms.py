@@ -35,6 +35,20 @@ def small(dtype="float32", pattern="few", tokens=M, gated=True, seed=0):
     return inputs
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_where_implicit_promotion_of_types_is_an_error(name, dtype):
+    """As `jax_numpy_dtype_promotion` has it, which a caller's program may set for itself."""
+    inputs = small(dtype)
+
+    def loss(inputs):
+        y, stats = call(inputs, FORMATS[name])
+        return jnp.sum(y.astype("float32")) + stats.l1 + stats.l0
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(jax.grad(loss), inputs)
+
+
 # -- the L1 gradient ---------------------------------------------------------------------------------------
 
 

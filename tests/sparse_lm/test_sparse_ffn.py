@@ -263,6 +263,12 @@ def test_arguments_that_do_not_fit_are_refused(ffn):
         SparseFFN(D, 0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"shape \(\.\.\., 32\); got \(4, 31\)"):
         ffn(jnp.zeros((4, 31)))
+    with pytest.raises(TypeError, match="expected x to be an array; got list"):
+        ffn([[0.0] * D])
+    with pytest.raises(TypeError, match=r"computes in bfloat16, float16 or float32, .*; got dtype complex64"):
+        SparseFFN(D, F, rngs=nnx.Rngs(0), dtype="complex64")
+    with pytest.raises(TypeError, match=r"such as FFNOptions\(format='panel'\); got str"):
+        SparseFFN(D, F, rngs=nnx.Rngs(0), options="panel")
 
 
 def test_types_and_layout():
