@@ -186,7 +186,8 @@ def _keep_until(path: Path, start: int) -> None:
     to the file of dropped ones."""
     if not path.exists():
         return
-    kept, dropped = [], []
+    kept: list[bytes] = []
+    dropped: list[bytes] = []
     for line in path.read_bytes().splitlines():
         (kept if _is_of_step_until(line, start) else dropped).append(line + b"\n")
     if not dropped:
