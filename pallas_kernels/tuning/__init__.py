@@ -62,9 +62,14 @@ def _read(path: Path) -> dict[str, Entry]:
         table = json.loads(path.read_text())
         valid = all(isinstance(entry["config"], dict) for entry in table.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no tuning table ({error!r}): tune again, or delete it") from error
+        raise ValueError(
+            f"{path} is no tuning table ({error!r}): restore it, or move it elsewhere and tune again"
+        ) from error
     if not valid:
-        raise ValueError(f"{path} is no tuning table (a config is no mapping): tune again, or delete it")
+        raise ValueError(
+            f"{path} is no tuning table (a config is no mapping): restore it, or move it elsewhere and tune "
+            "again"
+        )
     return table
 
 

@@ -66,8 +66,8 @@ class TensorFiles:
         for name in names:
             if name in self._files:
                 raise ConversionError(
-                    f"{self.directory} must hold each tensor once; found {name} in two files: remove the "
-                    "copy that does not belong to the model"
+                    f"{self.directory} must hold each tensor once; found {name} in two files: move the "
+                    "copy that does not belong to the model elsewhere"
                 )
             self._files[name] = file
             self._slices[name] = file.get_slice(name)

@@ -45,7 +45,9 @@ def test_saved_entries_are_found_and_merged(tmp_path):
 def test_a_broken_table_is_named(tmp_path, text):
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "op.json").write_text(text)
-    with pytest.raises(ValueError, match=r"op\.json is no tuning table .* tune again, or delete it"):
+    with pytest.raises(
+        ValueError, match=r"op\.json is no tuning table .* restore it, or move it elsewhere and"
+    ):
         tuning.lookup("gpu", "op", "a", directory=tmp_path)
 
 

@@ -37,9 +37,14 @@ def read(checkpoint: Path, *, up_to: int, d_ff: int) -> tuple[Training | None, s
         return None, "Nothing is known of the training: this is a converted model."
     workdir = checkpoint.parent.parent if checkpoint.parent.name == SUBDIRECTORY else checkpoint
     try:
-        per_step, facts, records = curves.read_records(workdir)
+        with curves.understood(workdir):
+            return _read(workdir, up_to, d_ff)
     except UserError as error:
         return None, f"Nothing is known of the training: {error}."
+
+
+def _read(workdir: Path, up_to: int, d_ff: int) -> tuple[Training | None, str]:
+    per_step, facts, records = curves.read_records(workdir)
     steps = [
         record for record in records if record.get("l0_per_layer") is not None and record["step"] <= up_to
     ]

@@ -17,14 +17,15 @@ def preset_of(argv: list[str], default: str) -> tuple[str, "TrainConfig"]:
     and its run."""
     name = value_of(argv, "--config")
     name = default if name is None else name
+    is_path = name.endswith(".json") or "/" in name
     try:
-        if name.endswith(".json") or "/" in name:
+        if is_path:
             from train.config_file import read_config
 
             return name, read_config(name)
         return name, configs.load(name)
     except UserError as error:
-        is_file = " (a file's name must end with .json)" if Path(name).is_file() else ""
+        is_file = " (a file's name must end with .json)" if not is_path and Path(name).is_file() else ""
         raise UsageError(f"{error}{is_file}") from error
 
 

@@ -1,12 +1,13 @@
 """Curves of runs from their metrics files: loss, sparsity, dead neurons and speed against tokens."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, short_reason
 from train.picture import check_matplotlib, check_picture, save_picture
 from train.run import manifest, metrics
 
@@ -64,8 +65,13 @@ def read(workdir: Path) -> Curves:
     """The curves of the run in a work directory.
 
     Raises:
-      UserError: there is no run in it, or it has no step yet.
+      UserError: there is no run in it, or it has no step yet, or its records are not what a run writes.
     """
+    with understood(workdir):
+        return _read(workdir)
+
+
+def _read(workdir: Path) -> Curves:
     per_step, facts, records = read_records(workdir)
     steps = [record for record in records if record.get("ce") is not None]
     evaluated = [record for record in records if "evaluation" in record]
@@ -95,8 +101,8 @@ def read_records(workdir: Path) -> tuple[int, dict[str, Any], list[dict[str, Any
       UserError: there is no run in the directory, its manifest is broken, or it has no step yet.
     """
     try:
+        lines = (workdir / metrics.FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
         facts = json.loads((workdir / manifest.FILE_NAME).read_text(encoding="utf-8"))
-        lines = (workdir / metrics.FILE_NAME).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
             f"{workdir} must be the work directory of a run; {error.filename}: {error.strerror}"
@@ -109,6 +115,19 @@ def read_records(workdir: Path) -> tuple[int, dict[str, Any], list[dict[str, Any
     if not any(record.get("ce") is not None for record in records):
         raise UserError(f"{workdir} must hold a run of at least one step; found none in {metrics.FILE_NAME}")
     return facts["tokens_per_step"], facts, records
+
+
+@contextlib.contextmanager
+def understood(workdir: Path) -> Iterator[None]:
+    """Turns what records of another program, or edited ones, make of the code that reads them into a
+    sentence."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{manifest.FILE_NAME} and {metrics.FILE_NAME} in {workdir} must hold what a run writes; found "
+            f"other fields or types ({type(error).__name__}: {short_reason(error)}): restore the files"
+        ) from error
 
 
 def _record(line: str) -> dict[str, Any] | None:

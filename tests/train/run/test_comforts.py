@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import types
 
@@ -99,3 +100,10 @@ def test_plot_names_what_is_no_run(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ce": nul')
     assert cli.main(["plot", str(tmp_path), "--out", "x.png"]) == 1
     assert "must hold a run of at least one step; found none in metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1, "ce": 2.0, "l0": 1.0}\n')
+    assert cli.main(["plot", str(tmp_path), "--out", "x.png"]) == 1
+    assert re.search(
+        r"manifest.json and metrics.jsonl in .* must hold what a run writes; found other fields or types "
+        r"\(KeyError: 'dead_per_layer'\): restore the files\n",
+        capsys.readouterr().err,
+    )

@@ -143,6 +143,7 @@ def test_mistakes_in_a_configuration_file(tmp_path, capsys, text, sentence):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("sparse-lm: " + sentence.format(file=file))
+    assert "must end with .json" not in err
 
 
 def test_sequences_per_device_make_the_accumulation(corpus, workdir, capsys):
