@@ -34,7 +34,7 @@ def read_config(path: str | Path) -> TrainConfig:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config must be a preset or a JSON file; {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"config must be a preset or a JSON file; {path}: {short_reason(error)}") from error
     _check(values, TrainConfig, str(path), "")
     try:

@@ -338,7 +338,7 @@ def _deterministic(content: dict[str, Any], source: str) -> tuple[dict[str, Any]
     return content | {"model": {**model, "dropout": None}}, (note,)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: str = "tokenizer.json") -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -348,13 +348,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} must be a Hugging Face tokenizer.json; found no valid JSON: {error}"
-        ) from error
+        raise UserError(f"{path} must be a Hugging Face {kind}; found no valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} must be a Hugging Face tokenizer.json; found a JSON {type(content).__name__}"
-        )
+        raise UserError(f"{path} must be a Hugging Face {kind}; found a JSON {type(content).__name__}")
     return content
 
 
@@ -363,7 +359,7 @@ def _published_eos(path: Path) -> str | None:
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return None
-    eos = _read(config).get("eos_token")
+    eos = _read(config, config.name).get("eos_token")
     return eos.get("content") if isinstance(eos, dict) else eos
 
 

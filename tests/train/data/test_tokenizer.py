@@ -154,6 +154,11 @@ def test_the_publisher_names_eos_beside_the_tokenizer_and_saving_keeps_it(publis
     saved = loaded.save(tmp_path / "copy.json")
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(saved).eos_id == loaded.eos_id
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json must be a Hugging Face tokenizer_config\.json; "
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_truncation_and_padding_of_a_published_tokenizer_lose_nothing(published):

@@ -126,6 +126,11 @@ def test_a_configuration_of_ones_own_is_not_replaced(corpus, workdir, capsys):
         (None, "config must be a preset or a JSON file; {file}: No such file or directory"),
         ("{", "config must be a preset or a JSON file; {file}: Expecting property name"),
         ("[]", "{file}: the whole must be an object of fields; got []"),
+        pytest.param(
+            "[" * 100_000,
+            "config must be a preset or a JSON file; {file}: maximum recursion depth exceeded",
+            id="too deep",
+        ),
         ('{"stepz": 3}', "{file}: a run has no field stepz; did you mean steps?"),
         ('{"model": {"sparsity": {"l2": 3}}}', "{file}: model.sparsity has no field l2; did you mean l1?"),
         ('{"steps": "many"}', '{file}: steps must be int; got "many"'),
