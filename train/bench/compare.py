@@ -14,15 +14,19 @@ channels and tokens are taken.
 A sparse curve lies within the spread if d(c) is at most the spread. One more dense run among ``n`` controls
 would exceed it once in n + 1 times by chance, so a ratio little over 1 is no finding, and one of many times
 over is.
+
+What a training may choose besides the format is compared in the same way: the order in which layers take
+their tokens, and a plan that changes the formats of layers on the way (`train.bench.compare_runs`).
 """
 
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +35,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.errors import RequestError
-from pallas_kernels.options import Format
 from sparse_lm import ModelConfig
 from train import parallel
-from train.bench import synthetic
+from train.bench.compare_runs import Contestant, Curve, Run, Trainer, config_of
 from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from train.config_json import to_dict as config_to_dict
 from train.data.batches import TrainBatches
 from train.data.corpus import choose_tokenizer, open_corpus
 from train.output import JsonFile, print_table
-from train.state import Program, TrainState, build_program
+from train.state import TrainState
 
 _ROWS = 10
 
@@ -51,13 +54,16 @@ class CompareOptions:
 
     Attributes:
       config: the preset that gives every option below its default.
-      formats: the sparse formats to train with.
+      formats: what to train with: sparse formats; ``order``, the model's own format on tokens in the order of
+        ``model.token-order``, or in that of ``centroids`` where this is ``text``; ``plan``, the formats that
+        a training with ``--plan auto`` gives to each layer and changes on the way.
       controls: dense runs, each summing in another order; at least 3.
       nnz: active neurons that each layer has for a token in the first step, on average; 0 starts with half
         of all, as ``train`` does.
       steps: optimizer steps of each run.
       batch_size: sequences of a step.
       seed: of the initial weights and of the data order.
+      plan_every: steps over which is averaged what ``plan`` is chosen by.
       json: also write all curves to this file, run by run.
       debug: show the traceback of an error.
     """
@@ -68,10 +74,11 @@ class CompareOptions:
     steps: int
     batch_size: int
     config: str = "small"
-    formats: tuple[Literal["auto", "panel", "hybrid", "twell"], ...] = ("auto", "panel", "hybrid")
+    formats: tuple[Contestant, ...] = ("auto", "panel", "hybrid")
     controls: int = 8
     nnz: float = 20.0
     seed: int = 0
+    plan_every: int = 20
     json: str | None = None
     debug: bool = False
 
@@ -82,42 +89,28 @@ class CompareOptions:
             raise RequestError(f"controls must be at least 3, to have a spread; got {self.controls}")
         if not self.nnz >= 0:
             raise RequestError(f"nnz must be at least 0; got {self.nnz}")
-        self.run_with("dense")
+        config_of("dense", self.base)
 
     @classmethod
     def of_preset(cls, name: str, config: TrainConfig) -> "CompareOptions":
         """The defaults that a preset gives."""
-        return cls(config.model, config.data, config.optimizer, config.steps, config.batch_size, name)
+        return cls(
+            config.model, config.data, config.optimizer, config.steps, config.batch_size, name,
+            plan_every=config.plan_every,
+        )  # fmt: skip
 
-    def run_with(self, format: Format) -> TrainConfig:
-        """The run of one format; the dense ones take their tokens as they come."""
-        backend = "auto" if format == "dense" else self.model.ffn.backend
-        ffn = self.model.ffn.with_format(format, backend)
+    @property
+    def base(self) -> TrainConfig:
+        """What all runs have in common."""
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
             seed=self.seed,
-            model=dataclasses.replace(
-                self.model, ffn=ffn, token_order="text" if format == "dense" else self.model.token_order
-            ),
+            plan_every=self.plan_every,
+            model=self.model,
             data=self.data,
             optimizer=self.optimizer,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """One run, a figure a step.
-
-    Attributes:
-      loss: CE and L1 term.
-      l0: mean over layers of the active neurons per token.
-      overflow_share: share of (token, layer) pairs that did not fit the format and were computed densely.
-    """
-
-    loss: tuple[float, ...]
-    l0: tuple[float, ...]
-    overflow_share: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,35 +152,33 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
     """
     console = console or Console(highlight=False, soft_wrap=True)
     file = JsonFile(options.json)
-    formats: list[Format] = ["dense", *options.formats]
     layout = parallel.Layout.over_all_devices(ParallelConfig())
-    programs = {format: _program(options, format) for format in formats}
-    parallel.check_batch(programs["dense"].config)
+    parallel.check_batch(options.base)
+    contestants: list[Run] = ["dense", *options.formats]
+    trainers = {name: Trainer.of(name, options.base, options.nnz, layout) for name in contestants}
     batches = _batches(options)
     first = layout.place(batches[0])
     with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda program: layout.compiled_step(program, first), programs.values())
-        steps = dict(zip(formats, compiled, strict=True))
+        compiled = pool.map(lambda trainer: trainer.compiled_step(first), trainers.values())
+        steps = dict(zip(trainers, compiled, strict=True))
     # Orders keep something beside the parameters, which are the same.
-    inits = {
-        order: layout.compile_init(build)
-        for order, build in {build.config.model.token_order: build for build in programs.values()}.items()
-    }
-    refreshes = {format: layout.order_refresh(program) for format, program in programs.items()}
+    programs = {trainer.kept_order: trainer.program for trainer in trainers.values()}
+    inits = {order: layout.compile_init(program) for order, program in programs.items()}
     reorder = jax.jit(reordered, donate_argnums=0)
 
     controls = tuple(f"dense {number}" for number in range(options.controls))
     curves: dict[str, Curve] = {}
-    runs: list[tuple[str, Format]] = [(name, "dense") for name in controls]
-    runs += [(format, format) for format in options.formats]
-    for number, (name, format) in enumerate(runs):
-        init = inits[programs[format].config.model.token_order]
-        state, rows = init(), np.arange(options.batch_size)
+    runs: list[tuple[str, Run]] = [(name, "dense") for name in controls]
+    runs += [(name, name) for name in options.formats]
+    for number, (name, contestant) in enumerate(runs):
+        trainer = trainers[contestant]
+        state, rows = inits[trainer.kept_order](), np.arange(options.batch_size)
         if 0 < number < len(controls):
             state = reorder(state, jax.random.key(number))
             rows = np.random.default_rng(number).permutation(rows)
         placed = (layout.place(batch[rows]) for batch in batches)
-        curves[name] = _train(steps[format], refreshes[format], state, placed, options)
+        say = partial(console.print, markup=False)
+        curves[name] = trainer.train(steps[contestant], state, placed, say=say)
         console.print(f"{name}: loss {curves[name].loss[0]:.4f} to {curves[name].loss[-1]:.4f}", markup=False)
         file.write(to_dict(options, curves, None))
     verdict = judge({name: curve.loss for name, curve in curves.items()}, controls)
@@ -197,12 +188,21 @@ def run(options: CompareOptions, *, console: Console | None = None) -> tuple[dic
     for name in options.formats:
         where = "within" if verdict.within(name) else "outside"
         console.print(f"{name} lies {where} the spread of {len(controls)} dense runs", markup=False)
+        if (sentence := what_changed(name, curves[name])) is not None:
+            console.print(sentence, markup=False)
     return curves, verdict
 
 
-def _program(options: CompareOptions, format: Format) -> Program:
-    program = build_program(options.run_with(format))
-    return synthetic.sparse_from_the_start(program, options.nnz) if options.nnz else program
+def what_changed(name: str, curve: Curve) -> str | None:
+    """For people: the plans or the order that a run had, in one sentence; None for a format."""
+    if name == "order":
+        return f"order took the tokens in the order of {curve.token_order}"
+    if name == "plan":
+        first, *others = curve.plans.items()
+        times = "once" if len(others) == 1 else f"{len(others)} times"
+        later = "".join(f"; from step {step}, {plan}" for step, plan in others)
+        return f"plan changed the formats of layers {times}: at first {first[1]}{later}"
+    return None
 
 
 def _batches(options: CompareOptions) -> list[np.ndarray]:
@@ -238,27 +238,6 @@ def reordered(state: TrainState, key: jax.Array) -> TrainState:
         return jnp.take(leaf, channels, axis=-2 if reads else -1)
 
     return dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(reorder, state.params))
-
-
-def _train(
-    step: Callable[..., Any],
-    refresh_order: parallel.OrderRefresh,
-    state: Any,
-    batches: Iterable[Any],
-    options: CompareOptions,
-) -> Curve:
-    """All steps; nothing is read before the last has been started."""
-    history = []
-    for number, tokens in enumerate(batches, start=1):
-        state, metrics = step(refresh_order(number, state, tokens), tokens)
-        history.append({name: metrics[name] for name in ("loss", "l0", "overflow_rows")})
-    history = jax.device_get(history)
-    pairs = options.batch_size * options.model.context_length * options.model.num_layers
-    return Curve(
-        loss=tuple(float(metrics["loss"]) for metrics in history),
-        l0=tuple(float(metrics["l0"]) for metrics in history),
-        overflow_share=tuple(float(metrics["overflow_rows"]) / pairs for metrics in history),
-    )
 
 
 def curve_table(curves: Mapping[str, Curve], verdict: Verdict) -> Table:

@@ -16,7 +16,7 @@ from train.run.metrics import Record
 from train.run.plan import Activity, Planner
 from train.run.program_exit import COMPILING
 from train.state import Program, TrainState
-from train.step import Metrics
+from train.step import Metrics, TrainStep
 
 _PENDING, _READY, _FAILED = range(3)
 
@@ -35,6 +35,9 @@ class PlannedStep:
       say: takes what the run's output should say.
       agree_every: where there are several processes, they ask each other at every so manieth step whether all
         have compiled a plan.
+      compiled: the step of ``plan``, where it is compiled already.
+      wait: whether a step waits for a plan that is being compiled, so that the step that takes it is the same
+        in every run of one command.
 
     Attributes:
       plan: the formats that the next step runs in; None without a planner.
@@ -49,11 +52,15 @@ class PlannedStep:
         *,
         say: Callable[[Any], None],
         agree_every: int,
+        compiled: TrainStep | None = None,
+        wait: bool = False,
     ) -> None:
         self._layout, self._program, self._planner = layout, program, planner
-        self._say, self._agree_every = say, agree_every
+        self._say, self._agree_every, self._wait = say, agree_every, wait
         self.plan = plan if planner else None
-        self._step: Any = layout.compile_step(program.with_plan(self.plan) if self.plan else program)
+        self._step: Any = compiled or layout.compile_step(
+            program.with_plan(self.plan) if self.plan else program
+        )
         self._before, self._since = self.plan, 0  # the plan before, and the first step of this one
         self._tokens: Any = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix=COMPILING)
@@ -116,7 +123,7 @@ class PlannedStep:
     def _status(self, step: int, compiled: Future[Any]) -> int:
         """The same answer in every process."""
         status = _PENDING
-        if compiled.done():
+        if self._wait or compiled.done():  # the exception is there when the compilation has ended
             status = _READY if compiled.exception() is None else _FAILED
         if jax.process_count() == 1:
             return status

@@ -133,14 +133,17 @@ class Compiling:
         return self.compile_step(program)
 
 
-def stepped(error=None):
-    """Ten steps; the compilation that the first ones ask for ends behind the seventh."""
+def stepped(error=None, **options):
+    """Ten steps; the compilation that the first ones ask for ends behind the seventh, or in the third if
+    that waits for it."""
     layout, said = Compiling(error), []
     program = SimpleNamespace(with_plan=lambda chosen: str(chosen))
     planner = Planner(TERRAIN, window=1)
-    step = PlannedStep(layout, program, planner, TERRAIN.start, say=said.append, agree_every=1)
+    step = PlannedStep(layout, program, planner, TERRAIN.start, say=said.append, agree_every=1, **options)
     ran = []
     for n in range(1, 11):
+        if n == 3 and options.get("wait"):
+            threading.Timer(0.1, layout.go.set).start()
         _, plan_of_step = step(n, None, np.zeros((2, 3), np.int32))
         ran.append(plan_of_step)
         counts = counted(TRAINED, LayerPlan.parse(TERRAIN.start.texts))
@@ -161,6 +164,15 @@ def test_another_plan_is_compiled_beside_the_steps_and_taken_when_it_is_ready():
     assert step.plan == chosen
     assert said[0] == f"step 2: compiling other formats for the layers: {chosen}"
     assert said[1] == f"step 8: layers run as {chosen}"
+
+
+def test_a_step_waits_for_a_plan_if_asked_to():
+    ran, said, step = stepped(wait=True)
+    assert ran == [str(TERRAIN.start)] * 2 + [str(step.plan)] * 8
+    assert said[1] == f"step 3: layers run as {step.plan}"
+    failed, said, _ = stepped(ValueError("no room"), wait=True)
+    assert failed == [str(TERRAIN.start)] * 10
+    assert said[1].startswith("step 3: the layers keep their formats")
 
 
 def test_a_plan_that_cannot_be_compiled_is_one_sentence():
