@@ -2,8 +2,6 @@
 
 Its micro-batch of 8,192 tokens is large enough for every sparse format, and an output head of its own keeps
 the loss at its start near that of a uniform guess also with the initial weights of ``sparse-lm compare``.
-With room for every pair of a panel and a neuron, a format that is being compared never falls back to the
-dense layer.
 """
 
 from pallas_kernels import FFNOptions

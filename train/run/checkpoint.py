@@ -31,7 +31,7 @@ from train.run.checkpoint_files import (
     is_half_written,
     set_aside,
 )
-from train.run.checkpoint_reading import SavedData, read_run, read_saved_data
+from train.run.checkpoint_reading import SavedData, read_run, read_saved_data, read_tokenizer
 from train.run.checkpoint_removal import SUBDIRECTORY as DELETING
 from train.run.checkpoint_removal import Removal
 from train.state import TrainState
@@ -164,7 +164,9 @@ class Checkpoints:
                     params=ocp.args.StandardSave(variables),
                     rest=ocp.args.StandardSave(rest),
                     data=ocp.args.JsonSave(dataclasses.asdict(data)),
-                    run=ocp.args.JsonSave({"step": step, "config": to_dict(config)}),
+                    run=ocp.args.JsonSave(
+                        {"step": step, "config": to_dict(config), "tokenizer": tokenizer.fingerprint}
+                    ),
                     tokenizer=_TokenizerSave(tokenizer),
                 ),
                 metrics=None if heldout_ce is None else {_CE: heldout_ce},
@@ -203,7 +205,7 @@ class Checkpoints:
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The tokenizer that ``step`` was trained with."""
-        return load_tokenizer(self.path(step) / "tokenizer")
+        return read_tokenizer(self.path(step))
 
     def data(self, step: int) -> SavedData:
         """Where the run that saved ``step`` stood in its data."""

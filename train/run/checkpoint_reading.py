@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -52,7 +53,7 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
             f"{path} computes in float16, whose matrix products a CPU does not have: run it on a GPU"
         )
     program = build_program(config)
-    tokenizer = load_tokenizer(path / "tokenizer")
+    tokenizer = read_tokenizer(path)
     check_vocabulary(tokenizer, config.model.vocab_size)
     if converted.is_converted(path):
         params = converted.read_params(path, config.model)
@@ -69,8 +70,7 @@ def load_for_inference(directory: str | Path) -> tuple[SparseLM, Tokenizer, Trai
 
 def read_run(path: Path) -> tuple[TrainConfig, int]:
     """The configuration and the step of one checkpoint's directory. Raises UserError if it cannot be read."""
-    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        saved = checkpointer.restore(path / "run")
+    saved = _saved_run(path)
     try:
         return from_dict(TrainConfig, saved["config"]), saved["step"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -78,6 +78,25 @@ def read_run(path: Path) -> tuple[TrainConfig, int]:
             f"{path} must hold a configuration of this version of the program ({short_reason(error)}): use "
             "the version that saved it"
         ) from error
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of one checkpoint's directory. Raises UserError if it cannot be read, or is not the one
+    that was saved there."""
+    tokenizer = load_tokenizer(path / converted.TOKENIZER)
+    run = _saved_run(path)
+    saved = run.get("tokenizer") if isinstance(run, dict) else None  # earlier versions kept none
+    if saved is not None and saved != tokenizer.fingerprint:
+        raise UserError(
+            f"{path / converted.TOKENIZER} must hold the tokenizer that the model was trained with "
+            f"(fingerprint {saved[:12]}); found another one ({tokenizer.fingerprint[:12]}): put it back"
+        )
+    return tokenizer
+
+
+def _saved_run(path: Path) -> Any:
+    with reading(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path / "run")
 
 
 def read_saved_data(path: Path) -> SavedData:

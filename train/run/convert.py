@@ -16,12 +16,12 @@ from sparse_lm import ModelConfig
 from sparse_lm.convert import NATIVE, Leaf, Weights, family_for, open_hf, open_own, staged, write_hf
 from sparse_lm.model import num_parameters
 from train.config import DataConfig, TrainConfig
-from train.data.tokenizer import FILE_NAME, check_vocabulary, load_tokenizer
+from train.data.tokenizer import FILE_NAME, check_vocabulary
 from train.errors import UserError
 from train.run import converted
 from train.run.checkpoint_errors import reading
 from train.run.checkpoint_files import find_checkpoint
-from train.run.checkpoint_reading import read_run
+from train.run.checkpoint_reading import read_run, read_tokenizer
 from train.run.hf_tokenizer import published_tokenizer, read_published
 from train.run.manifest import quantity
 
@@ -103,7 +103,7 @@ def to_hf(checkpoint: str, out: str | Path) -> Converted:
     out = Path(out).expanduser().absolute()
     path = find_checkpoint(checkpoint)
     config, _ = read_run(path)
-    tokenizer = load_tokenizer(path / converted.TOKENIZER)
+    tokenizer = read_tokenizer(path)
     check_vocabulary(tokenizer, config.model.vocab_size)
     with converted.one_sentence(), _weights(path, config.model) as weights, staged(out) as place:
         write_hf(weights, place, eos_id=tokenizer.eos_id)

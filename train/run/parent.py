@@ -16,12 +16,12 @@ from sparse_lm import ModelConfig
 from sparse_lm.config import SILU
 from sparse_lm.convert import load_sharded, open_own
 from train.config import TrainConfig
-from train.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from train.data.tokenizer import Tokenizer, check_vocabulary
 from train.errors import UserError
 from train.run import converted
 from train.run.checkpoint_errors import reading
 from train.run.checkpoint_files import SUBDIRECTORY, complete_steps, find_checkpoint
-from train.run.checkpoint_reading import read_run
+from train.run.checkpoint_reading import read_run, read_tokenizer
 from train.run.manifest import Parent, read_lineage
 from train.state import Params, TrainState
 
@@ -126,7 +126,7 @@ def check_child(config: TrainConfig, parent: Parent) -> None:
 def parent_tokenizer(config: TrainConfig, parent: Parent) -> tuple[Tokenizer, TrainConfig, Path]:
     """The tokenizer of ``parent``, the configuration that named it, and where it is."""
     path = Path(parent.path)
-    tokenizer = load_tokenizer(path / converted.TOKENIZER)
+    tokenizer = read_tokenizer(path)
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer, read_run(path)[0], path
 

@@ -266,7 +266,11 @@ def test_configuration_of_another_version_is_one_sentence(copy):
 
 
 def test_tokenizer_that_the_model_has_no_room_for_is_one_sentence(copy):
-    fit_bpe(["the sum of our hopes"], 260).save(copy / "checkpoints" / "8" / "tokenizer")
+    newest = find_checkpoint(copy)
+    fit_bpe(["the sum of our hopes"], 260).save(newest / "tokenizer")
+    saved = json.loads((newest / "run" / "metadata").read_text())
+    del saved["tokenizer"]  # as earlier versions saved it
+    (newest / "run" / "metadata").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"the tokenizer has 260 ids but model\.vocab-size is 257"):
         load_for_inference(copy)
 
@@ -293,6 +297,17 @@ def test_resuming_with_another_tokenizer_is_refused(finished):
     )
     with pytest.raises(UserError, match=r"was trained with another tokenizer: data.tokenizer has 257 ids"):
         run(config)
+
+
+def test_another_tokenizer_in_a_checkpoint_is_found(finished, copy):
+    """Also where it has as many tokens, so that nothing but the texts would differ."""
+    newest = find_checkpoint(copy)
+    fit_bpe(["one text", "another"], 257).save(newest / "tokenizer")
+    words = r"tokenizer must hold the tokenizer that the model was trained with \(fingerprint \w{12}\); found"
+    with pytest.raises(UserError, match=words):
+        load_for_inference(copy)
+    with pytest.raises(UserError, match=words):
+        run(dataclasses.replace(finished.config, steps=9, workdir=str(copy)))
 
 
 def test_save_that_the_disk_has_no_room_for_is_not_begun(copy, finished, first_state, monkeypatch):
