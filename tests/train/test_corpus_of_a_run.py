@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from train import cli
 from train.data.holdout import digest, is_held_out
+from train.data.tokenizer import load_tokenizer
 from train.evaluate import evaluate_checkpoint
 from train.run.loop import run
 
@@ -187,12 +188,22 @@ def word_tokenizer(path: Path, model) -> Path:
     return path
 
 
+def copy_trained_with(tokenizer: Path, finished, tmp_path: Path) -> Path:
+    """A copy of a run that says it was trained with another tokenizer."""
+    run_copy = shutil.copytree(finished.workdir, tmp_path / "copy")
+    checkpoint = run_copy / "checkpoints" / "8"
+    shutil.copy(tokenizer, checkpoint / "tokenizer" / "tokenizer.json")
+    saved = json.loads((checkpoint / "run" / "metadata").read_text())
+    saved["tokenizer"] = load_tokenizer(checkpoint / "tokenizer").fingerprint
+    (checkpoint / "run" / "metadata").write_text(json.dumps(saved))
+    return run_copy
+
+
 def test_prompt_and_continuation_are_one_text(finished, tmp_path, monkeypatch, capsys):
     words = ["<unk>", "▁ship", "▁harbour", "▁lamp", "▁wind"]
     model = models.Unigram([(word, -1.0) for word in words], 0, False)
     path = word_tokenizer(tmp_path / "tokenizer.json", model)
-    run_copy = shutil.copytree(finished.workdir, tmp_path / "copy")
-    shutil.copy(path, run_copy / "checkpoints/8/tokenizer/tokenizer.json")
+    run_copy = copy_trained_with(path, finished, tmp_path)
     steps = {1: [[4], [1]], 2: [[4, 2], [1, None]]}
     monkeypatch.setattr("sparse_lm.generate.stream", lambda model, prompts, **_: iter(steps[len(prompts)]))
     prompts = ["--prompt", "ship harbour lamp"]
@@ -209,8 +220,7 @@ def test_text_outside_a_vocabulary_names_the_document(finished, tmp_path, capsys
     said = capsys.readouterr().err
     assert f"{corpus}, line 2: the tokenizer {path} has no tokens for some of the text" in said
     assert said.count("\n") == 1
-    run_copy = shutil.copytree(finished.workdir, tmp_path / "copy")
-    shutil.copy(path, run_copy / "checkpoints/8/tokenizer/tokenizer.json")
+    run_copy = copy_trained_with(path, finished, tmp_path)
     assert cli.main(["generate", "--checkpoint", str(run_copy), "--prompt", "alien"]) == 1
     assert "--prompt 1: the tokenizer" in capsys.readouterr().err
 

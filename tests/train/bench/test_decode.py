@@ -78,7 +78,7 @@ def test_what_does_not_fit_the_context_is_refused(changes, sentence):
 def test_the_command_names_its_benchmarks(capsys):
     assert cli.main(["bench"]) == 2
     assert (
-        "one of layers, stages, model, step, decode, order, scaling, curves; got none"
+        "one of layers, stages, model, step, decode, order, gate-bound, scaling, curves; got none"
         in capsys.readouterr().err
     )
     assert cli.main(["bench", "decod"]) == 2
