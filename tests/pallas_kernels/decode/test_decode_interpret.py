@@ -15,6 +15,7 @@ from truth import exact, forward
 from pallas_kernels import FFNOptions, decode
 from pallas_kernels.activations import RELU
 from pallas_kernels.decode import config as configs
+from pallas_kernels.decode import residual
 from pallas_kernels.decode.config import DecodeConfig, DownConfig, HiddenConfig
 from pallas_kernels.decode.layer import run
 from pallas_kernels.device import Device
@@ -56,6 +57,12 @@ def test_projections_and_norms(tokens, dtype):
 def test_sums_and_norms_inside_the_kernels(tokens, d_model, dtype, gated, factor):
     sizes = {"d_model": d_model, "d_ff": 80}
     check_stream(tokens, **sizes, dtype=dtype, gated=gated, factor=factor, interpret=True)
+
+
+def test_an_rms_of_more_parts_than_are_added_at_one_time(monkeypatch):
+    monkeypatch.setattr(residual, "_MOST_AT_ONCE", 32)  # two of five parts of sixteen rows
+    sizes = {"d_model": 72, "d_ff": 80}
+    check_stream(3, **sizes, dtype="float32", gated=True, factor=1.0, interpret=True)
 
 
 SEVERAL_GROUPS = DecodeConfig(HiddenConfig(16, 64, 2, 32, 2, 4, 2), DownConfig(16, 16, 3, 4, 2))

@@ -155,6 +155,19 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
         )
 
 
+@pytest.mark.parametrize("n_panels", [1, 4, 11])
+def test_where_the_tokens_of_panels_begin(n_panels, monkeypatch):
+    """Also with more panels and neurons than a program looks at at one time, and sums that are no bytes."""
+    monkeypatch.setattr(weights, "_START_ROWS", 4)
+    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 50)).astype(np.uint8)
+    totals = hits.sum(axis=0, dtype=np.int32)
+    limit = int(np.median(totals))
+    ranking = weights.rank(jnp.asarray(hits), limit=limit, round_up=lambda n: n, interpret=True)
+    starts = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
+    earlier = np.cumsum(hits, axis=0, dtype=np.int32) - hits
+    np.testing.assert_array_equal(starts, np.where(totals > limit, -1, earlier))
+
+
 def test_neurons_in_order_of_activity():
     totals = np.random.default_rng(0).integers(0, 40, 200)
     hits = jnp.asarray(totals[None], jnp.uint8)
