@@ -90,7 +90,7 @@ def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, onto, arrivals_ref, parts_ref,
     token_here = tokens < n_tokens
     at, here = (tokens[None, :], columns[:, None]), token_here[None, :] & column_here[:, None]
 
-    result = partial(writer, out, onto, at, here, (tile, tokens), token_here)
+    result = partial(writer, out, onto, at, here, (tokens, tile), token_here)
     if config.splits == 1:
         result()(acc)
         return

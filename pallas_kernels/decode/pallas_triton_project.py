@@ -86,7 +86,7 @@ def _project_kernel(x, w_ref, onto, out, *, config):
     outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
     row_here, output_here = rows < x.shape[0], outputs < w_ref.shape[0]
     at, mask = (rows[None, :], outputs[:, None]), output_here[:, None] & row_here[None, :]
-    write = writer(out, onto, at, mask, (tile, rows), row_here)
+    write = writer(out, onto, at, mask, (rows, tile), row_here)
     x_rows = Rows.of(x, rows, row_here)
     write(product(w_ref, outputs, output_here, x_rows, tile_k=config.tile_k))
 

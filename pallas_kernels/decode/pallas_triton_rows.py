@@ -239,7 +239,7 @@ def _sum_kernel(shares_ref, active_ref, onto, out, *, width):
     tile, row = pl.program_id(0), pl.program_id(1)
     columns = tile * width + lax.iota(jnp.int32, width)
     column_here = columns < d_model
-    write = writer(out, onto, (row, columns), column_here, (tile, row))
+    write = writer(out, onto, (row, columns), column_here, (row, tile))
     size = min(_MOST_SHARES, pl.next_power_of_2(n_shares))
 
     def step(nth, acc):
@@ -282,7 +282,7 @@ def _project_kernel(x, w_ref, onto, out, *, config):
     outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
     here = outputs < w_ref.shape[0]
     tokens = map(jnp.int32, range(x.shape[0]))
-    writers = [writer(out, onto, (token, outputs), here, (tile, token)) for token in tokens]
+    writers = [writer(out, onto, (token, outputs), here, (token, tile)) for token in tokens]
     ys, _ = _products(w_ref, outputs, here, x, config.slice_d)
     for write, y in zip(writers, ys, strict=True):
         write(y)

@@ -8,7 +8,9 @@ whoever reads the stream adds these *parts* up (`Stream`).
 
 **Numerics.** The result is rounded, scaled and rounded, added to the stream and rounded, where separate
 kernels would do so, and the norm's result is rounded once. Squares are those of the rounded stream, summed in
-f32 in an order that the sizes fix, so that the same inputs give the same bits.
+f32 in an order that the sizes fix, so that the same inputs give the same bits. A token's parts are neighbours
+in memory: were tokens neighbours, their number would decide how many of them a thread loads at a time, and so
+in which order it adds their parts.
 
 The classes are used on both sides of a launch: outside of kernels their fields are arrays, inside they are
 refs.
@@ -35,7 +37,7 @@ class Stream(NamedTuple):
 
     Attributes:
       x: (M, D).
-      squares: (n_parts, M) f32, each token's sums of x² over parts of its columns.
+      squares: (M, n_parts) f32, each token's sums of x² over parts of its columns.
     """
 
     x: jax.Array
@@ -44,7 +46,7 @@ class Stream(NamedTuple):
     @classmethod
     def of(cls, x: jax.Array) -> "Stream":
         """The stream that begins with x (M, D)."""
-        return cls(x, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)[None])
+        return cls(x, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1, keepdims=True))
 
     def normed(self, scale: jax.Array, eps: float) -> "Normed":
         """RMSNorm of the stream with a scale (D,) f32, to be applied by the kernel that reads it."""
@@ -79,16 +81,16 @@ class Normed:
 
     def inverse_rms(self, token: Any, here: jax.Array | None = None) -> jax.Array:
         """1 / RMS, in a kernel: of one ``token`` (), or of tokens (R,) of which those ``here`` (R,) exist."""
-        n_parts, d_model = self.squares.shape[0], self.shape[1]
+        n_parts, d_model = self.squares.shape[1], self.shape[1]
         rows = 1 if here is None else len(here)
         size = min(pl.next_power_of_2(n_parts), _MOST_AT_ONCE // rows)
         total = jnp.zeros((), jnp.float32)
         for start in range(0, n_parts, size):
             parts = start + lax.iota(jnp.int32, size)
-            at, mask = (parts, token), parts < n_parts
+            at, mask = (token, parts), parts < n_parts
             if here is not None:
-                at, mask = (parts[:, None], token[None, :]), mask[:, None] & here[None, :]
-            total += jnp.sum(plt.load(self.squares.at[at], mask=mask, other=0), axis=0)
+                at, mask = (token[:, None], parts[None, :]), here[:, None] & mask[None, :]
+            total += jnp.sum(plt.load(self.squares.at[at], mask=mask, other=0), axis=-1)
         return lax.rsqrt(total / d_model + self.eps)
 
     def apply(self, x: jax.Array, inverse_rms: jax.Array, columns: jax.Array, inside: Any) -> jax.Array:
@@ -122,7 +124,7 @@ class Residual:
 
     def output(self, n_parts: int) -> Stream:
         """The shapes of that stream."""
-        squares = (n_parts, self.x.shape[0])
+        squares = (self.x.shape[0], n_parts)
         output: Any = partial(varying_axes.output, self.x)
         return Stream(output(self.x.shape, self.x.dtype), output(squares, jnp.float32))
 
