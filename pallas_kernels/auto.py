@@ -40,7 +40,6 @@ from pallas_kernels.dense import blocks
 from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import few
 from pallas_kernels.panel.layer import Residuals, empty
 from pallas_kernels.reference import Weights
 
@@ -107,17 +106,11 @@ def infer(
         decision = pays(x, w_up if w_gate is None else w_gate, options, share)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
-    if groups is None and is_unasked(x.shape[0], _layout(options).tokens, backend):
+    if groups is None and configs.is_unasked(x.shape[0], _layout(options).tokens, backend):
         return where_kernels_run(sparse, instead, backend, x, w_gate, w_up, w_down)
     if _too_small_for_a_probe(x, backend):
         return instead(x, w_gate, w_up, w_down)
     return where_kernels_run(probe, instead, backend, x, w_gate, w_up, w_down)
-
-
-def is_unasked(tokens: int, panel: int, backend: str) -> bool:
-    """Whether a forward of so many tokens, in panels of ``panel`` with the gate on a backend, is PanelELL
-    without a probe."""
-    return backend == "mosaic_gpu" and tokens >= configs.LEAST_UNASKED_TOKENS and few.applies(tokens, panel)
 
 
 def _too_small_for_a_probe(x: jax.Array, backend: str) -> bool:

@@ -147,9 +147,17 @@ def explain(
     for choice, reason in _consider(options, call):
         name = f"{choice.layout} on {choice.backend}"
         if reason is None:
-            return "\n".join([*lines, f"runs {name}: {_MEANING[choice.layout.name]}"])
+            return "\n".join([*lines, f"runs {name}: {_meaning(choice, call)}"])
         lines.append(f"not {name}: {reason}")
     return "\n".join([*lines, "raises: nothing that was asked for can run this call"])
+
+
+def _meaning(choice: Choice, call: Call) -> str:
+    layout, meaning = choice.layout, _MEANING[choice.layout.name]
+    if isinstance(layout, Auto) and panel_configs.is_unasked(call.tokens, layout.tokens, choice.backend):
+        small = call.tokens < panel_configs.LEAST_PROBED_TOKENS
+        return "PanelELL in a forward; where a gradient is taken " + ("the dense layer" if small else meaning)
+    return meaning
 
 
 _MEANING = {

@@ -194,6 +194,17 @@ tokens, and a fifth above it for 512.
 """
 
 
+def are_few(tokens: int, panel: int) -> bool:
+    """Whether tokens make few panels of ``panel`` each."""
+    return 0 < tokens <= FEW_PANELS * panel
+
+
+def is_unasked(tokens: int, panel: int, backend: str) -> bool:
+    """Whether ``"auto"`` is PanelELL in a forward of so many tokens, in panels of ``panel``, the gate on a
+    backend."""
+    return backend == "mosaic_gpu" and tokens >= LEAST_UNASKED_TOKENS and are_few(tokens, panel)
+
+
 @dataclasses.dataclass(frozen=True)
 class FewConfig:
     """How a forward call of few panels is cut behind its gate stage.

@@ -9,11 +9,6 @@ from pallas_kernels.panel.gate import roles, stage
 from pallas_kernels.panel.pallas_triton_few import few_down, few_up, list_neurons
 
 
-def applies(tokens: int, panel: int) -> bool:
-    """Whether a call has few panels of so many tokens."""
-    return 0 < tokens <= configs.FEW_PANELS * panel
-
-
 def infer(
     x: jax.Array,
     w_gate: jax.Array | None,

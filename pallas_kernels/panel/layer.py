@@ -99,7 +99,7 @@ def infer(
     tokens = x.shape[0]
     if tokens == 0:
         return dense.infer(x, w_gate, w_up, w_down, options, backend, groups)
-    if groups is None and few.applies(tokens, _layout(options).tokens):
+    if groups is None and configs.are_few(tokens, _layout(options).tokens):
         return few.infer(x, w_gate, w_up, w_down, _layout(options).tokens, options.rule, backend)
     config = configs.choose(x, w_up, _layout(options).tokens)
     by_token = groups is not None

@@ -153,9 +153,16 @@ def test_explain_tells_what_would_run_and_why():
             ),
             dispatch.explain(jax.ShapeDtypeStruct((2, 2048), x.dtype), weight),
         )
+        first, more = (
+            dispatch.explain(jax.ShapeDtypeStruct((tokens, 2048), x.dtype), weight) for tokens in (1024, 8192)
+        )
         named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
     assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
     assert "runs auto on mosaic_gpu: the program itself takes PanelELL" in auto
+    assert (
+        "runs auto on mosaic_gpu: PanelELL in a forward; where a gradient is taken the dense layer" in first
+    )
+    assert "PanelELL in a forward; where a gradient is taken the program itself takes PanelELL" in more
     assert "not auto on triton: format='auto' is dense on triton under 2048 tokens; got 700" in small
     assert "runs dense on xla" in small
     assert "runs decode on triton: the gate's rows" in few

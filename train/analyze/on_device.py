@@ -124,7 +124,7 @@ def auto_choices(
     return AutoReport(
         device=device.kind,
         panel_tokens=layout.tokens,
-        forward_is_asked=not auto.is_unasked(call, layout.tokens, backend),
+        forward_is_asked=not panel_config.is_unasked(call, layout.tokens, backend),
         break_even_forward=limits.forward,
         break_even_train=limits.train,
         layers=tuple(found),

@@ -95,7 +95,7 @@ def _around_the_layer() -> Iterator[Program]:
             arguments = qkv, cache, cache, lengths, angles, angles
             yield Program(f"decode attention, heads of {head_dim}, {dtype}", decode.attention, arguments)
         weight = jax.ShapeDtypeStruct((vocab_size, width), dtype)
-        for rows in (1, batch, 64):
+        for rows in (1, batch, 20, 64):  # of each width of a block of rows
             x = jax.ShapeDtypeStruct((rows, width), dtype)
             yield Program(f"decode projection, {rows} rows, {dtype}", decode.project, (x, weight))
             add_norm = partial(decode.add_norm, eps=1e-5)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from hybrid_path import HybridPath
 from op_checks import DL1, Path, check_everything, compiled, compiled_forward, cotangent
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
+from step_parts import check_stream
 
 from pallas_kernels import FFNOptions, Hybrid, Panel, Twell
 
@@ -65,8 +66,13 @@ def main(formats: list[str]) -> None:
         check_a_batch_of_which_one_has_no_room(
             FFNOptions(format="panel", backend="triton"), d_model=72, d_ff=1024, tokens=256
         )
+    if "decode" in formats:
+        for tokens in (2, 8, 20):
+            check_stream(
+                tokens, d_model=136, d_ff=520, dtype="bfloat16", gated=True, factor=1.0, interpret=False
+            )
     print(f"{len(calls) * len(PATTERNS)} calls, all as in float64, on {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(PATHS))
+    main(sys.argv[1:] or [*PATHS, "decode"])

@@ -15,8 +15,8 @@ from pallas_kernels import Auto, FFNOptions, Panel, PanelELL, device, reference
 from pallas_kernels.activations import RELU
 from pallas_kernels.common.gate_stage import xla_product
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import few, pallas_triton_lists
 from pallas_kernels.panel import pallas_triton_few as kernels
+from pallas_kernels.panel import pallas_triton_lists
 from pallas_kernels.panel.pallas_triton_gate import pack_panel
 
 PATH = PanelPath(
@@ -169,6 +169,6 @@ def test_what_is_chosen_fits(kind, dtype, d_model):
 
 
 def test_few_panels():
-    assert few.applies(64 * 128, 128)
-    assert not few.applies(64 * 128 + 1, 128)
-    assert not few.applies(0, 128)
+    assert configs.are_few(64 * 128, 128)
+    assert not configs.are_few(64 * 128 + 1, 128)
+    assert not configs.are_few(0, 128)
