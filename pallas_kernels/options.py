@@ -146,7 +146,7 @@ class Decode(_Layout):
 @dataclasses.dataclass(frozen=True)
 class Auto(_Layout):
     """For a few tokens `Decode` (up to 64 on Hopper, elsewhere two); for more the program decides, call by
-    call, between `Panel` and `Dense`, but where a decision would take longer than the wrong layer.
+    call, between `Panel` and `Dense`, but where a decision would take as long as a good part of the layer.
 
     Attributes:
       tokens: P of its panels.

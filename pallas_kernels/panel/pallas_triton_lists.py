@@ -197,14 +197,14 @@ def build_lists(
     n_panels, d_ff = counts.hits.shape
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
     output = partial(varying_axes.output, gate.hits)
-    one, flag = output((1,), jnp.int32), output((room,), jnp.int32)
+    one, each_chunk = output((1,), jnp.int32), output((room,), jnp.int32)
     neurons, segments, owner, pairs, n_pairs, offsets, slots, hits, *sums = pl.pallas_call(
         partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
         out_shape=(
             output((room * chunk,), jnp.int32),
             output((room * chunk,), jnp.uint8),
-            flag,
-            flag,
+            each_chunk,
+            each_chunk,
             one,
             output((n_panels + 1,), jnp.int32),
             output((n_panels, d_ff), jnp.int32),

@@ -60,12 +60,7 @@ def tensor_parallel(
         return jax.grad(loss)(inputs)
 
     alone = None
-    for count in counts:
-        if model.d_ff % count:
-            continue
-        mesh = jax.make_mesh(
-            (count,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:count]
-        )
+    for count, mesh in _meshes(model, counts, AxisType.Explicit):
         placed = {
             name: jax.device_put(
                 array, NamedSharding(mesh, PartitionSpec() if name == "x" else PartitionSpec("model"))
@@ -76,6 +71,16 @@ def tensor_parallel(
         row = _timed(compiled, (placed,), count, rounds, alone)
         alone = alone or row["median_ms"]
         yield row
+
+
+def _meshes(model: ModelConfig, counts: Sequence[int], kind: AxisType) -> Iterator[tuple[int, Mesh]]:
+    """A mesh of each number of devices that divides the model's neurons."""
+    for count in counts:
+        if model.d_ff % count == 0:
+            yield (
+                count,
+                jax.make_mesh((count,), ("model",), axis_types=(kind,), devices=jax.devices()[:count]),
+            )
 
 
 def _timed(
@@ -122,12 +127,7 @@ def tensor_parallel_model(
 
     for what, function in (("forward", forward), ("forward and backward", gradients)):
         alone = None
-        for count in counts:
-            if model.d_ff % count:
-                continue
-            mesh = jax.make_mesh(
-                (count,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
-            )
+        for count, mesh in _meshes(model, counts, AxisType.Auto):
             whole = NamedSharding(mesh, PartitionSpec())
             split = jax.tree_util.tree_map_with_path(partial(_by_neurons, mesh), params)
             row: dict[str, Any] = {"devices": count, "samples_ms": [], "median_ms": None, "of_linear": None}
