@@ -192,7 +192,7 @@ def test_offsets_past_two_to_the_31(d_model, d_ff, pattern):
     first, last and middle rows."""
     tokens = 2**20 + 3
     options = FFNOptions(format=Twell(tile=256, compression=8), backend="triton")
-    sizes = {"d_model": d_model, "d_ff": d_ff, "tile": 256, "slots": options.slots, "dtype": jnp.bfloat16}
+    sizes = {"d_model": d_model, "d_ff": d_ff, "tile": 256, "slots": options.format.slots, "dtype": jnp.bfloat16}
     few, active = layer(pattern, tokens=4096, **sizes)
     repeats = -(-tokens // 4096)
 
@@ -207,7 +207,7 @@ def test_offsets_past_two_to_the_31(d_model, d_ff, pattern):
         return first.astype(y.dtype), furthest, rest, stats
 
     first, furthest, rest, stats = jax.device_get(million(few))
-    assert max(tokens * -(-d_ff // 256) * options.slots, tokens * d_model) > 2**31
+    assert max(tokens * -(-d_ff // 256) * options.format.slots, tokens * d_model) > 2**31
     check_values(first, stats, few)
     ulp = float(jnp.finfo(first.dtype).eps) * np.abs(first.astype(np.float32)).max()
     assert furthest.max() <= ulp, (
