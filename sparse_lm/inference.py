@@ -177,27 +177,29 @@ class InferenceModel:
         """`extend` by one token (B,) a row, of which every part is one kernel: hidden states (B, D)."""
         cos, sin = self._angles(cache.lengths)
         keys, values = list(cache.keys), list(cache.values)
+        arrivals = jnp.zeros((len(tokens), self.config.num_kv_heads), jnp.int32)
 
         def attended(nth: int, normed: jax.Array | decode.Normed) -> jax.Array:
             """What attention of layer ``nth`` gives (B, N H); writes its cache."""
+            nonlocal arrivals
             layer = self.layers[nth]
             qkv = decode.project(normed, layer.qkv, interpret=interpret)
             if layer.qkv_bias is not None:
                 qkv += layer.qkv_bias[None]
-            y, keys[nth], values[nth] = decode.attention(
-                qkv, keys[nth], values[nth], cache.lengths, cos, sin, interpret=interpret
+            y, keys[nth], values[nth], arrivals = decode.attention(
+                qkv, keys[nth], values[nth], cache.lengths, cos, sin, arrivals, interpret=interpret
             )
             return y
 
         x = self._embed(tokens)
-        run = self._layers_on_stream if self._decodes(x) else self._layers_with_norms
+        run = self._layers_on_stream if self._is_on_stream(x) else self._layers_with_norms
         hidden = run(x, attended, interpret=interpret)
         return hidden, LayerCaches(tuple(keys), tuple(values), cache.lengths + 1)
 
-    def _decodes(self, x: jax.Array) -> bool:
-        """Whether the feed-forward layers of x (B, D) run the decode kernels, which take part in the residual
+    def _is_on_stream(self, x: jax.Array) -> bool:
+        """Whether the feed-forward layers of x (B, D) run decode kernels that take part in the residual
         stream."""
-        if self.config.activation == SILU:
+        if len(x) > decode.ROWS_TOKENS or self.config.activation == SILU:
             return False
         path = ffn.path(x, self.layers[0].w_up, self.config.ffn_options)
         return path is not None and path.layout.name == "decode"

@@ -22,11 +22,12 @@ ROWS_TOKENS = 2
 
 _HOPPER = 90
 _LEAST_ROWS = 16
-_MOST_NEURONS = 64
-_LEAST_NEURONS = 16
+_MOST_OWNED = 64
+_LEAST_OWNED = 16
 _MOST_SPLITS = 16
 _CORES = 132
 _SHARED_MEMORY_ROOM = 8 * 1024
+_ATTENTION_ROOM = 24 * 1024  # for queries, weights and the compiler's own
 
 
 def auto_tokens(device: Device) -> int:
@@ -39,16 +40,17 @@ def auto_tokens(device: Device) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class HiddenConfig:
-    """How the gate and the up projection are cut.
+class TilesConfig:
+    """How rows of a weight are shared out and streamed past a block of tokens: those of the gate and the up
+    projection, or of a projection beside the layer.
 
     Attributes:
       rows: tokens of a block, padded to what a tensor core takes.
-      tile: neurons of a program at the most.
-      programs: how many programs share the neurons.
+      tile: rows of the weight of a program at the most.
+      programs: how many programs share the weight's rows.
       tile_k: columns of D in one slice of a product over D.
-      chains: sums of the up projection that do not wait for each other, each with its part of a slice: with
-        the few neurons of a program the tensor cores' latency is what a sum takes.
+      chains: sums of a product that do not wait for each other, each with its part of a slice: with the few
+        rows of a program the tensor cores' latency is what a sum takes.
       num_warps: warps of a program.
       num_stages: slices in flight.
 
@@ -66,10 +68,24 @@ class HiddenConfig:
 
     def __post_init__(self) -> None:
         powers_of_2.check(
-            self, rows=(_LEAST_ROWS, MOST_TOKENS), tile=(_LEAST_NEURONS, 128), tile_k=(16, 512),
+            self, rows=(_LEAST_ROWS, MOST_TOKENS), tile=(_LEAST_OWNED, 128), tile_k=(16, 512),
             chains=(1, 8), num_warps=(1, 16),
         )  # fmt: skip
         _at_least_one(self, "programs", "num_stages")
+
+    def owned(self, n_rows: int) -> int:
+        """Rows of a weight of ``n_rows`` that a program has.
+
+        Raises:
+          ValueError: more than its tile.
+        """
+        owned = -(-n_rows // self.programs)
+        if owned > self.tile:
+            raise ValueError(
+                f"TilesConfig.tile * programs must be at least the weight's {n_rows} rows, a program for "
+                f"each; got {self.tile} * {self.programs}"
+            )
+        return owned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,40 +122,31 @@ class DownConfig:
 class DecodeConfig:
     """Configs of a call's two kernels."""
 
-    hidden: HiddenConfig
+    hidden: TilesConfig
     down: DownConfig
-
-    def check(self, d_ff: int) -> None:
-        """Checks that the programs have all of F neurons.
-
-        Raises:
-          ValueError: some neurons would have no program.
-        """
-        if self.hidden.tile * self.hidden.programs < d_ff:
-            raise ValueError(
-                f"HiddenConfig.tile * programs must be at least F={d_ff}, one program for every neuron; "
-                f"got {self.hidden.tile} * {self.hidden.programs}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectConfig:
-    """Sizes of a projection's kernel: ``tile`` outputs of a program, the others as in `HiddenConfig`.
+class AttentionConfig:
+    """How the attention of one token a row is cut.
+
+    Attributes:
+      block: positions of the cache that a program reads at a time.
+      splits: programs that share the positions of a row's key/value head.
+      num_warps: warps of a program.
+      num_stages: blocks in flight, and the one that is computed with.
 
     Raises:
       ValueError: a field outside its range, with the law in the message.
     """
 
-    rows: int
-    tile: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
+    block: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 3
 
     def __post_init__(self) -> None:
-        powers_of_2.check(
-            self, rows=(_LEAST_ROWS, MOST_TOKENS), tile=(1, 128), tile_k=(16, 512), num_warps=(1, 16)
-        )
+        powers_of_2.check(self, block=(_LEAST_ROWS, 128), splits=(1, _MOST_SPLITS), num_warps=(1, 16))
         _at_least_one(self, "num_stages")
 
 
@@ -160,45 +167,54 @@ class RowsConfig:
         powers_of_2.check(self, tile=(1, 32), slice_d=(16, 4096), num_warps=(1, 16))
 
 
-def _at_least_one(config: HiddenConfig | DownConfig | ProjectConfig, *names: str) -> None:
+def _at_least_one(config: TilesConfig | DownConfig | AttentionConfig, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{type(config).__name__}.{name} must be at least 1; got {value}")
 
 
-def choose(x: jax.Array | Normed, d_ff: int, device: Device | None = None) -> DecodeConfig:
+def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfig:
     """The config for x (M, D) and F neurons."""
     device = device_lib.current() if device is None else device
-    (tokens, d_model), itemsize = x.shape, x.dtype.itemsize
-    rows, cores = _rows(tokens), device.cores or _CORES
-    room = device.shared_memory - _SHARED_MEMORY_ROOM
-
-    # As many waves as the largest tile needs, and neurons in equal numbers.
-    most = _MOST_NEURONS if itemsize == 2 else _LEAST_NEURONS
-    waves = max(1, -(-d_ff // (most * cores)))
-    owned = min(most, max(_LEAST_NEURONS, -(-d_ff // (cores * waves))))
-    tile, programs = powers_of_2.at_least(owned), -(-d_ff // owned)
-
+    d_model, itemsize, cores = x.shape[1], x.dtype.itemsize, device.cores or _CORES
+    hidden = choose_tiles(x, d_ff, 64, device)
     # One program of y for each core, or less.
     tile_d, tile_n = 64, 128 if itemsize == 2 else 32
     splits = max(1, min(cores // -(-d_model // tile_d), -(-d_ff // tile_n), _MOST_SPLITS))
-    if itemsize == 4:  # operands of a product without tensor cores stand in registers
-        return DecodeConfig(
-            HiddenConfig(rows, tile, programs, 32, 1, 4, 2), DownConfig(tile_n, tile_d, splits, 4, 2)
-        )
+    stages = 2 if itemsize == 4 else min(8, _stages((tile_d + hidden.rows) * tile_n * itemsize, device))
+    return DecodeConfig(hidden, DownConfig(tile_n, tile_d, splits, 4, stages))
 
-    def stages(slice_bytes: int) -> int:
-        return max(2, room // slice_bytes)
+
+def choose_project(x: jax.Array, outputs: int, device: Device | None = None) -> TilesConfig:
+    """The config for x (M, D) and a weight (outputs, D)."""
+    return choose_tiles(x, outputs, 128, device_lib.current() if device is None else device)
+
+
+def choose_tiles(x: jax.Array, n_rows: int, chain: int, device: Device) -> TilesConfig:
+    """How ``n_rows`` rows of a weight are shared out for x (M, D), ``chain`` columns in a sum."""
+    rows, itemsize, cores = max(_LEAST_ROWS, block_of(x.shape[0])), x.dtype.itemsize, device.cores or _CORES
+
+    # As many waves as the largest tile needs, and rows in equal numbers.
+    most = _MOST_OWNED if itemsize == 2 else _LEAST_OWNED
+    waves = max(1, -(-n_rows // (most * cores)))
+    owned = min(most, max(_LEAST_OWNED, -(-n_rows // (cores * waves))))
+    tile, programs = powers_of_2.at_least(owned), -(-n_rows // owned)
+    if itemsize == 4:  # operands of a product without tensor cores stand in registers
+        return TilesConfig(rows, tile, programs, 32, 1, 4, 2)
+
+    def stages(tile_k: int) -> int:
+        return _stages((tile + rows) * tile_k * itemsize, device)
 
     # Wide slices: each costs a barrier, and with few tokens there is little to do between two of them.
     tile_k = 256 if rows <= 32 else 128
-    while tile_k > 64 and stages((tile + rows) * tile_k * itemsize) < 3:
+    while tile_k > 64 and stages(tile_k) < 3:
         tile_k //= 2
-    num_stages = min(1024 // tile_k, stages((tile + rows) * tile_k * itemsize))
-    return DecodeConfig(
-        HiddenConfig(rows, tile, programs, tile_k, tile_k // 64, 4, num_stages),
-        DownConfig(tile_n, tile_d, splits, 4, min(8, stages((tile_d + rows) * tile_n * itemsize))),
-    )
+    chains = max(1, tile_k // chain)
+    return TilesConfig(rows, tile, programs, tile_k, chains, 4, min(1024 // tile_k, stages(tile_k)))
+
+
+def _stages(slice_bytes: int, device: Device) -> int:
+    return max(2, (device.shared_memory - _SHARED_MEMORY_ROOM) // slice_bytes)
 
 
 def choose_rows(x: jax.Array | Normed) -> RowsConfig:
@@ -210,15 +226,29 @@ def choose_rows(x: jax.Array | Normed) -> RowsConfig:
     return RowsConfig(8, min(longest, max(16, powers_of_2.at_least(x.shape[1]))), num_warps)
 
 
-def choose_project(x: jax.Array | Normed, outputs: int) -> ProjectConfig:
-    """The config for x (M, D) and a weight (outputs, D)."""
-    rows = _rows(x.shape[0])
-    if x.dtype.itemsize == 4:
-        return ProjectConfig(rows, 16, 32, 4, 2)
-    # Narrow outputs in narrow tiles: a program for every core at the least.
-    tile = 16 if outputs < 8192 and rows == _LEAST_ROWS else 32
-    return ProjectConfig(rows, tile, 256 if rows == _LEAST_ROWS else 128, 4, 4)
+def choose_attention(cache: jax.Array, device: Device | None = None) -> AttentionConfig:
+    """The config for keys or values (B, C, K, H) of B rows.
+
+    A row's sums are cut at places that depend on B's block alone, neither on the other rows nor on the
+    capacity C, which grows with the longest row.
+    """
+    device = device_lib.current() if device is None else device
+    batch, _, kv_heads, head_dim = cache.shape
+    itemsize = cache.dtype.itemsize
+    block = 64 if head_dim <= 64 and itemsize == 2 else 32
+    config = AttentionConfig(block, 1)
+    # Keys and values of all stages but the one that is computed with.
+    in_flight = 2 * (config.num_stages - 1) * head_dim * itemsize
+    while block > _LEAST_ROWS and block * in_flight > device.shared_memory - _ATTENTION_ROOM:
+        block //= 2
+    # As many programs as there are cores, as far as rows and heads are fewer.
+    most = (device.cores or _CORES) // (kv_heads * block_of(batch))
+    splits = powers_of_2.at_least(min(_MOST_SPLITS, max(1, most)) + 1) // 2
+    return dataclasses.replace(config, block=block, splits=splits)
 
 
-def _rows(tokens: int) -> int:
+def block_of(tokens: int) -> int:
+    """Tokens of a block, padded: a row's result is the same among all numbers of tokens of the same block."""
+    if tokens <= ROWS_TOKENS:
+        return tokens
     return min(MOST_TOKENS, max(_LEAST_ROWS, powers_of_2.at_least(tokens)))

@@ -24,39 +24,34 @@ from pallas_kernels.reference import Weights
 
 
 def run(
-    x: jax.Array | Normed,
+    x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     w_down: jax.Array,
     layer: jax.Array | None = None,
-    onto: Residual | None = None,
     *,
     rule: Rule,
     config: DecodeConfig | None = None,
     interpret: bool = False,
-) -> tuple[Any, Hidden | Shares]:
+) -> tuple[jax.Array, Hidden | Shares]:
     """The layer's y (M, D), and what its statistics are made of, for x (M, D) and weights (F, D), or for
     those of one ``layer`` (1,) int32 of a stack (L, F, D).
 
-    With ``onto``, what is returned for y is the `Stream` that adding it to that residual gives. One or two
-    tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
+    One or two tokens meet rows of weights as vectors, unless a ``config`` of the kernels for more is given.
 
     Raises:
       ValueError: a config whose programs do not have all neurons.
     """
     (tokens, d_model), d_ff = x.shape, w_up.shape[-2]
-    weights = w_gate, w_up, w_down
     if tokens <= ROWS_TOKENS and config is None:
-        rows = configs.choose_rows(x)
-        shares = rows_hidden(x, *weights, layer, rule=rule, config=rows, interpret=interpret)
-        return sum_shares(shares, onto, dtype=x.dtype, interpret=interpret), shares
+        shares = _shares(x, w_gate, w_up, w_down, layer, rule=rule, interpret=interpret)
+        return sum_shares(shares, dtype=x.dtype, interpret=interpret), shares
     config = configs.choose(x, d_ff) if config is None else config
-    config.check(d_ff)
     n_counters = config.down.n_tiles(d_model)
     hidden = decode_hidden(
         x, w_gate, w_up, layer, n_counters=n_counters, rule=rule, config=config.hidden, interpret=interpret
     )
-    y = decode_down(hidden, w_down, layer, onto, tokens=tokens, config=config.down, interpret=interpret)
+    y = decode_down(hidden, w_down, layer, tokens=tokens, config=config.down, interpret=interpret)
     return y, hidden
 
 
@@ -70,9 +65,25 @@ def layer_onto(
     rule: Rule,
     interpret: bool = False,
 ) -> Stream:
-    """The layer of x (M, D) and weights (F, D), added to a residual stream, without a gradient."""
+    """The layer of one or two tokens x (M, D) and weights (F, D), added to a residual stream, without a
+    gradient."""
     with jax.enable_x64(False):
-        return run(x, w_gate, w_up, w_down, onto=onto, rule=rule, interpret=interpret)[0]
+        shares = _shares(x, w_gate, w_up, w_down, None, rule=rule, interpret=interpret)
+        return sum_shares(shares, onto, dtype=x.dtype, interpret=interpret)
+
+
+def _shares(
+    x: jax.Array | Normed,
+    w_gate: jax.Array | None,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    layer: jax.Array | None,
+    *,
+    rule: Rule,
+    interpret: bool,
+) -> Shares:
+    config = configs.choose_rows(x)
+    return rows_hidden(x, w_gate, w_up, w_down, layer, rule=rule, config=config, interpret=interpret)
 
 
 def layer_of_stack(

@@ -5,9 +5,12 @@ read once, which takes less time than the launches of rotation, two cache writes
 apart. And it reads the filled part of the cache only, where a product of fixed shape reads all of its
 capacity.
 
-**`decode_attention`**: one program for each row and key/value head. It rotates its queries and its new
-key, writes key and value to their place in the cache, which it updates in place, and goes over the positions
-before with a running softmax. The new position takes part from registers, so no read waits for the write.
+**`decode_attention`**: programs for each row and key/value head: one, or where these are fewer than the
+device has cores, several *splits* of the positions. A program rotates its queries and its new key and goes
+over its blocks of positions with a running softmax; the first split also writes key and value to their place
+in the cache, which it updates in place. The new position takes part from registers, so no read waits for the
+write. Each split counts itself in; the one that finds all others counted merges what they found, in their
+order whichever comes last: so the same inputs give the same bits.
 
 **Numerics.** Scores, softmax and sums are f32; rotated queries and keys, and the weights of the values, are
 rounded to the input type. f32 inputs multiply as IEEE f32.
@@ -16,22 +19,21 @@ rounded to the input type. f32 inputs multiply as IEEE f32.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.typing import DTypeLike
 
-from pallas_kernels import device as device_lib
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import CONTRACT_FIRST, CONTRACT_LAST, dot
-from pallas_kernels.device import Device
+from pallas_kernels.decode import config as configs
+from pallas_kernels.decode.config import AttentionConfig
+from pallas_kernels.decode.pallas_triton_tiles import barrier
 
 _LEAST_ROWS = 16
-_STAGES = 3
-_SHARED_MEMORY_ROOM = 24 * 1024  # for queries, weights and the compiler's own
 HEAD_DIMS = (32, 64, 128, 256)
 
 
@@ -42,9 +44,11 @@ def decode_attention(
     lengths: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    arrivals: jax.Array,
     *,
+    config: AttentionConfig | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Softmax attention of each row's new token to itself and to what its cache holds.
 
     Args:
@@ -53,39 +57,60 @@ def decode_attention(
       lengths: (B,) int32, positions filled before; a row whose cache is full attends to all of it and to the
         new token, which is not kept.
       cos, sin: (B, H / 2) f32, of the new tokens' angles.
+      arrivals: (B, K) int32 zeros, for splits to count in.
 
     Returns:
-      (B, N H) in qkv's type, and the keys and values with the new ones at ``lengths``.
+      (B, N H) in qkv's type, the keys and values with the new ones at ``lengths``, and ``arrivals``, zeros
+      again, for the next layer.
     """
-    batch, capacity, kv_heads, head_dim = keys.shape
+    batch, _, kv_heads, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    block = min(positions(head_dim, qkv.dtype), max(_LEAST_ROWS, pl.next_power_of_2(capacity)))
-    return pl.pallas_call(
-        partial(_kernel, heads=heads, block=block),
+    config = configs.choose_attention(keys) if config is None else config
+    output: Any = partial(varying_axes.output, qkv)
+    of_splits = config.splits, batch, heads
+    y, keys, values, arrivals, _ = pl.pallas_call(
+        partial(_kernel, config=config, interpret=interpret),
         out_shape=(
-            varying_axes.output(qkv, (batch, heads * head_dim), qkv.dtype),
-            varying_axes.output(qkv, keys.shape, keys.dtype),
-            varying_axes.output(qkv, values.shape, values.dtype),
+            output((batch, heads * head_dim), qkv.dtype),
+            output(keys.shape, keys.dtype),
+            output(values.shape, values.dtype),
+            output(arrivals.shape, jnp.int32),
+            _Softmax(
+                output(of_splits, jnp.float32),
+                output(of_splits, jnp.float32),
+                output((*of_splits, head_dim), jnp.float32),
+            ),
         ),
-        grid=(kv_heads, batch),
-        input_output_aliases={1: 1, 2: 2},
+        grid=(kv_heads, config.splits, batch),
+        input_output_aliases={1: 1, 2: 2, 6: 3},
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=_STAGES),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_attention",
-    )(qkv, keys, values, lengths, cos, sin)
+    )(qkv, keys, values, lengths, cos, sin, arrivals)
+    return y, keys, values, arrivals
 
 
-def positions(head_dim: int, dtype: DTypeLike, device: Device | None = None) -> int:
-    """Positions of the cache that a program reads at a time: as many as the shared memory of ``device``, by
-    default the present one, has room for."""
-    device = device_lib.current() if device is None else device
-    itemsize = jnp.dtype(dtype).itemsize
-    block = 128 if head_dim <= 64 and itemsize == 2 else 32
-    # Keys and values of all stages but the one that is computed with.
-    in_flight = 2 * (_STAGES - 1) * head_dim * itemsize
-    while block > _LEAST_ROWS and block * in_flight > device.shared_memory - _SHARED_MEMORY_ROOM:
-        block //= 2
-    return block
+class _Softmax(NamedTuple):
+    """A running softmax of some heads (N,): after any number of positions, none included.
+
+    Attributes:
+      highest: (N,) f32, the highest score; minus infinity after none.
+      total: (N,) f32, the sum of the weights exp(score - highest).
+      sums: (N, H) f32, the weighted sum of the values.
+    """
+
+    highest: jax.Array
+    total: jax.Array
+    sums: jax.Array
+
+    def under(self, highest: jax.Array) -> "_Softmax":
+        """The same with weights exp(score - ``highest``), (N,) of which none is below the highest so far."""
+        correction = jnp.exp(self.highest - highest)
+        return _Softmax(highest, self.total * correction, self.sums * correction[:, None])
+
+    def plus(self, total: jax.Array, sums: jax.Array) -> "_Softmax":
+        """With more positions' weights of the same highest score."""
+        return _Softmax(self.highest, self.total + total, self.sums + sums)
 
 
 def _kernel(
@@ -95,83 +120,117 @@ def _kernel(
     lengths_ref,
     cos_ref,
     sin_ref,
+    _,
     y_ref,
     new_keys_ref,
     new_values_ref,
+    arrivals_ref,
+    softmax_refs,
     *,
-    heads,
-    block,
+    config,
+    interpret,
 ):
     _, capacity, kv_heads, head_dim = keys_ref.shape
-    kv_head, row = pl.program_id(0), pl.program_id(1)
-    group, half, dtype = heads // kv_heads, head_dim // 2, qkv_ref.dtype
+    kv_head, split, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    heads, dtype = softmax_refs.total.shape[2], qkv_ref.dtype
+    group, half = heads // kv_heads, head_dim // 2
     padded = max(_LEAST_ROWS, pl.next_power_of_2(group))
-    first, whole = lax.iota(jnp.int32, half), lax.iota(jnp.int32, head_dim)
-    cos, sin = plt.load(cos_ref.at[row, first]), plt.load(sin_ref.at[row, first])
+    columns = lax.iota(jnp.int32, head_dim)
     length = lengths_ref[row]
     filled = jnp.minimum(length, capacity)
 
     within = lax.iota(jnp.int32, padded)
-    here = within < group
-    starts = ((kv_head * group + within) * head_dim)[:, None]
-    halves = [
-        plt.load(
-            qkv_ref.at[row, starts + part[None, :]],
-            mask=jnp.broadcast_to(here[:, None], (padded, half)),
-            other=0,
-        ).astype(jnp.float32)
-        for part in (first, first + half)
-    ]
-    query = _rotated(halves, cos[None, :], sin[None, :], dtype)
+    here, head = within < group, kv_head * group + within
+    mask = jnp.broadcast_to(here[:, None], (padded, head_dim))
 
+    def rotated(load):
+        """What ``load`` gives at columns, rotated with what it gives half a head away."""
+        in_first = columns < half
+        angle = jnp.where(in_first, columns, columns - half)
+        cos, sin = plt.load(cos_ref.at[row, angle]), plt.load(sin_ref.at[row, angle])
+        away = jnp.where(in_first, columns + half, angle)
+        one, other = (load(at).astype(jnp.float32) for at in (columns, away))
+        cos, sin = (
+            lax.expand_dims(part, range(one.ndim - 1)) for part in (cos, jnp.where(in_first, -sin, sin))
+        )
+        return (one * cos + other * sin).astype(dtype)
+
+    query = rotated(
+        lambda at: plt.load(qkv_ref.at[row, head[:, None] * head_dim + at[None, :]], mask=mask, other=0)
+    )
     start = (heads + kv_head) * head_dim
-    halves = [plt.load(qkv_ref.at[row, start + part]).astype(jnp.float32) for part in (first, first + half)]
-    key = _rotated(halves, cos, sin, dtype)
-    value = plt.load(qkv_ref.at[row, start + kv_heads * head_dim + whole])
+    key = rotated(lambda at: plt.load(qkv_ref.at[row, start + at]))
+    value = plt.load(qkv_ref.at[row, start + kv_heads * head_dim + columns])
 
-    @pl.when(length < capacity)
+    @pl.when((length < capacity) & (split == 0))
     def write():
-        plt.store(new_keys_ref.at[row, length, kv_head, first], key[0])
-        plt.store(new_keys_ref.at[row, length, kv_head, first + half], key[1])
-        plt.store(new_values_ref.at[row, length, kv_head, whole], value)
+        plt.store(new_keys_ref.at[row, length, kv_head, columns], key)
+        plt.store(new_values_ref.at[row, length, kv_head, columns], value)
 
     scale = head_dim**-0.5
-    of_new = sum(
-        jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
-        for q, k in zip(query, key, strict=True)
-    )
-    state = (
-        of_new * scale,
-        jnp.ones((padded,), jnp.float32),
-        jnp.broadcast_to(value.astype(jnp.float32)[None, :], (padded, head_dim)),
+    of_new = jnp.sum(query.astype(jnp.float32) * key.astype(jnp.float32)[None, :], axis=1) * scale
+    wide = jnp.broadcast_to(value.astype(jnp.float32)[None, :], (padded, head_dim))
+    first = split == 0
+    softmax = _Softmax(
+        jnp.where(first, of_new, -jnp.inf),
+        jnp.where(first, jnp.ones((padded,), jnp.float32), 0.0),
+        jnp.where(first, wide, 0.0),
     )
 
-    def step(nth, state):
-        highest, total, sums = state
-        positions = nth * block + lax.iota(jnp.int32, block)
+    def step(nth, softmax):
+        # The splits take turns, so that they share any number of positions.
+        positions = (nth * config.splits + split) * config.block + lax.iota(jnp.int32, config.block)
         inside = positions < filled
+        loaded = jnp.broadcast_to(inside[:, None], (config.block, head_dim))
 
-        def load(ref, columns):
-            mask = jnp.broadcast_to(inside[:, None], (block, columns.shape[0]))
-            return plt.load(ref.at[row, positions[:, None], kv_head, columns[None, :]], mask=mask, other=0)
+        def load(ref):
+            place = ref.at[row, positions[:, None], kv_head, columns[None, :]]
+            return plt.load(place, mask=loaded, other=0)
 
-        scores = dot(load(keys_ref, first), query[0], CONTRACT_LAST)
-        scores += dot(load(keys_ref, first + half), query[1], CONTRACT_LAST)
+        scores = dot(load(keys_ref), query, CONTRACT_LAST)
         scores = jnp.where(inside[:, None], scores * scale, -jnp.inf)
-        following = jnp.maximum(highest, jnp.max(scores, axis=0))
-        weights = jnp.exp(scores - following[None, :])
-        correction = jnp.exp(highest - following)
-        weighted = dot(weights.astype(dtype), load(values_ref, whole), CONTRACT_FIRST)
-        total = total * correction + jnp.sum(weights, axis=0)
-        return following, total, sums * correction[:, None] + weighted
+        highest = jnp.maximum(softmax.highest, jnp.max(scores, axis=0))
+        weights = jnp.exp(scores - highest[None, :])
+        sums = dot(weights.astype(dtype), load(values_ref), CONTRACT_FIRST)
+        return softmax.under(highest).plus(jnp.sum(weights, axis=0), sums)
 
-    steps = (filled + block - 1) // block
-    _, total, sums = lax.fori_loop(jnp.int32(0), steps, step, state)
-    mask = jnp.broadcast_to(here[:, None], sums.shape)
-    place = y_ref.at[row, starts + whole[None, :]]
-    plt.store(place, (sums / total[:, None]).astype(dtype), mask=mask)
+    blocks = (filled + config.block - 1) // config.block
+    steps = (blocks - split + config.splits - 1) // config.splits
+    softmax = lax.fori_loop(jnp.int32(0), steps, step, softmax)
 
+    def finish(softmax):
+        total = jnp.where(here, softmax.total, 1)
+        place = y_ref.at[row, head[:, None] * head_dim + columns[None, :]]
+        plt.store(place, (softmax.sums / total[:, None]).astype(dtype), mask=mask)
 
-def _rotated(halves, cos, sin, dtype):
-    first, second = halves
-    return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)
+    if config.splits == 1:
+        finish(softmax)
+        return
+
+    def found(nth):
+        """Where a split leaves its softmax, and what of it exists."""
+        at = nth, row, head
+        places = (
+            softmax_refs.highest.at[at],
+            softmax_refs.total.at[at],
+            softmax_refs.sums.at[nth, row, head[:, None], columns[None, :]],
+        )
+        return zip(places, (here, here, mask), strict=True)
+
+    for (place, exists), values in zip(found(split), softmax, strict=True):
+        plt.store(place, values, mask=exists)
+    barrier(interpret)
+    before = plt.atomic_add(arrivals_ref, (row, kv_head), jnp.int32(1))
+
+    @pl.when(before == config.splits - 1)
+    def merge():
+        arrivals_ref[row, kv_head] = jnp.int32(0)
+        parts = [
+            _Softmax(*(plt.load(place, mask=exists, other=0) for place, exists in found(nth)))
+            for nth in range(config.splits)
+        ]
+        merged = parts[0]
+        for part in parts[1:]:
+            highest = jnp.maximum(merged.highest, part.highest)
+            merged = merged.under(highest).plus(*part.under(highest)[1:])
+        finish(merged)

@@ -7,8 +7,7 @@ takes.
 
 **`decode_down`**: a grid of column tiles and *splits* of the neurons. Each program writes its part of y in
 f32 and counts itself in; the one that finds all others counted adds the parts up, in the order of the splits
-whichever comes last: so the same inputs give the same bits. Nobody waits for anybody. The last one may also
-add that sum to a residual stream (`residual`).
+whichever comes last: so the same inputs give the same bits. Nobody waits for anybody.
 
 **Numerics.** f32 accumulation and one rounding to the input type. Products are taken as ``Wd^T h``, with the
 columns of y as rows: these fill a tensor core's operand, a few tokens do not.
@@ -29,21 +28,19 @@ from pallas_kernels.common.products import CONTRACT_FIRST, dot
 from pallas_kernels.decode.config import DownConfig
 from pallas_kernels.decode.pallas_triton_hidden import Hidden
 from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, load
-from pallas_kernels.decode.residual import Residual, Stream, writer
 
 
 def decode_down(
     hidden: Hidden,
     w_down: jax.Array,
     layer: jax.Array | None = None,
-    onto: Residual | None = None,
     *,
     tokens: int,
     config: DownConfig,
     interpret: bool = False,
-) -> jax.Array | Stream:
+) -> jax.Array:
     """y (M, D) of the hidden activations of M tokens and a weight (F, D), or that of one ``layer`` (1,) int32
-    of a stack (L, F, D); added ``onto`` a residual stream where there is one.
+    of a stack (L, F, D).
 
     ``hidden.arrivals`` needs a counter for each of ``config.n_tiles(D)`` tiles of y.
     """
@@ -55,18 +52,18 @@ def decode_down(
         out_shape=(
             output(hidden.arrivals.shape, jnp.int32),
             output((config.splits, tokens, d_model), jnp.float32),
-            output((tokens, d_model), hidden.h.dtype) if onto is None else onto.output(n_tiles),
+            output((tokens, d_model), hidden.h.dtype),
         ),
         grid=(n_tiles, config.splits, n_blocks),
         input_output_aliases={3: 0},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_down",
-    )(hidden.hits, hidden.h, as_rows(w_down), hidden.arrivals, layer, onto)
+    )(hidden.hits, hidden.h, as_rows(w_down), hidden.arrivals, layer)
     return y
 
 
-def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, onto, arrivals_ref, parts_ref, out, *, config, interpret):
+def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, arrivals_ref, parts_ref, y_ref, *, config, interpret):
     (_, n_tokens, d_model), (_, d_ff, rows) = parts_ref.shape, h_ref.shape
     tile, split, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     columns = tile * config.tile_d + lax.iota(jnp.int32, config.tile_d)
@@ -90,9 +87,11 @@ def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, onto, arrivals_ref, parts_ref,
     token_here = tokens < n_tokens
     at, here = (tokens[None, :], columns[:, None]), token_here[None, :] & column_here[:, None]
 
-    result = partial(writer, out, onto, at, here, (tokens, tile), token_here)
+    def store(y):
+        plt.store(y_ref.at[at], y.astype(y_ref.dtype), mask=here)
+
     if config.splits == 1:
-        result()(acc)
+        store(acc)
         return
     plt.store(parts_ref.at[split, *at], acc, mask=here)
     barrier(interpret)
@@ -100,7 +99,7 @@ def _kernel(hits_ref, h_ref, w_ref, _, layer_ref, onto, arrivals_ref, parts_ref,
 
     @pl.when(before == config.splits - 1)
     def add_up():
-        write, total = result(), jnp.zeros(acc.shape, jnp.float32)
+        total = jnp.zeros(acc.shape, jnp.float32)
         for nth in range(config.splits):
             total += plt.load(parts_ref.at[nth, *at], mask=here, other=0)
-        write(total)
+        store(total)

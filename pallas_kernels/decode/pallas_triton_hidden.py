@@ -31,9 +31,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
-from pallas_kernels.decode.config import HiddenConfig
-from pallas_kernels.decode.pallas_triton_tiles import Rows, as_rows, barrier, first_row, product, products
-from pallas_kernels.decode.residual import Normed, unnormed
+from pallas_kernels.decode.config import TilesConfig
+from pallas_kernels.decode.pallas_triton_tiles import as_rows, barrier, first_row, product, products
 
 _GROUP = 16
 
@@ -57,21 +56,26 @@ class Hidden(NamedTuple):
 
 
 def decode_hidden(
-    x: jax.Array | Normed,
+    x: jax.Array,
     w_gate: jax.Array | None,
     w_up: jax.Array,
     layer: jax.Array | None = None,
     *,
     n_counters: int,
     rule: Rule,
-    config: HiddenConfig,
+    config: TilesConfig,
     interpret: bool = False,
 ) -> Hidden:
     """The hidden activations of x (M, D) for weights (F, D), or for those of one ``layer`` (1,) int32 of a
-    stack (L, F, D), which are read where they stand."""
+    stack (L, F, D), which are read where they stand.
+
+    Raises:
+      ValueError: a config whose programs do not have all neurons.
+    """
     tokens, d_ff = x.shape[0], w_up.shape[-2]
+    config.owned(d_ff)
     n_blocks = pl.cdiv(tokens, config.rows)
-    output = partial(varying_axes.output, unnormed(x))
+    output = partial(varying_axes.output, x)
     return Hidden(
         *pl.pallas_call(
             partial(_kernel, rule=rule, config=config, interpret=interpret),
@@ -91,7 +95,7 @@ def decode_hidden(
 
 
 def _kernel(
-    x,
+    x_ref,
     w_gate_ref,
     w_up_ref,
     layer_ref,
@@ -107,7 +111,7 @@ def _kernel(
 ):
     gated = w_gate_ref is not None
     gate_ref = w_gate_ref if gated else w_up_ref
-    dtype, n_tokens, d_ff = x.dtype, x.shape[0], hits_ref.shape[1]
+    dtype, n_tokens, d_ff = x_ref.dtype, x_ref.shape[0], hits_ref.shape[1]
     program, block = pl.program_id(0), pl.program_id(1)
     neurons = program + config.programs * lax.iota(jnp.int32, config.tile)
     place = lax.iota(jnp.int32, config.rows)
@@ -121,8 +125,7 @@ def _kernel(
         counters = lax.iota(jnp.int32, pl.next_power_of_2(n_counters))
         plt.store(arrivals_ref.at[block, counters], jnp.zeros_like(counters), mask=counters < n_counters)
 
-    x_rows = Rows.of(x, tokens, token_here)
-    gate = product(gate_ref, first + neurons, neuron_here, x_rows, tile_k=config.tile_k)
+    gate = product(gate_ref, first + neurons, neuron_here, x_ref, tokens, token_here, tile_k=config.tile_k)
     gate = gate.astype(dtype)
     active = rule.active(gate.astype(jnp.float32), dtype) & token_here[None, :] & neuron_here[:, None]
     counted = active.astype(jnp.int32)
@@ -171,8 +174,7 @@ def _kernel(
             for (chosen, _), mask in zip(groups, masks, strict=True)
         ]
         up_rows = [(first + chosen, here) for chosen, here in groups]
-        needed_rows = x_rows.among(nnz > 0)
-        ups = products(w_up_ref, up_rows, needed_rows, tile_k=config.tile_k, chains=config.chains)
+        ups = products(w_up_ref, up_rows, x_ref, tokens, nnz > 0, tile_k=config.tile_k, chains=config.chains)
         barrier(interpret)  # the gates have been read
         hs = []
         for (chosen, here), mask, g, up in zip(groups, masks, gates, ups, strict=True):

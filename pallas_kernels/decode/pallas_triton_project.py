@@ -2,9 +2,8 @@
 
 Why they exist. A projection of a few tokens takes the time of reading its weight; `decode_project` streams it
 past tokens that are padded to what a tensor core takes, whatever their number, so that a row's result does
-not depend on how many others there are up to 16. It reads the norm of a residual stream, and adds its result
-to one, without a launch for either (`residual`). `add_norm` is one launch for a residual sum and the norm
-that reads it, where XLA has two or three: for a step whose feed-forward layers are XLA's.
+not depend on how many others there are up to 16. `add_norm` is one launch for a residual sum and the norm
+that reads it, where XLA has two or three.
 
 **Numerics.** f32 accumulation, one rounding to the output type; the residual sum is rounded to the input type
 before the norm reads it, and the norm's result is rounded once.
@@ -13,7 +12,6 @@ before the norm reads it, and the norm's result is rounded once.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +22,10 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode import config as configs
-from pallas_kernels.decode.config import ProjectConfig
+from pallas_kernels.decode.config import TilesConfig
 from pallas_kernels.decode.pallas_triton_rows import rows_project
-from pallas_kernels.decode.pallas_triton_tiles import Rows, product
-from pallas_kernels.decode.residual import Normed, Residual, Stream, unnormed, writer
+from pallas_kernels.decode.pallas_triton_tiles import products
+from pallas_kernels.decode.residual import Normed, Residual, Stream
 
 
 def decode_project(
@@ -35,60 +33,51 @@ def decode_project(
     weight: jax.Array,
     *,
     dtype: DTypeLike | None = None,
-    config: ProjectConfig | None = None,
+    config: TilesConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x W^T`` for x (M, D) and W (O, D): (M, O) in x's type, or in ``dtype``."""
-    return _project(x, weight, None, dtype or x.dtype, config, interpret)
+    """``x W^T`` for x (M, D) and W (O, D): (M, O) in x's type, or in ``dtype``.
 
-
-def project_onto(
-    onto: Residual,
-    x: jax.Array | Normed,
-    weight: jax.Array,
-    *,
-    config: ProjectConfig | None = None,
-    interpret: bool = False,
-) -> Stream:
-    """`decode_project` to the width of a residual stream, added to that."""
-    return _project(x, weight, onto, x.dtype, config, interpret)
-
-
-def _project(
-    x: jax.Array | Normed,
-    weight: jax.Array,
-    onto: Residual | None,
-    dtype: DTypeLike,
-    config: ProjectConfig | None,
-    interpret: bool,
-) -> Any:
+    Raises:
+      ValueError: more tokens than `ROWS_TOKENS` of a `Normed`, or a config whose programs do not have all
+        outputs.
+    """
     tokens, outputs = x.shape[0], weight.shape[0]
+    dtype = x.dtype if dtype is None else dtype
     if tokens <= configs.ROWS_TOKENS and config is None:
         rows = configs.choose_rows(x)
-        return rows_project(x, weight, onto, dtype=dtype, config=rows, interpret=interpret)
+        return rows_project(x, weight, dtype=dtype, config=rows, interpret=interpret)
+    if isinstance(x, Normed):
+        most = configs.ROWS_TOKENS
+        raise ValueError(f"a norm is applied to at most {most} tokens on their way; got {tokens}")
     config = configs.choose_project(x, outputs) if config is None else config
-    n_tiles = pl.cdiv(outputs, config.tile)
-    y = varying_axes.output(unnormed(x), (tokens, outputs), dtype)
-    (result,) = pl.pallas_call(
-        partial(_project_kernel, config=config),
-        out_shape=(y if onto is None else onto.output(n_tiles),),
-        grid=(n_tiles, pl.cdiv(tokens, config.rows)),
+    return pl.pallas_call(
+        partial(_project_kernel, config=config, owned=config.owned(outputs)),
+        out_shape=varying_axes.output(x, (tokens, outputs), dtype),
+        grid=(config.programs, pl.cdiv(tokens, config.rows)),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="decode_project",
-    )(x, weight, onto)
-    return result
+    )(x, weight)
 
 
-def _project_kernel(x, w_ref, onto, out, *, config):
-    tile = pl.program_id(0)
+def project_onto(
+    onto: Residual, x: jax.Array | Normed, weight: jax.Array, *, interpret: bool = False
+) -> Stream:
+    """`decode_project` of one or two tokens to the width of a residual stream, added to that."""
+    rows = configs.choose_rows(x)
+    return rows_project(x, weight, onto, dtype=x.dtype, config=rows, interpret=interpret)
+
+
+def _project_kernel(x_ref, w_ref, y_ref, *, config, owned):
     rows = pl.program_id(1) * config.rows + lax.iota(jnp.int32, config.rows)
-    outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
-    row_here, output_here = rows < x.shape[0], outputs < w_ref.shape[0]
-    at, mask = (rows[None, :], outputs[:, None]), output_here[:, None] & row_here[None, :]
-    write = writer(out, onto, at, mask, (rows, tile), row_here)
-    x_rows = Rows.of(x, rows, row_here)
-    write(product(w_ref, outputs, output_here, x_rows, tile_k=config.tile_k))
+    own = lax.iota(jnp.int32, config.tile)
+    outputs = pl.program_id(0) * owned + own
+    row_here, output_here = rows < x_ref.shape[0], (own < owned) & (outputs < w_ref.shape[0])
+    groups, sizes = [(outputs, output_here)], {"tile_k": config.tile_k, "chains": config.chains}
+    (y,) = products(w_ref, groups, x_ref, rows, row_here, **sizes)
+    mask = output_here[:, None] & row_here[None, :]
+    plt.store(y_ref.at[rows[None, :], outputs[:, None]], y.astype(y_ref.dtype), mask=mask)
 
 
 def add_norm(

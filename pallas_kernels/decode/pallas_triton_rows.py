@@ -17,7 +17,7 @@ left out: in an order that the sizes fix, so that the same inputs give the same 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from pallas_kernels.activations import Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.decode.config import RowsConfig
 from pallas_kernels.decode.pallas_triton_tiles import as_rows, first_row
-from pallas_kernels.decode.residual import Normed, Residual, Stream, unnormed, writer
+from pallas_kernels.decode.residual import Normed, Residual, unnormed, writer
 
 _MOST_SHARES = 256
 _SUM_COLUMNS = 32
@@ -209,16 +209,16 @@ def _slices(x, token, size):
     def normed(start):
         columns = start + lax.iota(jnp.int32, size)
         row = _slice(x.x, token, start, size)
-        return x.apply(row, inverse_rms, columns, columns < x.shape[1]).astype(jnp.float32)
+        return x.apply(row, inverse_rms, columns).astype(jnp.float32)
 
     return normed
 
 
 def sum_shares(
     shares: Shares, onto: Residual | None = None, *, dtype: DTypeLike, interpret: bool = False
-) -> jax.Array | Stream:
+) -> Any:
     """y (M, D) in ``dtype``: the sum of the shares that count; added ``onto`` a residual stream if there is
-    one."""
+    one, the `Stream` that this gives."""
     _, tokens, d_model = shares.y.shape
     width = min(_SUM_COLUMNS, pl.next_power_of_2(d_model))
     n_tiles = pl.cdiv(d_model, width)
@@ -239,7 +239,7 @@ def _sum_kernel(shares_ref, active_ref, onto, out, *, width):
     tile, row = pl.program_id(0), pl.program_id(1)
     columns = tile * width + lax.iota(jnp.int32, width)
     column_here = columns < d_model
-    write = writer(out, onto, (row, columns), column_here, (row, tile))
+    write = writer(out, onto, row, columns, column_here, tile)
     size = min(_MOST_SHARES, pl.next_power_of_2(n_shares))
 
     def step(nth, acc):
@@ -260,9 +260,9 @@ def rows_project(
     dtype: DTypeLike,
     config: RowsConfig,
     interpret: bool = False,
-) -> jax.Array | Stream:
+) -> Any:
     """``x W^T`` for x (M, D), M a handful, and W (O, D): (M, O) in ``dtype``; added ``onto`` a residual
-    stream if there is one."""
+    stream if there is one, the `Stream` that this gives."""
     outputs = weight.shape[0]
     n_tiles = pl.cdiv(outputs, config.tile)
     y = varying_axes.output(unnormed(x), (x.shape[0], outputs), dtype)
@@ -282,7 +282,7 @@ def _project_kernel(x, w_ref, onto, out, *, config):
     outputs = tile * config.tile + lax.iota(jnp.int32, config.tile)
     here = outputs < w_ref.shape[0]
     tokens = map(jnp.int32, range(x.shape[0]))
-    writers = [writer(out, onto, (token, outputs), here, (token, tile)) for token in tokens]
+    writers = [writer(out, onto, token, outputs, here, tile) for token in tokens]
     ys, _ = _products(w_ref, outputs, here, x, config.slice_d)
     for write, y in zip(writers, ys, strict=True):
         write(y)

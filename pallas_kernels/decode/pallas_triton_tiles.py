@@ -1,8 +1,6 @@
 """What the decode kernels have in common: masked tiles of a matrix, and products over its rows."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common.products import CONTRACT_LAST, dot
-from pallas_kernels.decode.residual import Normed, unnormed
 
 _LEAST_SLICE = 16
 
@@ -38,38 +35,8 @@ def load(ref, rows, row_here, columns, column_here=None):
     return plt.load(ref.at[rows[:, None], columns[None, :]], mask=mask, other=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of x (M, D) as a kernel loads them, a tile of columns at a time.
-
-    Attributes:
-      x: a ref, or a `Normed` of refs, whose norm is applied to what is loaded.
-      tokens: (R,) int32, the rows' numbers.
-      here: (R,) bool, which of them are needed; the others are not read, and count as zero.
-      inverse_rms: (R,) f32, of a `Normed`.
-    """
-
-    x: Any
-    tokens: jax.Array
-    here: jax.Array
-    inverse_rms: jax.Array | None
-
-    @classmethod
-    def of(cls, x: Any, tokens: jax.Array, here: jax.Array) -> "Rows":
-        return cls(x, tokens, here, x.inverse_rms(tokens, here) if isinstance(x, Normed) else None)
-
-    def among(self, here: jax.Array) -> "Rows":
-        """The same rows, of which fewer are needed."""
-        return dataclasses.replace(self, here=here)
-
-    def tile(self, columns: jax.Array, inside: jax.Array | None) -> jax.Array:
-        """(R, len(columns)) in x's type; ``inside`` is which columns exist, or None for all."""
-        x = load(unnormed(self.x), self.tokens, self.here, columns, inside)
-        return x if self.inverse_rms is None else self.x.apply(x, self.inverse_rms, columns, inside)
-
-
 def products(
-    w_ref, groups: Sequence[tuple[jax.Array, jax.Array]], x_rows: Rows, *, tile_k, chains=1
+    w_ref, groups: Sequence[tuple[jax.Array, jax.Array]], x_ref, tokens, token_here, *, tile_k, chains=1
 ) -> list[jax.Array]:
     """For each group of rows of a weight (F, D), those rows times rows of x (M, D), in f32: (rows, tokens).
 
@@ -88,7 +55,7 @@ def products(
         for chain, accs in enumerate(sums):
             columns = nth * tile_k + chain * width + lax.iota(jnp.int32, width)
             inside = columns < depth if depth % tile_k else None
-            x = x_rows.tile(columns, inside)
+            x = load(x_ref, tokens, token_here, columns, inside)
             following.append(
                 tuple(
                     acc + dot(load(w_ref, rows, needed, columns, inside), x, CONTRACT_LAST)
@@ -97,14 +64,14 @@ def products(
             )
         return tuple(following)
 
-    zeros = tuple(jnp.zeros((len(rows), len(x_rows.tokens)), jnp.float32) for rows, _ in groups)
+    zeros = tuple(jnp.zeros((rows.shape[0], tokens.shape[0]), jnp.float32) for rows, _ in groups)
     sums = lax.fori_loop(0, pl.cdiv(depth, tile_k), step, (zeros,) * chains)
     return [sum(chain[1:], chain[0]) for chain in zip(*sums, strict=True)]
 
 
-def product(w_ref, rows, needed, x_rows: Rows, *, tile_k) -> jax.Array:
+def product(w_ref, rows, needed, x_ref, tokens, token_here, *, tile_k) -> jax.Array:
     """`products` for one group."""
-    return products(w_ref, [(rows, needed)], x_rows, tile_k=tile_k)[0]
+    return products(w_ref, [(rows, needed)], x_ref, tokens, token_here, tile_k=tile_k)[0]
 
 
 def barrier(interpret: bool) -> None:

@@ -119,15 +119,15 @@ def _plain_and_kernels(config, format, changes):
     ("rows", "changes", "kernels"),
     [
         (2, {}, ["rows_project", "attention", "rows_project", "rows_hidden", "sum"]),
-        (3, {}, ["project", "attention", "project", "hidden", "down"]),
+        (3, {}, ["project", "attention", "project", "add_norm", "hidden", "down", "add_norm"]),
         (3, SILU, ["project", "attention", "project", "add_norm", "add_norm"]),
         (3, {"dtype": "float32"}, ["project", "attention", "project", "add_norm", "add_norm"]),
     ],
     ids=["vectors", "tensor cores", "silu", "float32"],
 )
-def test_sums_and_norms_are_kernels_only_around_dense_layers(config, rows, changes, kernels):
-    """A step's kernels in their order, lowered for a GPU: sums and norms are parts of the decode kernels
-    where the feed-forward layers run these."""
+def test_kernels_of_a_step(config, rows, changes, kernels):
+    """In their order, lowered for a GPU: of one or two rows sums and norms are parts of other kernels, where
+    the feed-forward layers run those."""
     config = dataclasses.replace(config, **WIDE | {"dtype": "bfloat16"} | changes)
     ready = InferenceModel.of(SparseLM(config, rngs=nnx.Rngs(0)))
     kv = [jax.ShapeDtypeStruct((rows, 8, config.num_kv_heads, config.head_dim), config.dtype)] * 2

@@ -71,6 +71,6 @@ def test_projections_and_norms(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("gated", [False, True], ids=["non-gated", "gated"])
-@pytest.mark.parametrize("tokens", [1, 2, 8, 20, 64])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_sums_and_norms_inside_the_kernels(tokens, gated, dtype):
     check_stream(tokens, d_model=1000, d_ff=777, dtype=dtype, gated=gated, factor=0.3, interpret=False)

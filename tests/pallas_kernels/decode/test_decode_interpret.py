@@ -15,8 +15,7 @@ from truth import exact, forward
 from pallas_kernels import FFNOptions, decode
 from pallas_kernels.activations import RELU
 from pallas_kernels.decode import config as configs
-from pallas_kernels.decode import residual
-from pallas_kernels.decode.config import DecodeConfig, DownConfig, HiddenConfig
+from pallas_kernels.decode.config import AttentionConfig, DecodeConfig, DownConfig, TilesConfig
 from pallas_kernels.decode.layer import run
 from pallas_kernels.device import Device
 
@@ -49,9 +48,7 @@ def test_projections_and_norms(tokens, dtype):
     [
         (1, 72, "float32", True, 0.3),
         (2, 72, "bfloat16", False, 1.0),
-        (3, 72, "bfloat16", True, 1.0),
-        (8, 128, "float16", False, 0.3),
-        (20, 72, "bfloat16", True, 0.3),
+        (2, 128, "float16", True, 0.3),
     ],
 )
 def test_sums_and_norms_inside_the_kernels(tokens, d_model, dtype, gated, factor):
@@ -59,13 +56,14 @@ def test_sums_and_norms_inside_the_kernels(tokens, d_model, dtype, gated, factor
     check_stream(tokens, **sizes, dtype=dtype, gated=gated, factor=factor, interpret=True)
 
 
-def test_an_rms_of_more_parts_than_are_added_at_one_time(monkeypatch):
-    monkeypatch.setattr(residual, "_MOST_AT_ONCE", 32)  # two of five parts of sixteen rows
-    sizes = {"d_model": 72, "d_ff": 80}
-    check_stream(3, **sizes, dtype="float32", gated=True, factor=1.0, interpret=True)
+def test_a_norm_on_its_way_is_for_one_or_two_tokens():
+    x = jnp.ones((3, 32), jnp.float32)
+    normed = decode.Stream.of(x).normed(jnp.ones(32), 1e-5)
+    with pytest.raises(ValueError, match="a norm is applied to at most 2 tokens on their way; got 3"):
+        decode.project(normed, x, interpret=True)
 
 
-SEVERAL_GROUPS = DecodeConfig(HiddenConfig(16, 64, 2, 32, 2, 4, 2), DownConfig(16, 16, 3, 4, 2))
+SEVERAL_GROUPS = DecodeConfig(TilesConfig(16, 64, 2, 32, 2, 4, 2), DownConfig(16, 16, 3, 4, 2))
 """Programs of 36 neurons each, which are one group of sixteen, or three, and three splits of them."""
 
 
@@ -152,24 +150,47 @@ DEVICES = [
 def test_what_is_chosen_has_every_neuron_and_fits_the_device(d_ff, tokens, rows, dtype, device):
     x = jax.ShapeDtypeStruct((tokens, 2048), dtype)
     config = configs.choose(x, d_ff, device)
-    config.check(d_ff)
-    hidden, down = config.hidden, config.down
-    assert hidden.rows == rows
-    slices = (hidden.tile + rows) * hidden.tile_k * hidden.num_stages
-    others = (down.tile_d + rows) * down.tile * down.num_stages
-    assert max(slices, others) * x.dtype.itemsize < device.shared_memory
-    if device.cores and dtype == "bfloat16":
-        waves = hidden.programs / device.cores
-        assert waves <= max(1, d_ff / (48 * device.cores)), "a wave of which much is idle"
+    down = config.down
+    assert (down.tile_d + rows) * down.tile * down.num_stages * x.dtype.itemsize < device.shared_memory
+    for tiles in (config.hidden, configs.choose_project(x, d_ff, device)):
+        assert tiles.rows == rows
+        assert tiles.programs * tiles.owned(d_ff) >= d_ff > (tiles.programs - 1) * tiles.owned(d_ff)
+        slices = (tiles.tile + rows) * tiles.tile_k * tiles.num_stages
+        assert slices * x.dtype.itemsize < device.shared_memory
+        if device.cores and dtype == "bfloat16":
+            waves = tiles.programs / device.cores
+            assert waves <= max(1, d_ff / (48 * device.cores)), "a wave of which much is idle"
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "splits"),
+    [
+        (1, 32, 4),
+        (2, 32, 2),
+        (3, 32, 1),
+        (1, 8, 16),
+        (3, 2, 4),
+        (16, 2, 4),
+        (17, 2, 2),
+        (64, 1, 2),
+        (1, 200, 1),
+    ],
+)
+def test_attention_has_a_program_for_each_core_and_cuts_a_row_alike_among_all_numbers_of_rows_of_a_block(
+    batch, kv_heads, splits
+):
+    for capacity in (64, 2048):
+        cache = jax.ShapeDtypeStruct((batch, capacity, kv_heads, 64), "bfloat16")
+        assert configs.choose_attention(cache, DEVICES[0]) == AttentionConfig(64, splits)
 
 
 @pytest.mark.parametrize(
     ("config", "fields", "sentence"),
     [
-        ("hidden", {"tile": 24}, r"HiddenConfig.tile must be a power of two from 16 to 128; got 24"),
-        ("hidden", {"rows": 128}, r"HiddenConfig.rows must be a power of two from 16 to 64; got 128"),
-        ("hidden", {"num_stages": 0}, r"HiddenConfig.num_stages must be at least 1; got 0"),
-        ("hidden", {"programs": 0}, r"HiddenConfig.programs must be at least 1; got 0"),
+        ("hidden", {"tile": 24}, r"TilesConfig.tile must be a power of two from 16 to 128; got 24"),
+        ("hidden", {"rows": 128}, r"TilesConfig.rows must be a power of two from 16 to 64; got 128"),
+        ("hidden", {"num_stages": 0}, r"TilesConfig.num_stages must be at least 1; got 0"),
+        ("hidden", {"programs": 0}, r"TilesConfig.programs must be at least 1; got 0"),
         ("down", {"splits": 0}, r"DownConfig.splits must be at least 1; got 0"),
     ],
 )
@@ -179,5 +200,6 @@ def test_the_laws_of_a_config(config, fields, sentence):
 
 
 def test_every_neuron_needs_a_program():
-    with pytest.raises(ValueError, match=r"tile \* programs must be at least F=129"):
-        SEVERAL_GROUPS.check(129)
+    assert SEVERAL_GROUPS.hidden.owned(128) == 64
+    with pytest.raises(ValueError, match=r"tile \* programs must be at least the weight's 129 rows"):
+        SEVERAL_GROUPS.hidden.owned(129)

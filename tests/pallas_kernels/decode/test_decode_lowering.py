@@ -11,7 +11,7 @@ from op_checks import DTYPES, LAYERS, call
 
 from pallas_kernels import FFNOptions, decode
 from pallas_kernels.activations import RELU
-from pallas_kernels.decode.pallas_triton_attention import positions
+from pallas_kernels.decode import config as configs
 from pallas_kernels.device import Device
 
 OPTIONS = FFNOptions(format="decode", backend="triton")
@@ -65,12 +65,13 @@ def test_a_layer_of_a_stack_is_not_copied(tokens):
 
 
 @pytest.mark.parametrize(
-    ("capability", "wanted"), [(80, [128, 32, 32]), (89, [128, 32, 16]), (90, [128, 32, 32])]
+    ("capability", "wanted"), [(80, [64, 32, 32]), (89, [64, 32, 16]), (90, [64, 32, 32])]
 )
 def test_attention_reads_as_many_positions_as_shared_memory_has_room_for(capability, wanted):
     device = Device("gpu", "NVIDIA", capability, 100)
     heads = [(64, "bfloat16"), (256, "bfloat16"), (256, "float32")]
-    assert [positions(*each, device) for each in heads] == wanted
+    caches = [jax.ShapeDtypeStruct((8, 100, 4, head_dim), dtype) for head_dim, dtype in heads]
+    assert [configs.choose_attention(cache, device).block for cache in caches] == wanted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -84,23 +85,25 @@ def test_the_kernels_around_the_layer(head_dim, dtype):
     cache = shape(batch, capacity, kv_heads, head_dim)
     angles = shape(batch, head_dim // 2, dtype=jnp.float32)
     qkv, lengths = shape(batch, (heads + 2 * kv_heads) * head_dim), shape(batch, dtype=jnp.int32)
-    text = lowered(decode.attention, qkv, cache, cache, lengths, angles, angles)
+    arrivals = shape(batch, kv_heads, dtype=jnp.int32)
+    text = lowered(decode.attention, qkv, cache, cache, lengths, angles, angles, arrivals)
     assert re.search(r"output_operand_aliases?", text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "kernels"),
-    [
-        (2, ["rows_project", "rows_hidden", "sum", "rows_project"]),
-        (3, ["project", "hidden", "down", "project"]),
-        (64, ["project", "hidden", "down", "project"]),
-    ],
-)
-def test_projections_with_sums_and_norms_in_them_and_between_them(tokens, kernels, dtype):
-    def shape(*sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype)
+@pytest.mark.parametrize(("tokens", "name"), [(2, "rows_project"), (3, "project"), (64, "project")])
+def test_projections_and_sums_with_norms(tokens, name, dtype):
+    def with_norms(x, scale, output, head):
+        x, normed = decode.add_norm(x, decode.project(x, output), scale, eps=1e-5)
+        return x, decode.project(normed, head)
 
+    arguments = _shapes(tokens, dtype)
+    assert _kernels(lowered(with_norms, *arguments[:3], arguments[-1])) == [name, "add_norm", name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_one_or_two_tokens_have_sums_and_norms_in_their_kernels(tokens, dtype):
     def on_stream(x, scale, output, weight, head):
         first = decode.project_onto(decode.Residual(x, 0.3), x, output)
         weights = weight, weight, weight
@@ -108,14 +111,15 @@ def test_projections_with_sums_and_norms_in_them_and_between_them(tokens, kernel
         second = decode.layer_onto(onto, normed, *weights, rule=RELU)
         return decode.project(second.normed(scale, 1e-5), head)
 
-    def with_norms(x, scale, output, weight, head):
-        x, normed = decode.add_norm(x, decode.project(x, output), scale, eps=1e-5)
-        return x, decode.project(normed, head)
+    wanted = ["rows_project", "rows_hidden", "sum", "rows_project"]
+    assert _kernels(lowered(on_stream, *_shapes(tokens, dtype))) == wanted
 
-    scale = shape(100, dtype=jnp.float32)
-    arguments = shape(tokens, 100), scale, shape(100, 100), shape(65, 100), shape(33, 100)
-    assert _kernels(lowered(on_stream, *arguments)) == kernels
-    assert _kernels(lowered(with_norms, *arguments)) == [kernels[0], "add_norm", kernels[-1]]
+
+def _shapes(tokens, dtype):
+    """x, a norm's scale, an output projection, the weights of a layer and a projection that follows."""
+    sizes = [(tokens, 100), (100,), (100, 100), (65, 100), (33, 100)]
+    types = [dtype, jnp.float32, dtype, dtype, dtype]
+    return [jax.ShapeDtypeStruct(size, each) for size, each in zip(sizes, types, strict=True)]
 
 
 def _kernels(text):

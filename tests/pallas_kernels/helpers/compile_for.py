@@ -92,14 +92,19 @@ def _around_the_layer() -> Iterator[Program]:
             qkv = jax.ShapeDtypeStruct((batch, (heads + 2 * kv_heads) * head_dim), dtype)
             cache = jax.ShapeDtypeStruct((batch, capacity, kv_heads, head_dim), dtype)
             angles = jax.ShapeDtypeStruct((batch, head_dim // 2), jnp.float32)
-            arguments = qkv, cache, cache, lengths, angles, angles
+            arrivals = jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32)
+            arguments = qkv, cache, cache, lengths, angles, angles, arrivals
             yield Program(f"decode attention, heads of {head_dim}, {dtype}", decode.attention, arguments)
+            one = tuple(_of_one_row(each) for each in arguments)
+            yield Program(f"decode attention of one row, heads of {head_dim}, {dtype}", decode.attention, one)
         weight = jax.ShapeDtypeStruct((vocab_size, width), dtype)
         for rows in (1, batch, 20, 64):  # of each width of a block of rows
             x = jax.ShapeDtypeStruct((rows, width), dtype)
             yield Program(f"decode projection, {rows} rows, {dtype}", decode.project, (x, weight))
             add_norm = partial(decode.add_norm, eps=1e-5)
             yield Program(f"decode norm, {rows} rows, {dtype}", add_norm, (x, x, scale))
+        for rows in (1, decode.ROWS_TOKENS):
+            x = jax.ShapeDtypeStruct((rows, width), dtype)
             for gated in (True, False):
                 square = jax.ShapeDtypeStruct((width, width), dtype)
                 neurons = jax.ShapeDtypeStruct((5632, width), dtype)
@@ -108,6 +113,10 @@ def _around_the_layer() -> Iterator[Program]:
                     f"decode layer on a residual stream, {rows} rows, {dtype}, {'' if gated else 'non-'}gated"
                 )
                 yield Program(name, _on_stream, (x, scale, square, weights))
+
+
+def _of_one_row(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *argument.shape[1:]), argument.dtype)
 
 
 def _on_stream(x: jax.Array, scale: jax.Array, square: jax.Array, weights: tuple[Any, ...]) -> Any:

@@ -192,7 +192,13 @@ def test_offsets_past_two_to_the_31(d_model, d_ff, pattern):
     first, last and middle rows."""
     tokens = 2**20 + 3
     options = FFNOptions(format=Twell(tile=256, compression=8), backend="triton")
-    sizes = {"d_model": d_model, "d_ff": d_ff, "tile": 256, "slots": options.format.slots, "dtype": jnp.bfloat16}
+    sizes = {
+        "d_model": d_model,
+        "d_ff": d_ff,
+        "tile": 256,
+        "slots": options.format.slots,
+        "dtype": jnp.bfloat16,
+    }
     few, active = layer(pattern, tokens=4096, **sizes)
     repeats = -(-tokens // 4096)
 
