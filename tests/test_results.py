@@ -22,6 +22,21 @@ NAMES = {
 """Columns whose contestant has another name in the file."""
 _LINK = re.compile(r"\[\w+\.json\]\((\S+\.json)\)")
 _CELL = re.compile(r"([\d.]+)(?: \(([\d.]+)×\))?")
+_CHANGE = re.compile(r"([\d.]+) to ([\d.]+), ([+−])(\d+) %")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The header of a table and its rows."""
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return [header, *rows]
+
+
+def section(title: str) -> tuple[list[Path], list[list[list[str]]]]:
+    """The files that a section of the page links to, and its tables."""
+    text = re.split(rf"\n##+ {re.escape(title)}\n", PAGE.read_text())[1]
+    text = re.split(r"\n##+ ", text)[0]
+    files = [(PAGE.parent / link).resolve() for link in re.findall(r"\]\(([^)]+\.json)\)", text)]
+    return files, [cells(part) for part in text.split("\n\n") if part.startswith("| ")]
 
 
 def tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
@@ -33,9 +48,7 @@ def tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
         elif part.startswith("## "):
             file = None
         elif part.startswith("| ") and file is not None:
-            header, _, *rows = (
-                [cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()
-            )
+            header, *rows = cells(part)
             yield file, header, rows
             file = None
 
@@ -101,13 +114,58 @@ def test_the_table_of_decode_holds_the_files_medians():
         assert agrees(ratio, pair[0]["median_ms"] / pair[1]["median_ms"]), (what, tokens)
 
 
+def models() -> dict[str, dict[str, dict]]:
+    """What was measured of each model's forward, by preset and contestant."""
+    results = [json.loads(file.read_text()) for file in section("A whole model's forward")[0]]
+    return {result["options"]["config"]: {row["name"]: row for row in result["rows"]} for result in results}
+
+
+def test_the_table_of_models_holds_the_files_medians():
+    files, ((header, *rows), _) = section("A whole model's forward")
+    measured = models()
+    assert len(rows) == len(measured) == len(files) == 3
+    for (name, *times), file in zip(rows, files, strict=True):
+        model, layers, nnz = re.fullmatch(r"\[(\w+)\]\(.*\), (\d+), (\d+)", name).groups()
+        options = json.loads(file.read_text())["options"]
+        assert (options["config"], options["model"]["num_layers"], options["nnz"]) == (
+            model,
+            int(layers),
+            float(nnz),
+        )
+        dense = statistics.median(measured[model]["dense"]["samples_ms"])
+        for contestant, cell in zip(header[1:], times, strict=True):
+            shown, ratio = _CELL.fullmatch(cell).groups()
+            median = statistics.median(measured[model][contestant]["samples_ms"])
+            assert agrees(shown, median), (model, contestant)
+            assert (ratio is None) == (contestant == "dense"), (model, contestant)
+            assert ratio is None or agrees(ratio, dense / median), (model, contestant)
+
+
+def test_the_gains_beside_the_papers_are_the_files():
+    _, (_, (_, *rows)) = section("A whole model's forward")
+    measured, found = models(), set()
+    for model, speed, _, energy, _ in rows:
+        for cell, key in ((speed, "tokens_per_ms"), (energy, "millijoules_per_token")):
+            pair = [measured[model][name][key] for name in ("dense", "panel")] if model in measured else None
+            if cell == "not measured":
+                assert pair in (None, [None, None]), (model, key)
+                continue
+            before, after, sign, percent = _CHANGE.fullmatch(cell).groups()
+            assert agrees(before, pair[0]), (model, key)
+            assert agrees(after, pair[1]), (model, key)
+            assert agrees(percent, 100 * abs(pair[1] / pair[0] - 1)), (model, key)
+            assert (sign == "+") == (pair[1] > pair[0]), (model, key)
+            found.add((model, key))
+    assert len(found) == 5
+
+
 def test_the_readmes_figures_stand_in_docs():
     """Of ``2.48× (6.72 to 2.71 ms)`` both times, and the ratio follows from them."""
     table = (ROOT / "README.md").read_text().split("\n## Headline figures\n")[1].split("\n## ")[0]
     pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     numbers = set(re.findall(r"(?<![\d.,])[\d.,]*\d", pages))
-    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|tokens/s)\)", table)
-    assert len(pairs) >= 5
+    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|mJ|tokens/s)\)", table)
+    assert len(pairs) >= 9
     for ratio, sign, before, after, unit in pairs:
         assert {before, after} <= numbers
         first, second = (float(number.replace(",", "")) for number in (before, after))
