@@ -22,6 +22,7 @@ NAMES = {
 """Columns whose contestant has another name in the file."""
 _LINK = re.compile(r"\[\w+\.json\]\((\S+\.json)\)")
 _CELL = re.compile(r"([\d.]+)(?: \(([\d.]+)×\))?")
+_RANGE = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
 _CHANGE = re.compile(r"([\d.]+) to ([\d.]+), ([+−])(\d+) %")
 
 
@@ -57,7 +58,7 @@ def medians(case: dict) -> dict[str, float]:
     return {row["name"]: statistics.median(row["timing"]["samples_ms"]) for row in case["rows"]}
 
 
-OTHERS = ("step_0p5b", "decode_1p5b")
+OTHERS = ("step_0p5b", "decode_1p5b", "layers_train_busy_capacity_1")
 CASES = [pytest.param(*table, id=table[0].stem) for table in tables() if table[0].stem not in OTHERS]
 
 
@@ -159,13 +160,51 @@ def test_the_gains_beside_the_papers_are_the_files():
     assert len(found) == 5
 
 
+def test_the_table_of_a_busy_host_holds_the_files_samples():
+    files, ((header, *rows),) = section("On a busy host")
+    runs = [json.loads(file.read_text())["cases"] for file in files]
+    assert len(runs) == 2
+    for nth, row in enumerate(rows):
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            contestant, _, second = name.partition(", ")
+            case = runs[bool(second)][nth]
+            (samples,) = (each["timing"]["samples_ms"] for each in case["rows"] if each["name"] == contestant)
+            expected = statistics.median(samples), min(samples), max(samples)
+            for shown, value in zip(_RANGE.fullmatch(cell).groups(), expected, strict=True):
+                assert agrees(shown, value), (row[0], name)
+
+
+def paragraph(file: str) -> tuple[dict, str]:
+    """A stored result, and the paragraph of the page that links to it, in one line."""
+    (text,) = [part for part in PAGE.read_text().split("\n\n") if f"[{file}]" in part]
+    (link,) = re.findall(rf"\[{re.escape(file)}\]\(([^)]+)\)", text)
+    return json.loads((PAGE.parent / link).read_text()), " ".join(text.split())
+
+
+def test_sentences_hold_the_medians_of_the_files_they_link_to():
+    result, text = paragraph("layers_forward_busy.json")
+    for case in result["cases"]:
+        measured = medians(case)
+        assert f"{measured['panel']:.2f} ({measured['dense'] / measured['panel']:.2f}×)" in text
+
+    result, text = paragraph("layers_few_busy.json")
+    (case,) = result["cases"]
+    assert f"{medians(case)['panel']:.3f} ms at {case['case']['tokens']:,} tokens" in text
+    assert f"dense {medians(case)['dense']:.3f}" in text
+
+    result, text = paragraph("decode_1p5b_prompt.json")
+    times = {row["format"]: row["median_ms"] for row in result["rows"] if row["what"] == "first token"}
+    assert f"{1e3 * times['auto']:,.1f} µs" in text
+    assert f"dense layers {1e3 * times['dense']:,.1f}, {times['dense'] / times['auto']:.2f} times" in text
+
+
 def test_the_readmes_figures_stand_in_docs():
     """Of ``2.48× (6.72 to 2.71 ms)`` both times, and the ratio follows from them."""
     table = (ROOT / "README.md").read_text().split("\n## Headline figures\n")[1].split("\n## ")[0]
     pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     numbers = set(re.findall(r"(?<![\d.,])[\d.,]*\d", pages))
     pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|mJ|tokens/s)\)", table)
-    assert len(pairs) >= 9
+    assert len(pairs) >= 10
     for ratio, sign, before, after, unit in pairs:
         assert {before, after} <= numbers
         first, second = (float(number.replace(",", "")) for number in (before, after))
