@@ -5,12 +5,12 @@ each of them activates: one in a hundred of the gate stage's FLOPs at 65,536 tok
 
 A conditional then runs the PanelELL layer or the dense one (under ``vmap`` over the weights it is no longer
 one: both run). Both are exact, so the decision is about how long a call takes and never about what it gives,
-and it is part of the compiled program. The host is not asked: XLA records the conditional in a CUDA graph,
-and in a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the call returned after 0.9 of
-7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the first; the same layers without
-one had no gap above 0.3 µs. Where layers are short the host is what a call waits for, and a conditional costs
-it some 50 µs. So a forward of few panels on Hopper is not asked about, but is PanelELL
-(`panel.config.LEAST_UNASKED_TOKENS`).
+and it is part of the compiled program. With a driver of CUDA 12.3 or newer the host is not asked: XLA records
+the conditional in a CUDA graph. In a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the
+call returned after 0.9 of 7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the
+first; the same layers without one had no gap above 0.3 µs. Where layers are short the host is what a call
+waits for, and a conditional costs it some 50 µs. So a forward of few panels on Hopper is not asked about, but
+is PanelELL (`panel.config.LEAST_UNASKED_TOKENS`).
 
 A call that is differentiated and too small for a probe is dense.
 

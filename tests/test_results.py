@@ -22,6 +22,22 @@ NAMES = {
 """Columns whose contestant has another name in the file."""
 _LINK = re.compile(r"\[\w+\.json\]\((\S+\.json)\)")
 _CELL = re.compile(r"([\d.]+)(?: \(([\d.]+)×\))?")
+_RANGE = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
+_CHANGE = re.compile(r"([\d.]+) to ([\d.]+), ([+−])(\d+) %")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The header of a table and its rows."""
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return [header, *rows]
+
+
+def section(title: str) -> tuple[list[Path], list[list[list[str]]]]:
+    """The files that a section of the page links to, and its tables."""
+    text = re.split(rf"\n##+ {re.escape(title)}\n", PAGE.read_text())[1]
+    text = re.split(r"\n##+ ", text)[0]
+    files = [(PAGE.parent / link).resolve() for link in re.findall(r"\]\(([^)]+\.json)\)", text)]
+    return files, [cells(part) for part in text.split("\n\n") if part.startswith("| ")]
 
 
 def tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
@@ -33,9 +49,7 @@ def tables() -> Iterator[tuple[Path, list[str], list[list[str]]]]:
         elif part.startswith("## "):
             file = None
         elif part.startswith("| ") and file is not None:
-            header, _, *rows = (
-                [cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()
-            )
+            header, *rows = cells(part)
             yield file, header, rows
             file = None
 
@@ -44,7 +58,7 @@ def medians(case: dict) -> dict[str, float]:
     return {row["name"]: statistics.median(row["timing"]["samples_ms"]) for row in case["rows"]}
 
 
-OTHERS = ("step_0p5b", "decode_1p5b")
+OTHERS = ("step_0p5b", "decode_1p5b", "layers_train_busy_capacity_1")
 CASES = [pytest.param(*table, id=table[0].stem) for table in tables() if table[0].stem not in OTHERS]
 
 
@@ -101,13 +115,96 @@ def test_the_table_of_decode_holds_the_files_medians():
         assert agrees(ratio, pair[0]["median_ms"] / pair[1]["median_ms"]), (what, tokens)
 
 
+def models() -> dict[str, dict[str, dict]]:
+    """What was measured of each model's forward, by preset and contestant."""
+    results = [json.loads(file.read_text()) for file in section("A whole model's forward")[0]]
+    return {result["options"]["config"]: {row["name"]: row for row in result["rows"]} for result in results}
+
+
+def test_the_table_of_models_holds_the_files_medians():
+    files, ((header, *rows), _) = section("A whole model's forward")
+    measured = models()
+    assert len(rows) == len(measured) == len(files) == 3
+    for (name, *times), file in zip(rows, files, strict=True):
+        model, layers, nnz = re.fullmatch(r"\[(\w+)\]\(.*\), (\d+), (\d+)", name).groups()
+        options = json.loads(file.read_text())["options"]
+        assert (options["config"], options["model"]["num_layers"], options["nnz"]) == (
+            model,
+            int(layers),
+            float(nnz),
+        )
+        dense = statistics.median(measured[model]["dense"]["samples_ms"])
+        for contestant, cell in zip(header[1:], times, strict=True):
+            shown, ratio = _CELL.fullmatch(cell).groups()
+            median = statistics.median(measured[model][contestant]["samples_ms"])
+            assert agrees(shown, median), (model, contestant)
+            assert (ratio is None) == (contestant == "dense"), (model, contestant)
+            assert ratio is None or agrees(ratio, dense / median), (model, contestant)
+
+
+def test_the_gains_beside_the_papers_are_the_files():
+    _, (_, (_, *rows)) = section("A whole model's forward")
+    measured, found = models(), set()
+    for model, speed, _, energy, _ in rows:
+        for cell, key in ((speed, "tokens_per_ms"), (energy, "millijoules_per_token")):
+            pair = [measured[model][name][key] for name in ("dense", "panel")] if model in measured else None
+            if cell == "not measured":
+                assert pair in (None, [None, None]), (model, key)
+                continue
+            before, after, sign, percent = _CHANGE.fullmatch(cell).groups()
+            assert agrees(before, pair[0]), (model, key)
+            assert agrees(after, pair[1]), (model, key)
+            assert agrees(percent, 100 * abs(pair[1] / pair[0] - 1)), (model, key)
+            assert (sign == "+") == (pair[1] > pair[0]), (model, key)
+            found.add((model, key))
+    assert len(found) == 5
+
+
+def test_the_table_of_a_busy_host_holds_the_files_samples():
+    files, ((header, *rows),) = section("On a busy host")
+    runs = [json.loads(file.read_text())["cases"] for file in files]
+    assert len(runs) == 2
+    for nth, row in enumerate(rows):
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            contestant, _, second = name.partition(", ")
+            case = runs[bool(second)][nth]
+            (samples,) = (each["timing"]["samples_ms"] for each in case["rows"] if each["name"] == contestant)
+            expected = statistics.median(samples), min(samples), max(samples)
+            for shown, value in zip(_RANGE.fullmatch(cell).groups(), expected, strict=True):
+                assert agrees(shown, value), (row[0], name)
+
+
+def paragraph(file: str) -> tuple[dict, str]:
+    """A stored result, and the paragraph of the page that links to it, in one line."""
+    (text,) = [part for part in PAGE.read_text().split("\n\n") if f"[{file}]" in part]
+    (link,) = re.findall(rf"\[{re.escape(file)}\]\(([^)]+)\)", text)
+    return json.loads((PAGE.parent / link).read_text()), " ".join(text.split())
+
+
+def test_sentences_hold_the_medians_of_the_files_they_link_to():
+    result, text = paragraph("layers_forward_busy.json")
+    for case in result["cases"]:
+        measured = medians(case)
+        assert f"{measured['panel']:.2f} ({measured['dense'] / measured['panel']:.2f}×)" in text
+
+    result, text = paragraph("layers_few_busy.json")
+    (case,) = result["cases"]
+    assert f"{medians(case)['panel']:.3f} ms at {case['case']['tokens']:,} tokens" in text
+    assert f"dense {medians(case)['dense']:.3f}" in text
+
+    result, text = paragraph("decode_1p5b_prompt.json")
+    times = {row["format"]: row["median_ms"] for row in result["rows"] if row["what"] == "first token"}
+    assert f"{1e3 * times['auto']:,.1f} µs" in text
+    assert f"dense layers {1e3 * times['dense']:,.1f}, {times['dense'] / times['auto']:.2f} times" in text
+
+
 def test_the_readmes_figures_stand_in_docs():
     """Of ``2.48× (6.72 to 2.71 ms)`` both times, and the ratio follows from them."""
     table = (ROOT / "README.md").read_text().split("\n## Headline figures\n")[1].split("\n## ")[0]
     pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     numbers = set(re.findall(r"(?<![\d.,])[\d.,]*\d", pages))
-    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|tokens/s)\)", table)
-    assert len(pairs) >= 5
+    pairs = re.findall(r"([\d.]+) ?(×|%) \(([\d.,]+) to ([\d.,]+) (ms|µs|GiB|mJ|tokens/s)\)", table)
+    assert len(pairs) >= 10
     for ratio, sign, before, after, unit in pairs:
         assert {before, after} <= numbers
         first, second = (float(number.replace(",", "")) for number in (before, after))
