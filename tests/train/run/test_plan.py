@@ -21,7 +21,7 @@ from pallas_kernels.options import Dense, Panel
 from sparse_lm import LayerPlan, ModelConfig, SparsityConfig
 from train import cli
 from train.config import CheckpointConfig, ReportConfig, TrainConfig
-from train.run import plan, planned_step
+from train.run import figures, plan, planned_step
 from train.run.hooks import Hook
 from train.run.loop import run
 from train.run.plan import Activity, Planner, Terrain
@@ -307,6 +307,17 @@ def test_a_run_takes_a_plan_saves_it_and_resumes_with_it(planned):
         assert len(record["union_per_layer"]) == 2
         assert record["l0"] <= np.mean(record["union_per_layer"]) <= 64
         assert record["dense_tokens_per_layer"] == ([128, 128] if record["plan"] == dense else [0, 0])
+
+
+def test_the_figures_of_a_run_have_its_plans(planned):
+    workdir, _, _ = planned
+    found = figures.read(workdir)
+    assert found["plans"] == [
+        {"step": 1, "plan": str(LayerPlan((Dense(16), Dense(16))))},
+        {"step": 3, "plan": str(PANELS)},
+    ]
+    assert found["last"]["dense_share_per_layer"] == [2 / 8, 2 / 8]
+    assert all(0 < union <= 64 for union in found["last"]["union_per_layer"])
 
 
 @pytest.mark.timeout(120)
