@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.options import Panel
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 GAIN = ROOT / "pallas_kernels" / "results" / "nvidia_h100_80gb_hbm3" / "layers_nnz.json"
@@ -58,7 +60,7 @@ def medians(case: dict) -> dict[str, float]:
     return {row["name"]: statistics.median(row["timing"]["samples_ms"]) for row in case["rows"]}
 
 
-OTHERS = ("step_0p5b", "decode_1p5b", "layers_train_busy_capacity_1")
+OTHERS = ("step_0p5b", "decode_1p5b", "layers_train_busy_capacity_1", "run_0p5b_reset")
 CASES = [pytest.param(*table, id=table[0].stem) for table in tables() if table[0].stem not in OTHERS]
 
 
@@ -198,6 +200,56 @@ def test_every_neuron_active_in_decode():
     for format in ("decode", "dense"):
         times = [f"{1e3 * row['median_ms']:.1f}" for row in result["rows"] if row["format"] == format]
         assert f"{', '.join(times[:-1])} and {times[-1]}" in text
+
+
+def test_the_table_of_training_runs_holds_their_files_figures():
+    """A column for each file that is linked, in that order."""
+    files, ((header, *rows),) = section("A training run")
+    runs = [run for file in files for run in json.loads(file.read_text())["runs"]]
+    assert [run["run"] for run in runs] == ["dense", "plan", "order", "reset"]
+    assert len(header) == 1 + len(runs)
+    dense, checked = runs[0]["last"]["tokens_per_second"], 0
+    for name, *columns in rows:
+        for cell, run in zip(columns, runs, strict=True):
+            last = run["last"]
+            if re.fullmatch(r"held-out CE after 500 steps|[\d,]+", name):
+                step = int(re.search(r"[\d,]+", name.removeprefix("held-out CE"))[0].replace(",", ""))
+                evaluated = {each["step"]: each["ce"] for each in run["heldout"]}
+                assert agrees(cell, evaluated[step]) if cell else step not in evaluated, (name, cell)
+            elif name == "tokens/s":
+                shown, ratio = re.fullmatch(r"([\d,]+)(?: \(([\d.]+)×\))?", cell).groups()
+                assert agrees(shown.replace(",", ""), last["tokens_per_second"]), cell
+                assert (ratio is None) == (run is runs[0])
+                assert ratio is None or agrees(ratio, last["tokens_per_second"] / dense), cell
+            elif name == "neurons of 128 tokens, by layer":
+                shown = cell.split(", ") if cell else []
+                assert len(shown) == len(last.get("union_per_layer", []))
+                assert all(map(agrees, shown, last.get("union_per_layer", [])))
+            elif name == "the plan at the end: capacity by layer":
+                assert cell.split(", ") == capacities(run), cell
+            else:
+                value = {
+                    "steps": run["steps"],
+                    "tokens/s of all steps": run["tokens_per_second"],
+                    "active neurons of a token": last["l0"],
+                    "dead neurons": 100 * statistics.mean(last["dead_share_per_layer"]),
+                }[name]
+                assert agrees(cell.replace(",", "").removesuffix(" %"), value), (name, cell)
+            checked += 1
+    assert checked == 13 * len(runs)
+
+
+def capacities(run: dict) -> list[str]:
+    """Each layer's, or ``dense``, of the last plan; of a run without plans that all of them are dense."""
+    if not run["plans"]:
+        return [run["config"]["model"]["ffn"]["format"]]
+    layers = []
+    for part in re.split(r", (?![^(]*\))", run["plans"][-1]["plan"]):
+        count, format = re.fullmatch(r"(?:(\d+) × )?(.+)", part).groups()
+        capacity = re.search(r"capacity=([\d.]+)", format)
+        room = f"{Panel().capacity}" if capacity is None else capacity[1]
+        layers += [room if format.startswith("panel") else "dense"] * int(count or 1)
+    return layers
 
 
 def test_the_readmes_figures_stand_in_docs():

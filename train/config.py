@@ -248,8 +248,8 @@ class TrainConfig:
         anything; the first comes before the first step.
       compilation_cache: directory of compiled programs, which later runs take from there; by default on GPUs
         ``~/.cache/sparse-lm/compiled``, or what JAX_COMPILATION_CACHE_DIR says; ``off`` keeps none.
-      plan: ``"off"``: each call decides between panels and dense, where ``model.ffn.format`` is auto;
-        ``"auto"``: the run chooses a format for each layer there, by what its steps count.
+      plan: ``"auto"``: where ``model.ffn.format`` is auto and the device has panels, the run chooses a format
+        for each layer, by what its steps count; ``"off"``: each call decides for itself.
       plan_every: steps over which is averaged what a plan is chosen by.
     """
 
@@ -259,7 +259,7 @@ class TrainConfig:
     workdir: str = "runs/sparse-lm"
     refresh_order_every: int = 50
     compilation_cache: str = ""
-    plan: Literal["auto", "off"] = "off"
+    plan: Literal["auto", "off"] = "auto"
     plan_every: int = 20
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -56,7 +56,7 @@ class CompareOptions:
       config: the preset that gives every option below its default.
       formats: what to train with: sparse formats; ``order``, the model's own format on tokens in the order of
         ``model.token-order``, or in that of ``centroids`` where this is ``text``; ``plan``, the formats that
-        a training with ``--plan auto`` gives to each layer and changes on the way.
+        a training run gives to each layer and changes on the way.
       controls: dense runs, each summing in another order; at least 3.
       nnz: active neurons that each layer has for a token in the first step, on average; 0 starts with half
         of all, as ``train`` does.

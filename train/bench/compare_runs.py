@@ -48,7 +48,8 @@ class Curve:
 
 def config_of(name: Run, base: TrainConfig) -> TrainConfig:
     """The run of one contestant; the dense ones take their tokens as they come."""
-    model, plan = base.model, base.plan
+    model = base.model
+    plan: Literal["auto", "off"] = "off"
     ffn, order = model.ffn, model.token_order
     match name:
         case "dense":

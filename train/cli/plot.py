@@ -1,6 +1,7 @@
 """``sparse-lm plot``."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -16,11 +17,14 @@ class PlotOptions:
     Attributes:
       runs: work directories of runs.
       out: the picture to write: .png, .svg or .pdf.
+      json: also write the runs' figures to this file: the curves, means over the last hundred steps, held-out
+        figures and the formats of the layers.
       debug: show the traceback of an error.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     out: str
+    json: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -32,7 +36,13 @@ def run(argv: list[str]) -> None:
     if not options.runs:
         raise UsageError("plot needs at least one work directory of a run; got none")
 
-    from train.run import curves
+    from train.output import JsonFile
+    from train.run import curves, figures
 
-    for line in curves.plot(options.runs, options.out):
+    file = JsonFile(options.json)
+    lines = curves.plot(options.runs, options.out)
+    if options.json is not None:
+        file.write({"runs": [figures.read(Path(each)) for each in options.runs]})
+        lines.append(f"figures: {options.json}")
+    for line in lines:
         print(line)

@@ -11,6 +11,7 @@ from train.errors import UserError, short_reason
 from train.picture import check_matplotlib, check_picture, save_picture
 from train.run import manifest, metrics
 
+_DASHES, _MARKERS = ("-", (0, (4, 1.5)), "-.", (0, (1, 1))), "osvD"  # runs are told apart without colours too
 _SMOOTHED = 200  # points of a curve at most; each is the mean of the steps between two
 
 
@@ -51,9 +52,14 @@ def plot(runs: Sequence[str], out: str) -> list[str]:
     charts = figure.subplots(2, 2).ravel()
     for axes, figure_name in zip(charts, found[0].lines, strict=True):
         for number, run in enumerate(found):
-            axes.plot(*run.lines[figure_name], color=f"C{number}", label=run.name)
+            color, dashes, marker = (
+                f"C{number}",
+                _DASHES[number % len(_DASHES)],
+                _MARKERS[number % len(_MARKERS)],
+            )
+            axes.plot(*run.lines[figure_name], color=color, linestyle=dashes, label=run.name)
             if figure_name == "cross-entropy" and run.heldout[0]:
-                axes.plot(*run.heldout, "o:", color=f"C{number}", label=f"{run.name}, held out")
+                axes.plot(*run.heldout, ":", marker=marker, color=color, label=f"{run.name}, held out")
         axes.set(title=figure_name, xlabel="tokens")
         axes.grid(alpha=0.3)
     charts[0].legend()

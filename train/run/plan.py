@@ -71,7 +71,7 @@ class Terrain:
     @classmethod
     def of(cls, config: TrainConfig) -> "Terrain | None":
         """Of a run on the devices that there are; None where no plan is wanted, or ``format="auto"`` would
-        not decide between panels and dense."""
+        not decide between panels and dense when it trains."""
         model, devices = config.model, jax.device_count()
         if config.plan == "off" or model.activation == SILU:
             return None
@@ -82,6 +82,8 @@ class Terrain:
         layout, backend = dispatch.choose(model.ffn, dispatch.Call.of(x, weight))
         if not isinstance(layout, Auto):
             return None
+        if backend != "interpret" and x.shape[0] < panel_config.LEAST_PROBED_TOKENS:
+            return None  # such a call may run in panels in a forward, and trains densely
         choice = panel_config.choose(x, weight, layout.tokens)
         return cls(
             num_layers=model.num_layers,

@@ -10,11 +10,12 @@ from jax.experimental import multihost_utils
 from rich.table import Table
 
 from sparse_lm import LayerPlan
-from train.errors import short_reason
+from train.errors import UserError, short_reason
 from train.parallel import Layout
 from train.run.metrics import Record
 from train.run.plan import Activity, Planner
 from train.run.program_exit import COMPILING
+from train.run.step_memory import StepMemory, device_limit
 from train.state import Program, TrainState
 from train.step import Metrics, TrainStep
 
@@ -100,10 +101,20 @@ class PlannedStep:
         self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, plan: LayerPlan) -> Any:
-        return self._layout.compiled_step(self._program.with_plan(plan), self._tokens)
+        """The step of a plan.
+
+        Raises:
+          UserError: the device has no room for it. Once it had begun it would have taken the state's buffers.
+        """
+        compiled = self._layout.compiled_step(self._program.with_plan(plan), self._tokens)
+        if (limit := device_limit()) is not None:
+            memory = StepMemory.of(compiled, limit)
+            if memory is not None and not memory.fits:
+                raise UserError(f"a step would take {memory}")
+        return compiled
 
     def _take(self, step: int, plan: LayerPlan, compiled: Future[Any]) -> None:
-        """Takes a plan that all processes have compiled, and drops one that any of them could not."""
+        """Takes a plan that all processes have ready, and drops one that any of them cannot run."""
         assert self._planner is not None
         status = self._status(step, compiled)
         if status == _PENDING:
@@ -114,7 +125,7 @@ class PlannedStep:
         if status == _FAILED:
             self._planner.refuse(plan)
             reason = f" ({short_reason(error)})" if isinstance(error, Exception) else ""
-            self._say(f"step {step}: the layers keep their formats; the others could not be compiled{reason}")
+            self._say(f"step {step}: the layers keep their formats; the others cannot run here{reason}")
             return
         self._before, self._since = self.plan, step
         self.plan, self._step = plan, compiled.result()

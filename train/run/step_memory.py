@@ -28,9 +28,23 @@ class StepMemory:
     temporary: int
     limit: int | None
 
+    @classmethod
+    def of(cls, step: jax.stages.Compiled, limit: int | None) -> "StepMemory | None":
+        """Of a compiled step; None where the compiler does not say."""
+        memory = step.memory_analysis()
+        if memory is None:
+            return None
+        made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        return cls(int(memory.argument_size_in_bytes), int(made), limit)
+
     @property
     def total(self) -> int:
         return self.state + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room for it, as far as is known."""
+        return self.limit is None or self.total <= self.limit
 
     def __str__(self) -> str:
         limit = "" if self.limit is None else f" of {_gib(self.limit)}"
@@ -39,7 +53,7 @@ class StepMemory:
 
     def check(self, config: TrainConfig) -> None:
         """Raises UserError if the step does not fit, with what would make it smaller."""
-        if self.limit is None or self.total <= self.limit:
+        if self.fits:
             return
         raise UserError(
             f"a step must fit into the memory that a device gives; it would take {self}: "
@@ -64,11 +78,7 @@ def step_memory(layout: Layout, program: Program, limit: int | None) -> StepMemo
         tokens = jax.eval_shape(lambda: jnp.asarray(layout.place(local)))
     else:
         tokens = jax.ShapeDtypeStruct(shape, np.int32)
-    memory = layout.compiled_step(program, tokens).memory_analysis()
-    if memory is None:
-        return None
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return StepMemory(int(memory.argument_size_in_bytes), int(made), limit)
+    return StepMemory.of(layout.compiled_step(program, tokens), limit)
 
 
 def _remedies(config: TrainConfig) -> list[str]:

@@ -34,9 +34,11 @@ from train.sweep.speed import SpeedTest, shape_of
 FormatName = Literal["auto", "panel", "hybrid", "twell"]
 _COMPILED = "compiled"
 _FORWARD_TOKENS = 65_536
-# What a row may differ in from the run that its directory holds: nothing that its figures depend on.
+# What a row may differ in from the run that its directory holds: nothing that its figures depend on, but for
+# the order of sums, which plans may change.
 _MAY_DIFFER = (
-    "workdir", "compilation_cache", "checkpoint.", "report.every", "report.tensorboard", "report.wandb",
+    "workdir", "plan", "compilation_cache", "checkpoint.",
+    "report.every", "report.tensorboard", "report.wandb",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from pallas_kernels import FFNOptions
 from sparse_lm import ModelConfig, model_order
 from train import cli
 from train.bench.compare import CompareOptions, judge, reordered, run
+from train.bench.compare_runs import Contestant, config_of
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.parallel import Layout
 from train.state import build_program
@@ -112,6 +114,12 @@ def test_an_order_moves_tokens_and_follows_the_training(compared, refreshed):
         for _, *pair in refreshed
     ]
     assert changed == [True, False, False]  # every 50 steps, from the first one on
+
+
+def test_the_contestant_plan_alone_has_one():
+    """`auto` is what each call decides for itself."""
+    runs = (*get_args(Contestant), "dense")
+    assert [name for name in runs if config_of(name, TrainConfig()).plan != "off"] == ["plan"]
 
 
 @pytest.fixture(scope="module")

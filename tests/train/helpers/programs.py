@@ -61,16 +61,21 @@ def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Po
 
 
 @contextlib.contextmanager
-def start_together(words: list[str], count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """`start`, for the ``count`` processes of one run, of one device each, that find each other over
-    loopback."""
+def start_together(
+    words: list[str], count: int, *, python: bool = False
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """`start`, or `start_python`, for the ``count`` processes of one run, of one device each, that find each
+    other over loopback."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(start(words, **cluster, JAX_PROCESS_ID=str(index))) for index in range(count)
+            stack.enter_context(
+                (start_python if python else start)(words, **cluster, JAX_PROCESS_ID=str(index))
+            )
+            for index in range(count)
         ]
 
 

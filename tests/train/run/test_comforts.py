@@ -6,6 +6,7 @@ import re
 import sys
 import types
 
+import numpy as np
 import programs
 import pytest
 import tiny_runs
@@ -62,16 +63,42 @@ def test_samples_a_profile_and_a_dashboard(corpus, tmp_path, capsys, wandb):
     assert wandb.init["id"] == first_id
     capsys.readouterr()
 
-    picture = tmp_path / "curves.png"
-    assert cli.main(["plot", str(tmp_path), str(tmp_path), "--out", str(picture)]) == 0
+    picture, figures = tmp_path / "curves.png", tmp_path / "figures.json"
+    runs = [str(tmp_path), str(tmp_path)]
+    assert cli.main(["plot", *runs, "--out", str(picture), "--json", str(figures)]) == 0
     said = capsys.readouterr().out.splitlines()
     last = tiny_runs.read_records(tmp_path)
     ce = [record["ce"] for record in last if "ce" in record]
     assert len(ce) == 5
     assert said[0] == said[1]
     assert said[0].startswith(f"{tmp_path.name}: at 320 tokens cross-entropy {ce[-1]:.4g}, active neurons ")
-    assert said[2] == f"picture: {picture}"
+    assert said[2:] == [f"picture: {picture}", f"figures: {figures}"]
+    first, second = json.loads(figures.read_text())["runs"]
+    assert first == second
+    check_figures(first, last)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def check_figures(found, records):
+    """Of a run of five steps of 64 tokens, evaluated after two, four and all."""
+    steps = [record for record in records if "ce" in record]
+    assert (found["steps"], found["tokens_per_step"], found["last"]["steps"]) == (5, 64, 5)
+    assert found["config"]["model"]["d_ff"] == 32
+    assert found["start"]["processes"] == 1
+    assert found["last"]["ce"] == pytest.approx(np.mean([record["ce"] for record in steps]))
+    assert found["last"]["l0_per_layer"] == pytest.approx([np.mean([record["l0"] for record in steps])])
+    assert found["last"]["dense_share_per_layer"] == [1.0]
+    speeds = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
+    assert found["tokens_per_second"] == pytest.approx(len(speeds) / sum(1 / speed for speed in speeds))
+    assert found["plans"] == []
+    evaluations = [
+        (record["step"], record["evaluation"]["ce"]) for record in records if "evaluation" in record
+    ]
+    assert [step for step, _ in evaluations] == [2, 4, 5]
+    assert [(each["step"], each["ce"]) for each in found["heldout"]] == evaluations
+    curve = found["curves"]["cross-entropy"]
+    assert curve["tokens"] == [64, 128, 192, 256, 320]
+    assert curve["values"] == pytest.approx([record["ce"] for record in steps], rel=1e-5)
 
 
 def test_wandb_that_is_not_installed_is_one_sentence(corpus, tmp_path, capsys, monkeypatch):

@@ -15,11 +15,13 @@ import programs
 import pytest
 import tiny_runs
 
-from pallas_kernels import FFNOptions
+from pallas_kernels import FFNOptions, device
+from pallas_kernels.device import Device
 from pallas_kernels.options import Dense, Panel
-from sparse_lm import LayerPlan
-from train.config import CheckpointConfig, ReportConfig
-from train.run import plan, planned_step
+from sparse_lm import LayerPlan, ModelConfig, SparsityConfig
+from train import cli
+from train.config import CheckpointConfig, ReportConfig, TrainConfig
+from train.run import figures, plan, planned_step
 from train.run.hooks import Hook
 from train.run.loop import run
 from train.run.plan import Activity, Planner, Terrain
@@ -75,6 +77,35 @@ def test_layers_that_are_no_loop_have_each_the_least_that_it_needs():
     assert plan.cost(loop, activity, TERRAIN) < plan.cost(alone, activity, TERRAIN)
 
 
+@pytest.mark.parametrize(
+    ("kind", "plan", "changes"),
+    [
+        ("NVIDIA H100 80GB HBM3", True, {}),
+        ("NVIDIA A100", True, {}),
+        ("NVIDIA A100", True, {"batch_size": 2}),
+        ("NVIDIA H100 80GB HBM3", False, {"plan": "off"}),
+        ("NVIDIA H100 80GB HBM3", False, {"batch_size": 1}),  # 1,024 tokens train densely
+        ("NVIDIA H100 80GB HBM3", False, {"ffn": FFNOptions("dense")}),
+        ("NVIDIA H100 80GB HBM3", False, {"ffn": FFNOptions("panel")}),
+        ("NVIDIA H100 80GB HBM3", False, {"dtype": "float32"}),
+        ("NVIDIA H100 80GB HBM3", False, {"activation": "silu", "sparsity": SparsityConfig(l1=0.0)}),
+        ("TPU v5", False, {}),
+        ("cpu", False, {}),
+    ],
+)
+def test_a_run_has_a_plan_where_auto_would_decide(monkeypatch, kind, plan, changes):
+    """Unasked, as plans are the default."""
+    gpu = Device("gpu", kind, 90 if "H100" in kind else 80, 132)
+    found = gpu if "NVIDIA" in kind else Device(kind.split()[0].lower(), kind, 0, 0)
+    monkeypatch.setattr(device, "current", lambda: found)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = ModelConfig(vocab_size=257, d_model=2048, d_ff=5632, num_layers=2, context_length=1024)
+    of_model = {name: value for name, value in changes.items() if hasattr(model, name)}
+    of_run = {name: value for name, value in changes.items() if name not in of_model}
+    model = dataclasses.replace(model, **of_model)
+    assert (Terrain.of(TrainConfig(**{"batch_size": 8, "model": model} | of_run)) is not None) == plan
+
+
 @pytest.mark.parametrize(("loop", "unrolled"), [("auto", False), ("scan", False), ("unrolled", True)])
 def test_the_terrain_of_a_run_knows_whether_its_layers_are_loops(loop, unrolled):
     model = dataclasses.replace(
@@ -117,6 +148,22 @@ def test_a_saved_plan_is_taken_up_where_it_fits():
 # -- the step ----------------------------------------------------------------------------------------------
 
 
+class Compiled:
+    """A step that returns the plan it is of, and takes 2 GiB."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def __call__(self, state, tokens):
+        return state, self.plan
+
+    def memory_analysis(self):
+        return SimpleNamespace(
+            argument_size_in_bytes=1 << 30, alias_size_in_bytes=1 << 30, output_size_in_bytes=1 << 30,
+            temp_size_in_bytes=1 << 30,
+        )  # fmt: skip
+
+
 class Compiling:
     """A layout whose compilations end when they are told to."""
 
@@ -124,7 +171,7 @@ class Compiling:
         self.go, self.error = threading.Event(), error
 
     def compile_step(self, program):
-        return lambda state, tokens: (state, program)
+        return Compiled(program)
 
     def compiled_step(self, program, tokens):
         self.go.wait()
@@ -179,8 +226,29 @@ def test_a_plan_that_cannot_be_compiled_is_one_sentence():
     ran, said, _ = stepped(ValueError("shared memory is short\nand more"))
     assert ran == [str(TERRAIN.start)] * 10
     assert [line.partition(":")[0] for line in said] == ["step 2", "step 8"]
-    assert "the layers keep their formats; the others could not be compiled (" in said[1]
-    assert "shared memory is short" in said[1]
+    assert "the layers keep their formats; the others cannot run here (shared memory is short" in said[1]
+
+
+def test_a_plan_that_another_process_cannot_run_is_dropped(monkeypatch):
+    """Also by one that is still compiling it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    answers = [planned_step._PENDING, planned_step._FAILED]
+    monkeypatch.setattr(
+        planned_step.multihost_utils, "process_allgather", lambda own: np.array([own, answers.pop(0)])
+    )
+    ran, said, _ = stepped()
+    assert ran == [str(TERRAIN.start)] * 10
+    assert said[1] == "step 4: the layers keep their formats; the others cannot run here"
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1 << 30, False), (3 << 30, True)])
+def test_a_plan_without_room_in_the_devices_memory_is_not_begun(monkeypatch, limit, taken):
+    """Its first step would end the run, with the state's buffers gone."""
+    monkeypatch.setattr(planned_step, "device_limit", lambda: limit)
+    ran, said, step = stepped()
+    assert (step.plan == TERRAIN.start) != taken
+    assert ran[7:] == [str(step.plan)] * 3
+    assert ("the others cannot run here (a step would take 2 GiB of 1 GiB on a device" in said[1]) != taken
 
 
 # -- a run -------------------------------------------------------------------------------------------------
@@ -241,6 +309,17 @@ def test_a_run_takes_a_plan_saves_it_and_resumes_with_it(planned):
         assert record["dense_tokens_per_layer"] == ([128, 128] if record["plan"] == dense else [0, 0])
 
 
+def test_the_figures_of_a_run_have_its_plans(planned):
+    workdir, _, _ = planned
+    found = figures.read(workdir)
+    assert found["plans"] == [
+        {"step": 1, "plan": str(LayerPlan((Dense(16), Dense(16))))},
+        {"step": 3, "plan": str(PANELS)},
+    ]
+    assert found["last"]["dense_share_per_layer"] == [2 / 8, 2 / 8]
+    assert all(0 < union <= 64 for union in found["last"]["union_per_layer"])
+
+
 @pytest.mark.timeout(120)
 def test_a_run_that_ends_does_not_wait_for_a_plan_that_is_being_compiled(corpus, tmp_path):
     """XLA compiles in its thread for as long as the process lives."""
@@ -282,3 +361,69 @@ def test_a_moving_plan_trains_the_curve_of_the_dense_layer(planned, corpus, tmp_
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), states[step].params, expected.params
         )
+
+
+PLANNED_BY_PROGRAM = ("--model.ffn.format", "auto(tokens=16)", "--model.ffn.backend", "interpret")
+
+
+def test_a_run_without_plans_resumes_with_them(corpus, tmp_path, capsys):
+    """As a run does that began when plans were no default."""
+    words = programs.train(corpus, tmp_path, *PLANNED_BY_PROGRAM, "--report.evaluate-every", "0")
+    assert cli.main([*words, "--plan", "off", "--steps", "2"]) == 0
+    assert "layers run as" not in capsys.readouterr().out
+    assert cli.main([*words, "--steps", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 2 of 4\n" in said
+    assert "changed on resume: plan is 'auto', was 'off'\n" in said
+    assert "layers run as dense(tokens=16), which may change with their activity\n" in said
+    records = [record for record in tiny_runs.read_records(tmp_path) if "ce" in record]
+    assert [record.get("plan") for record in records] == [None] * 2 + ["dense(tokens=16)"] * 2
+
+
+@pytest.mark.timeout(120)
+def test_processes_take_a_plan_in_the_same_step(corpus, tmp_path):
+    """One has compiled it at once, the other in the tenth step: both ask at every fourth."""
+    code = """if True:
+        import jax
+        from concurrent.futures import Future
+
+        from sparse_lm import LayerPlan
+        from train import cli
+        from train.run import plan, planned_step
+
+        waiting = []
+
+        class Compiler:
+            def __init__(self, *_, **__): ...
+            def shutdown(self, **_): ...
+            def submit(self, function, *arguments):
+                waiting.append((Future(), function(*arguments)))
+                if jax.process_index() == 0:
+                    waiting[0][0].set_result(waiting[0][1])
+                return waiting[0][0]
+
+        run_step = planned_step.PlannedStep.__call__
+
+        def told(self, step, *arguments):
+            if step == 10 and jax.process_index() == 1:
+                waiting[0][0].set_result(waiting[0][1])
+            result = run_step(self, step, *arguments)
+            print(f"ran {step} {self.plan}\\n", end="", flush=True)
+            return result
+
+        planned_step.ThreadPoolExecutor = Compiler
+        planned_step.PlannedStep.__call__ = told
+        plan.best = lambda activity, terrain: (LayerPlan.parse(["panel(tokens=16)"]), 0.0)
+        cli.run()
+    """
+    words = programs.train(
+        corpus, tmp_path, *PLANNED_BY_PROGRAM, "--plan-every", "1", "--report.every", "4", "--steps", "14",
+        "--report.evaluate-every", "0",
+    )  # fmt: skip
+    with programs.start_together(["-c", code, *words], 2, python=True) as processes:
+        ends = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    ran = [[line.split() for line in out.splitlines() if line.startswith("ran ")] for out, _ in ends]
+    dense, panels = "dense(tokens=16)", "panel(tokens=16)"
+    expected = [["ran", str(step), dense if step < 12 else panels] for step in range(1, 15)]
+    assert ran == [expected, expected]

@@ -28,7 +28,8 @@ def words(corpus: Path, workdir: Path, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cut_off(corpus, tmp_path_factory):
-    """A sweep that ended when its second row was to begin, and the first row's files then."""
+    """A sweep without plans, as they once were, that ended when its second row was to begin, and the first
+    row's files then."""
     workdir = tmp_path_factory.mktemp("sweep")
     train = loop.run
 
@@ -39,13 +40,13 @@ def cut_off(corpus, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "run", first_row_only)
-        assert cli.main(words(corpus, workdir)) == 1
+        assert cli.main([*words(corpus, workdir), "--plan", "off"]) == 1
     return workdir, {path: path.read_bytes() for path in (workdir / ROWS[0]).glob("*.json*")}
 
 
 @pytest.fixture(scope="module")
 def finished_sweep(corpus, cut_off):
-    """The same command again, and what it printed."""
+    """The same command with its own defaults, and what it printed."""
     workdir, _ = cut_off
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
