@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.options import Dense, FFNOptions, Layout, parse_layout
 from sparse_lm.config import ModelConfig
-from sparse_lm.layer_loop import over_layers
+from sparse_lm.layer_loop import is_unrolled, over_layers, paced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ def run_segments(
     inputs: Any,
     segments: Sequence[Segment],
     config: ModelConfig,
+    *,
+    exchanged: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a stack of layers, one segment after the other, each as `over_layers` does.
 
@@ -84,20 +86,32 @@ def run_segments(
       inputs: of all layers, every leaf with a leading layer axis.
       segments: of all layers, in order.
       config: of the model.
+      exchanged: whether devices sum gradients of ``inputs``. Those of unrolled layers are then `paced`.
 
     Returns:
       The last carry, and all outputs with a leading layer axis on every leaf.
     """
-    parts = []
-    for segment, own in zip(segments, _split(inputs, segments), strict=True):
-        carry, outputs = over_layers(partial(run_layer, segment), carry, own, config)
+    sizes = [segment.stop - segment.first for segment in segments]
+    each_alone = exchanged and is_unrolled(config)
+    if each_alone:
+        segments = [segment for segment, size in zip(segments, sizes, strict=True) for _ in range(size)]
+        sizes = [1] * len(segments)
+    # Layers of one segment are traced once.
+    run = {
+        segment: jax.jit(partial(over_layers, partial(run_layer, segment), config=config), inline=True)
+        for segment in segments
+    }
+    own, parts = _split(inputs, sizes), []
+    for nth, segment in enumerate(segments):
+        if each_alone and nth + 1 < len(segments):
+            carry, own[nth + 1] = paced(carry, own[nth + 1])
+        carry, outputs = run[segment](carry, own[nth])
         parts.append(outputs)
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def _split(inputs: Any, segments: Sequence[Segment]) -> list[Any]:
-    """The part of each segment. (The gradient of a slice would be as large as the stack.)"""
+def _split(inputs: Any, sizes: Sequence[int]) -> list[Any]:
+    """Parts of so many layers. (The gradient of a slice would be as large as the stack.)"""
     leaves, structure = jax.tree.flatten(inputs)
-    sizes = [segment.stop - segment.first for segment in segments]
-    of_segments = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-    return [jax.tree.unflatten(structure, own) for own in of_segments]
+    of_parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, own) for own in of_parts]

@@ -152,7 +152,8 @@ class SparseLM(nnx.Module):
         unmade = tokens.astype(jnp.int32)
         carry = (self._embed(tokens), Permutation(unmade, unmade) if ordered_by_input else None)
         segments = self._segments(first_alone=ordered_by_input)
-        (x, _), stats = run_segments(run_layer, carry, inputs, segments, self.config)
+        exchanged = layer_weights is not None
+        (x, _), stats = run_segments(run_layer, carry, inputs, segments, self.config, exchanged=exchanged)
         return self.final_norm(x), stats
 
     def _segments(self, *, first_alone: bool) -> list[Segment]:

@@ -10,10 +10,11 @@ and everything but the following is local. P are the parameters; bytes are of th
                     the same again in the backward, where ``remat`` has it computed again
                     gradients, as zero1
 
-Matrices cross layer by layer: their gradient is on its way while the backward goes on. With accumulation,
-data parallel and zero1 send once a step, behind the last micro-batch. Norms and biases are whole everywhere,
-and their gradients are summed once a step; a matrix that the devices divide nowhere is whole too, and its
-gradient is summed when those of other matrices are.
+Matrices cross layer by layer: their gradient is on its way while the backward goes on; of layers in a line it
+has the backward of the layer before for that (`sparse_lm.layer_loop.paced`). With accumulation, data parallel
+and zero1 send once a step, behind the last micro-batch. Norms and biases are whole everywhere, and their
+gradients are summed once a step; a matrix that the devices divide nowhere is whole too, and its gradient is
+summed when those of other matrices are.
 """
 
 import dataclasses

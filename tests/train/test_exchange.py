@@ -1,6 +1,7 @@
 """What crosses devices in a step is what `train.exchange` says, and the step is that of one device."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -106,7 +107,9 @@ def test_a_step_whose_gradients_cross_layer_by_layer_is_that_of_one_device(mode,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, alone)
 
 
-@pytest.mark.parametrize(("mode", "layer_loop"), [("zero1", "scan"), ("fsdp", "unrolled")])
+@pytest.mark.parametrize(
+    ("mode", "layer_loop"), [("zero1", "scan"), ("fsdp", "unrolled"), ("pmap", "unrolled")]
+)
 def test_layers_of_formats_of_their_own_are_those_of_one_device_too(mode, layer_loop, alone):
     program = uneven(layer_loop=layer_loop, ffn=FFNOptions(backend="interpret"))
     plan = LayerPlan((Dense(16), Panel(16, 1.0)))
@@ -115,3 +118,19 @@ def test_layers_of_formats_of_their_own_are_those_of_one_device_too(mode, layer_
     assert metrics["overflow_rows"] == 0
     assert metrics["pairs_per_layer"].min() > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), state, alone[0])
+
+
+@pytest.mark.parametrize("mode", LAYOUTS)
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scan"])
+def test_a_layers_gradients_are_awaited_behind_the_backward_of_the_layer_before_it(mode, layer_loop):
+    """Of three layers in a line two have another one before them; nothing holds back those of a loop."""
+    layout = Layout.over_all_devices(LAYOUTS[mode])
+    program = program_of(1, "float32", num_layers=3, layer_loop=layer_loop)
+    with layout.step_scope():
+        step: Any = layout.compile_step(program)
+        text = step.lower(program.abstract_state(), layout.place(TOKENS)).as_text()
+    awaited = [operands.split(", ") for operands in re.findall(r"optimization_barrier (.*) : ", text)]
+    assert len(awaited) == (2 if layer_loop == "unrolled" else 0)
+    matrices, norms = 7, 2  # of a layer
+    for operands in awaited:
+        assert len(operands) >= 1 + matrices + norms
