@@ -64,8 +64,9 @@ class Panel(_Layout):
       tokens: P, consecutive tokens of a panel, a power of two from 16 to 128; fewer where the call has fewer.
       capacity: share of all (panel, neuron) pairs that there is room to keep between forward and backward. A
         call with more active pairs keeps nothing and takes the dense path there; without a gradient to
-        compute there is room for all. Below 1 a GPU's host waits in the forward and in the backward to learn
-        whether there is room.
+        compute there is room for all. Below 1 the program asks in the forward and in the backward whether
+        there is room: inside a CUDA graph where the driver is of CUDA 12.3 or newer and the call is in no
+        loop, else a GPU's host waits for the answer.
       block_tokens: most tokens that a call without a gradient takes at a time, a multiple of 128, which its
         temporary memory follows; None takes all at once, which is faster. Calls of up to 64 panels are not
         cut.

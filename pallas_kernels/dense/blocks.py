@@ -3,10 +3,16 @@
 A program that may have to take this path reserves the memory of it: over all tokens at once, the dense
 layer's intermediates would cost in every call what the compact format saves. Over a block they are
 (block, F), and weight gradients are summed over blocks in f32, as the dense layer sums them over tokens.
+
+The blocks stand in a straight line, written by kernels. This path is a branch of a conditional, and XLA (JAX
+0.11.2) records no conditional in a CUDA graph that holds a loop or an asynchronous copy: the host would wait
+for the decision in every call.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +28,12 @@ from pallas_kernels.options import FFNOptions, FFNStats
 from pallas_kernels.reference import Weights
 
 BLOCK = 4096
-"""Most tokens of a block: enough for a GEMM to run at its full rate."""
+"""Most tokens of a block in up to `MOST_BLOCKS` of them: enough for a GEMM to run at its full rate."""
+
+MOST_BLOCKS = 16
+"""Most blocks of a call that is differentiated: the program has each of them. From 65,536 tokens on the
+blocks grow instead, at no cost in memory: a sixteenth of what the dense layer takes for all tokens is less
+than the gates, which the forward in a compact format writes for all of them."""
 
 _ARRAYS = 3
 """(tokens, F) arrays of the dense layer: the gate, the up projection and h."""
@@ -33,11 +44,11 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """y (M, D) and each token's sum of ``|h|``, (M,) f32, for x (M, D) and weights (F, D)."""
 
-    def one(x):
+    def one(_, x):
         h, _ = reference.hidden(*reference.projections(x, w_gate, w_up), rule)
-        return multiply(h, w_down), jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32)
+        return None, (multiply(h, w_down), jnp.sum(jnp.abs(h), axis=1, dtype=jnp.float32))
 
-    return jax.tree.map(partial(_join, tokens=x.shape[0]), lax.map(one, _split(x)))
+    return _in_turn(one, None, (x,), _split(x.shape[0]))[1]
 
 
 def infer(
@@ -73,15 +84,13 @@ def infer(
             for start in range(0, tokens, size)
             for block in token_blocks.split(size, most)
         ]
-    y, parts = varying_axes.vary_with(x, lax.empty(x.shape, x.dtype)), []
-    for start, count in blocks:
-        within = None if groups is None or size > most else count // size
-        rows = lax.slice_in_dim(x, start, start + count)
-        outputs = dense.infer(rows, w_gate, w_up, w_down, options, "xla", within)
-        # The next block waits for this one: together they would hold the intermediates of both.
-        x, (of_block, stats) = lax.optimization_barrier((x, outputs))
-        y = lax.dynamic_update_slice_in_dim(y, of_block, start, axis=0)
-        parts.append(stats)
+
+    def one(parts, x):
+        within = None if groups is None or size > most else x.shape[0] // size
+        y, stats = dense.infer(x, w_gate, w_up, w_down, options, "xla", within)
+        return [*parts, stats], y
+
+    parts, y = _in_turn(one, [], (x,), blocks)
     counts = [block.tokens for block in blocks]
     if groups is None:
         return y, _whole(parts, counts)
@@ -118,35 +127,64 @@ def backward(
     """`dense.recompute_backward`: cotangents of x and, in ``dtype``, the weights, from those of y (M, D) and,
     ``scale``, of every |h|."""
     tokens, weights = x.shape[0], (w_gate, w_up, w_down)
-    own_scale = None if scale is None or scale.shape[0] != tokens else _split(scale)
-    blocks = _split(x), _split(dy), own_scale
+    own_scale = None if scale is None or scale.shape[0] != tokens else scale
 
-    def one(sums, block):
-        x, dy, own = block
+    def one(sums, x, dy, own):
         dx, *gradients = dense.recompute_backward(
             x, *weights, dy, scale if own is None else own, rule=rule, dtype=jnp.float32
         )
-        return jax.tree.map(jnp.add, sums, gradients), dx
+        # XLA places the sums between the block's (block, F) arrays otherwise, where they leave gaps.
+        gradients = lax.optimization_barrier(gradients)
+        return gradients if sums is None else jax.tree.map(jnp.add, sums, gradients), dx
 
-    zeros = jax.tree.map(partial(_zeros_like, x), list(weights))
-    sums, dx = lax.scan(one, zeros, blocks)
+    sums, dx = _in_turn(one, None, (x, dy, own_scale), _split(tokens))
     dw_gate, dw_up, dw_down = jax.tree.map(lambda total: total.astype(dtype), sums)
-    return _join(dx, tokens), dw_gate, dw_up, dw_down
+    return dx, dw_gate, dw_up, dw_down
 
 
-def _zeros_like(x, weight):
-    return varying_axes.vary_with(x, jnp.zeros(weight.shape, jnp.float32))
+def _split(tokens: int) -> list[token_blocks.Block]:
+    """The blocks of a call that is differentiated."""
+    return token_blocks.split(tokens, max(BLOCK, -(-tokens // MOST_BLOCKS)))
 
 
-def _split(rows: jax.Array) -> jax.Array:
-    """(n, block, ...): rows (M, ...) in equal blocks, the last one filled up with zeros,
-    which no gate is active for."""
-    tokens = rows.shape[0]
-    count = -(-tokens // BLOCK)
-    block = -(-tokens // count)
-    padding = ((0, count * block - tokens),) + ((0, 0),) * (rows.ndim - 1)
-    return jnp.pad(rows, padding).reshape(count, block, *rows.shape[1:])
+def _in_turn(
+    one: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    arrays: tuple[jax.Array | None, ...],
+    blocks: list[token_blocks.Block],
+) -> tuple[Any, Any]:
+    """`lax.scan` over blocks of tokens in a straight line, in the memory of one block.
+
+    Args:
+      one: ``carry, outputs = one(carry, *rows)``, with a block's rows of ``arrays`` and outputs for each of
+        them. A carry may be of another structure than the one before.
+      arrays: (M, ...), or None, which is passed on.
+      blocks: all of the M tokens in order.
+
+    Returns:
+      The last carry, and the outputs of all tokens.
+    """
+    tokens, whole = sum(block.tokens for block in blocks), None
+    for start, count in blocks:
+        rows = [None if array is None else lax.slice_in_dim(array, start, start + count) for array in arrays]
+        carry, outputs = one(carry, *rows)
+        if whole is None:
+            whole = jax.tree.map(partial(_room_for, tokens=tokens), outputs)
+        whole = jax.tree.map(partial(_write, start=start), whole, outputs)
+        # The next block waits for this one: together they would hold the intermediates of both.
+        arrays, carry, whole = lax.optimization_barrier((arrays, carry, whole))
+    return carry, whole
 
 
-def _join(blocks: jax.Array, tokens: int) -> jax.Array:
-    return blocks.reshape(-1, *blocks.shape[2:])[:tokens]
+def _room_for(rows: jax.Array, tokens: int) -> jax.Array:
+    """An array for ``tokens`` rows like these."""
+    return varying_axes.vary_with(rows, lax.empty((tokens, *rows.shape[1:]), rows.dtype))
+
+
+def _write(whole: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    """``whole`` with these rows from ``start`` on.
+
+    XLA writes to a place that it knows by an asynchronous copy, so it must not know this one.
+    """
+    place = lax.optimization_barrier(jnp.int32(start))
+    return lax.dynamic_update_slice_in_dim(whole, rows, place, axis=0)

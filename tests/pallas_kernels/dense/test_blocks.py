@@ -1,6 +1,7 @@
 """The dense layer over blocks of tokens, against the dense layer over all of them."""
 
 import dataclasses
+import re
 from functools import cache, partial
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.dense import blocks
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(token_blocks, "MULTIPLE", 16)
 
 
 @cache
@@ -53,11 +55,18 @@ def test_blocks_are_the_layer(tokens, kind, by_token):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_blocks_grow_beyond_their_number(monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_BLOCKS", 2)
+    weights = arguments(61, "gated")
+    text = jax.jit(partial(blocks.forward, rule=RELU)).lower(*weights).as_text()
+    rows = {int(n) for n in re.findall(r"tensor<(\d+)x40x", text)}
+    assert rows - {40} == {32, 29}
+
+
 @pytest.mark.parametrize("kind", ["gated", "non-gated"])
 @pytest.mark.parametrize(("tokens", "groups"), [(61, None), (60, 2), (60, 12), (64, 64), (16, 2)])
-def test_inference_over_blocks(monkeypatch, tokens, groups, kind):
+def test_inference_over_blocks(tokens, groups, kind):
     """Whole groups in a block, and several blocks in a group."""
-    monkeypatch.setattr(token_blocks, "MULTIPLE", 16)
     weights, options = arguments(tokens, kind), FFNOptions(format="dense")
     y, stats = dense.infer(*weights, options, "xla", groups)
     found, counted = blocks.infer(*weights, options, groups, block_tokens=48)
