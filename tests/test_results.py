@@ -195,6 +195,18 @@ def test_sentences_hold_the_medians_of_the_files_they_link_to():
     assert f"dense {medians(case)['dense']:.3f}" in text
 
 
+def test_the_curves_of_twelve_layers():
+    result, text = paragraph("compare_twelve_layers.json")
+    verdict, curves = result["verdict"], result["curves"]
+    first, second, third = (f"{verdict['deviations'][name]:.3f}" for name in ("plan", "panel", "order"))
+    assert f"they are {first}, {second} and {third} nats" in text
+    assert f"one control is {verdict['spread']:.3f}" in text
+    assert all(verdict["within"].values())
+    *moved, last = [step for step in curves["plan"]["plans"] if step != "1"]
+    assert f"at the steps {', '.join(moved)} and {last}" in text
+    assert curves["order"]["token_order"] == "centroids"
+
+
 def test_every_neuron_active_in_decode():
     result, text = paragraph("decode_1p5b_full.json")
     for format in ("decode", "dense"):
