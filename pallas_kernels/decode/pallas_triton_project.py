@@ -1,8 +1,8 @@
 """What stands between the kernels of a decode step in Pallas Triton: projections, and sums with a norm.
 
 Why they exist. A projection of a few tokens takes the time of reading its weight; `decode_project` streams it
-past tokens that are padded to what a tensor core takes, whatever their number, so that a row's result does
-not depend on how many others there are up to 16. `add_norm` is one launch for a residual sum and the norm
+past tokens that are padded to what a tensor core takes, so that a row's result is the same among 3 to 16
+rows (one or two have kernels without tensor cores). `add_norm` is one launch for a residual sum and the norm
 that reads it, where XLA has two or three.
 
 **Numerics.** f32 accumulation, one rounding to the output type; the residual sum is rounded to the input type
@@ -39,8 +39,8 @@ def decode_project(
     """``x W^T`` for x (M, D) and W (O, D): (M, O) in x's type, or in ``dtype``.
 
     Raises:
-      ValueError: more tokens than `ROWS_TOKENS` of a `Normed`, or a config whose programs do not have all
-        outputs.
+      ValueError: more tokens than `ROWS_TOKENS` of a `Normed`, a `Normed` with a config, or a config whose
+        programs do not have all outputs.
     """
     tokens, outputs = x.shape[0], weight.shape[0]
     dtype = x.dtype if dtype is None else dtype
@@ -48,8 +48,10 @@ def decode_project(
         rows = configs.choose_rows(x)
         return rows_project(x, weight, dtype=dtype, config=rows, interpret=interpret)
     if isinstance(x, Normed):
-        most = configs.ROWS_TOKENS
-        raise ValueError(f"a norm is applied to at most {most} tokens on their way; got {tokens}")
+        raise ValueError(
+            f"a norm is applied to at most {configs.ROWS_TOKENS} tokens on their way, without a config; got "
+            f"{tokens} tokens {'without a config' if config is None else f'and {config}'}"
+        )
     config = configs.choose_project(x, outputs) if config is None else config
     return pl.pallas_call(
         partial(_project_kernel, config=config, owned=config.owned(outputs)),

@@ -214,7 +214,7 @@ class Planner:
         self._windows_in_favour = 0
 
     def refuse(self, plan: LayerPlan) -> None:
-        """Never proposes ``plan`` again, which cannot be compiled."""
+        """Never proposes ``plan`` again, which cannot run here."""
         self._refused.add(plan)
 
     def observe(self, step: Activity, plan: LayerPlan) -> tuple[LayerPlan, Activity] | None:

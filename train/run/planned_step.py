@@ -12,7 +12,7 @@ from rich.table import Table
 from sparse_lm import LayerPlan
 from train.errors import UserError, short_reason
 from train.parallel import Layout
-from train.run.metrics import Record
+from train.run.metrics import Record, is_finite
 from train.run.plan import Activity, Planner
 from train.run.program_exit import COMPILING
 from train.run.step_memory import StepMemory, device_limit
@@ -86,7 +86,8 @@ class PlannedStep:
             return record
         step = Activity.of(record, self._planner.terrain)
         record = record | {"union_per_layer": step.union.tolist(), "plan": str(plan)}
-        if self._next is not None or plan is not self.plan:
+        # Where a step went wrong gates are NaN, which activate nothing: no plan follows that.
+        if self._next is not None or plan is not self.plan or not is_finite(record):
             return record
         if (found := self._planner.observe(step, plan)) is not None:
             proposed, activity = found

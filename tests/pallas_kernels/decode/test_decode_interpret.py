@@ -59,8 +59,11 @@ def test_sums_and_norms_inside_the_kernels(tokens, d_model, dtype, gated, factor
 def test_a_norm_on_its_way_is_for_one_or_two_tokens():
     x = jnp.ones((3, 32), jnp.float32)
     normed = decode.Stream.of(x).normed(jnp.ones(32), 1e-5)
-    with pytest.raises(ValueError, match="a norm is applied to at most 2 tokens on their way; got 3"):
+    with pytest.raises(ValueError, match=r"at most 2 tokens on their way.*; got 3 tokens without a config"):
         decode.project(normed, x, interpret=True)
+    one = decode.Stream.of(x[:1]).normed(jnp.ones(32), 1e-5)
+    with pytest.raises(ValueError, match=r"on their way, without a config; got 1 tokens and TilesConfig\("):
+        decode.project(one, x, config=TilesConfig(16, 16, 1, 32, 1, 4, 2), interpret=True)
 
 
 SEVERAL_GROUPS = DecodeConfig(TilesConfig(16, 64, 2, 32, 2, 4, 2), DownConfig(16, 16, 3, 4, 2))

@@ -180,9 +180,9 @@ class Compiling:
         return self.compile_step(program)
 
 
-def stepped(error=None, **options):
-    """Ten steps; the compilation that the first ones ask for ends behind the seventh, or in the third if
-    that waits for it."""
+def stepped(error=None, loss=1.0, **options):
+    """Ten steps of one loss; the compilation that the first ones ask for ends behind the seventh, or in the
+    third if that waits for it."""
     layout, said = Compiling(error), []
     program = SimpleNamespace(with_plan=lambda chosen: str(chosen))
     planner = Planner(TERRAIN, window=1)
@@ -194,7 +194,7 @@ def stepped(error=None, **options):
         _, plan_of_step = step(n, None, np.zeros((2, 3), np.int32))
         ran.append(plan_of_step)
         counts = counted(TRAINED, LayerPlan.parse(TERRAIN.start.texts))
-        record = {"step": n, "l0_per_layer": counts.nnz.tolist()}
+        record = {"step": n, "loss": loss, "grad_norm": 1.0, "l0_per_layer": counts.nnz.tolist()}
         record |= {"pairs_per_layer": counts.union * 256, "dense_tokens_per_layer": counts.dense * 32768}
         assert step.observe(record)["plan"] == plan_of_step
         if n == 7:
@@ -220,6 +220,11 @@ def test_a_step_waits_for_a_plan_if_asked_to():
     failed, said, _ = stepped(ValueError("no room"), wait=True)
     assert failed == [str(TERRAIN.start)] * 10
     assert said[1].startswith("step 3: the layers keep their formats")
+
+
+def test_no_plan_follows_steps_that_are_left_out():
+    ran, said, _ = stepped(loss=np.nan)
+    assert (ran, said) == ([str(TERRAIN.start)] * 10, [])
 
 
 def test_a_plan_that_cannot_be_compiled_is_one_sentence():
