@@ -177,7 +177,7 @@ def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfi
     """The config for x (M, D) and F neurons."""
     device = device_lib.current() if device is None else device
     d_model, itemsize, cores = x.shape[1], x.dtype.itemsize, device.cores or _CORES
-    hidden = choose_tiles(x, d_ff, 64, device)
+    hidden = _choose_tiles(x, d_ff, 64, device)
     # One program of y for each core, or less.
     tile_d, tile_n = 64, 128 if itemsize == 2 else 32
     splits = max(1, min(cores // -(-d_model // tile_d), -(-d_ff // tile_n), _MOST_SPLITS))
@@ -187,12 +187,13 @@ def choose(x: jax.Array, d_ff: int, device: Device | None = None) -> DecodeConfi
 
 def choose_project(x: jax.Array, outputs: int, device: Device | None = None) -> TilesConfig:
     """The config for x (M, D) and a weight (outputs, D)."""
-    return choose_tiles(x, outputs, 128, device_lib.current() if device is None else device)
+    return _choose_tiles(x, outputs, 128, device_lib.current() if device is None else device)
 
 
-def choose_tiles(x: jax.Array, n_rows: int, chain: int, device: Device) -> TilesConfig:
-    """How ``n_rows`` rows of a weight are shared out for x (M, D), ``chain`` columns in a sum."""
-    rows, itemsize, cores = max(_LEAST_ROWS, block_of(x.shape[0])), x.dtype.itemsize, device.cores or _CORES
+def _choose_tiles(x: jax.Array, n_rows: int, chain: int, device: Device) -> TilesConfig:
+    """How ``n_rows`` rows of a weight are shared out for x (M, D). A sum that waits for no other takes
+    ``chain`` columns of a slice: fewer in the layer, whose up projection has fewer rows a program."""
+    rows, itemsize, cores = max(_LEAST_ROWS, _block_of(x.shape[0])), x.dtype.itemsize, device.cores or _CORES
 
     # As many waves as the largest tile needs, and rows in equal numbers.
     most = _MOST_OWNED if itemsize == 2 else _LEAST_OWNED
@@ -242,12 +243,12 @@ def choose_attention(cache: jax.Array, device: Device | None = None) -> Attentio
     while block > _LEAST_ROWS and block * in_flight > device.shared_memory - _ATTENTION_ROOM:
         block //= 2
     # As many programs as there are cores, as far as rows and heads are fewer.
-    most = (device.cores or _CORES) // (kv_heads * block_of(batch))
+    most = (device.cores or _CORES) // (kv_heads * _block_of(batch))
     splits = powers_of_2.at_least(min(_MOST_SPLITS, max(1, most)) + 1) // 2
     return dataclasses.replace(config, block=block, splits=splits)
 
 
-def block_of(tokens: int) -> int:
+def _block_of(tokens: int) -> int:
     """Tokens of a block, padded: a row's result is the same among all numbers of tokens of the same block."""
     if tokens <= ROWS_TOKENS:
         return tokens

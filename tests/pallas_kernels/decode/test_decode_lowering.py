@@ -88,6 +88,10 @@ def test_the_kernels_around_the_layer(head_dim, dtype):
     arrivals = shape(batch, kv_heads, dtype=jnp.int32)
     text = lowered(decode.attention, qkv, cache, cache, lengths, angles, angles, arrivals)
     assert re.search(r"output_operand_aliases?", text)
+    # Programs for each key/value head, for each split of a row's positions, and for each row.
+    splits = configs.choose_attention(cache).splits
+    assert splits > 1
+    assert [int(size) for size in re.findall(r"grid_\w = (\d+)", text)] == [kv_heads, splits, batch]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
