@@ -96,6 +96,9 @@ class NeuronLists(NamedTuple):
       counts: (n_panels,) int32.
       slots: (n_panels, F) int32, the slot of a neuron in a panel, or -1.
       hits: (n_panels, F) uint8, for how many of a panel's tokens a neuron is active.
+      tiles: (n_panels * most,) int32, where the lists are also cut into tiles, of which a panel has ``most``
+        at most: ``panel * most + nth`` of each, panel by panel; else None.
+      n_tiles: (1,) int32, how many those are, or None.
     """
 
     neurons: jax.Array
@@ -107,6 +110,8 @@ class NeuronLists(NamedTuple):
     counts: jax.Array
     slots: jax.Array
     hits: jax.Array
+    tiles: jax.Array | None = None
+    n_tiles: jax.Array | None = None
 
     @property
     def chunk(self) -> int:
@@ -190,16 +195,26 @@ def put(ref, place, value, mask):
 
 
 def build_lists(
-    gate: GatePanel, counts: Counts, *, chunk: int, room: int | None = None, interpret: bool = False
+    gate: GatePanel,
+    counts: Counts,
+    *,
+    chunk: int,
+    room: int | None = None,
+    tile: int | None = None,
+    interpret: bool = False,
 ) -> tuple[NeuronLists, Totals]:
     """Lists of each panel's active neurons, in ``room`` chunks (by default as many as there could be), and
-    what the counts add up to."""
+    what the counts add up to.
+
+    With ``tile`` the lists have tiles: as few as hold a panel's neurons if one holds so many.
+    """
     n_panels, d_ff = counts.hits.shape
     room = n_chunks(n_panels, d_ff, chunk) if room is None else room
     output = partial(varying_axes.output, gate.hits)
     one, each_chunk = output((1,), jnp.int32), output((room,), jnp.int32)
-    neurons, segments, owner, pairs, n_pairs, offsets, slots, hits, *sums = pl.pallas_call(
-        partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk),
+    in_tiles = [] if tile is None else [output((n_panels * pl.cdiv(d_ff, tile),), jnp.int32), one]
+    neurons, segments, owner, pairs, n_pairs, offsets, slots, hits, *others = pl.pallas_call(
+        partial(_lists_kernel, d_ff=d_ff, segments=gate.segments, chunk=chunk, tile=tile),
         out_shape=(
             output((room * chunk,), jnp.int32),
             output((room * chunk,), jnp.uint8),
@@ -212,19 +227,29 @@ def build_lists(
             one,
             output((1,), jnp.float32),
             one,
+            *in_tiles,
         ),
         grid=(n_panels + pl.cdiv(d_ff, HIT_COLUMNS) + 1,),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="panel_lists",
     )(gate.hits, *counts)
-    lists = NeuronLists(neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits)
+    sums, tiles = others[:3], others[3:]
+    lists = NeuronLists(
+        neurons, segments, owner, pairs, n_pairs, offsets, counts.neurons, slots, counts.hits, *tiles
+    )
     return lists, Totals(hits, *(value.reshape(()) for value in sums))
 
 
-def _lists_kernel(by_segment_ref, counts_ref, gates_ref, most_ref, hits_ref, *outputs, d_ff, segments, chunk):
+def _lists_kernel(
+    by_segment_ref, counts_ref, gates_ref, most_ref, hits_ref, *outputs, d_ff, segments, chunk, tile
+):
     """The first programs list a panel each, others add up the hits of some neurons, the last one the rest."""
-    *list_refs, total_hits_ref, pairs_ref, total_gates_ref, total_most_ref = outputs
+    list_refs, (total_hits_ref, pairs_ref, total_gates_ref, total_most_ref), tile_refs = (
+        outputs[:7],
+        outputs[7:11],
+        outputs[11:],
+    )
     program, n_panels = pl.program_id(0), counts_ref.shape[0]
     n_columns = pl.cdiv(d_ff, HIT_COLUMNS)
 
@@ -233,6 +258,8 @@ def _lists_kernel(by_segment_ref, counts_ref, gates_ref, most_ref, hits_ref, *ou
         _list_panel(
             program, by_segment_ref, counts_ref, *list_refs, d_ff=d_ff, segments=segments, chunk=chunk
         )
+        if tile is not None:
+            _cut_panel(program, counts_ref, *tile_refs, d_ff=d_ff, tile=tile)
 
     @pl.when((program >= n_panels) & (program < n_panels + n_columns))
     def _():
@@ -293,9 +320,9 @@ def _list_panel(
 ):
     n_panels = counts_ref.shape[0]
     # Every program sums up the panels before its own: n² additions, and no launch of their own.
-    chunks_before, pairs_before = _earlier(counts_ref, which, chunk)
+    chunks_before, pairs_before = _earlier(counts_ref, which, chunk, 2 * chunk)
     count = counts_ref[which]
-    n_own = (count + chunk - 1) // chunk
+    n_own = _groups(count, chunk)
     start, end, room = chunks_before * chunk, (chunks_before + n_own) * chunk, neurons_ref.shape[0]
     offsets_ref[which] = start
 
@@ -329,14 +356,34 @@ def _list_panel(
     put(pairs_ref, pairs_before + nth // 2, 2 * chunks + followed, used & (nth % 2 == 0))
 
 
-def _earlier(counts_ref, which, chunk):
-    """Chunks, and pairs of chunks, of all panels before one."""
+def _cut_panel(which, counts_ref, tiles_ref, n_tiles_ref, *, d_ff, tile):
+    """Writes one panel's tiles."""
+    n_panels, most = counts_ref.shape[0], pl.cdiv(d_ff, tile)
+    (before,) = _earlier(counts_ref, which, tile)
+    n_own = _groups(counts_ref[which], tile)
+
+    @pl.when(which == n_panels - 1)
+    def _():
+        n_tiles_ref[0] = before + n_own
+
+    nth = lax.iota(jnp.int32, pl.next_power_of_2(most))
+    put(tiles_ref, before + nth, which * most + nth, nth < n_own)
+
+
+def _earlier(counts_ref, which, *sizes):
+    """How many groups of each size the neurons of all panels before one make, each panel's its own."""
     n_panels = counts_ref.shape[0]
     width = min(_LIST_BLOCK, pl.next_power_of_2(n_panels))
 
     def block(nth, sums):
         panels = nth * width + lax.iota(jnp.int32, width)
-        chunks = (plt.load(counts_ref.at[panels], mask=panels < which, other=0) + chunk - 1) // chunk
-        return sums[0] + jnp.sum(chunks), sums[1] + jnp.sum((chunks + 1) // 2)
+        counts = plt.load(counts_ref.at[panels], mask=panels < which, other=0)
+        return tuple(total + jnp.sum(_groups(counts, size)) for total, size in zip(sums, sizes, strict=True))
 
-    return lax.fori_loop(jnp.int32(0), (which + width - 1) // width, block, (jnp.int32(0), jnp.int32(0)))
+    nothing = (jnp.int32(0),) * len(sizes)
+    return lax.fori_loop(jnp.int32(0), (which + width - 1) // width, block, nothing)
+
+
+def _groups(count, size):
+    """As few groups as hold ``count`` if one holds ``size``."""
+    return (count + size - 1) // size
