@@ -136,7 +136,7 @@ def gemm(
     )(x, w)
 
 
-def _transforms(dtype, columns=TILE_K):
+def shared_transforms(dtype, columns=TILE_K):
     """How wgmma reads shared memory: in rows of one swizzle, of so many columns."""
     swizzle = columns * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((_ROW_GROUP, columns)), plgpu.SwizzleTransform(swizzle)
@@ -173,14 +173,16 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
     first_tile = lax.div(program, cores) * (cores * _TILES_EACH) + lax.rem(program, cores)
     n_mine = jnp.minimum(lax.div(n_blocks * n_tiles - 1 - first_tile, cores) + 1, _TILES_EACH)
     n_all = n_mine * n_slices
-    transforms = _transforms(x_gmem.dtype)
+    transforms = shared_transforms(x_gmem.dtype)
     tile_columns = min(tile & -tile, TILE_K)  # the widest swizzle whose columns divide a tile's
 
     @partial(
         pl.run_scoped,
         x_ring=plgpu.SMEM((stages, TILE_M, TILE_K), x_gmem.dtype, transforms=transforms),
         w_ring=plgpu.SMEM((stages, tile, TILE_K), w_gmem.dtype, transforms=transforms),
-        buffer=plgpu.SMEM((ROWS, tile), x_gmem.dtype, transforms=_transforms(x_gmem.dtype, tile_columns)),
+        buffer=plgpu.SMEM(
+            (ROWS, tile), x_gmem.dtype, transforms=shared_transforms(x_gmem.dtype, tile_columns)
+        ),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         granted=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
@@ -284,9 +286,9 @@ def address(ref: ir.Value, bits: int) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(bits), mgpu_utils.memref_ptr(ref))
 
 
-def assemble(text: str, operands: Sequence[ir.Value], constraints: str) -> None:
-    """Runs PTX whose operands are $0, $1, ...; it gives nothing back."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+def assemble(text: str, operands: Sequence[ir.Value], constraints: str, result: str = "!llvm.void") -> Any:
+    """Runs PTX whose operands are $0, $1, ..., first those of its result, a value of an MLIR type."""
+    return llvm.inline_asm(ir.Type.parse(result), operands, text, constraints, has_side_effects=True)
 
 
 def values(acc: Any) -> list[ir.Value]:

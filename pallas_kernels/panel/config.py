@@ -5,7 +5,7 @@ holds ``num_stages`` slices of both operands, registers the f32 accumulators.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 
@@ -19,6 +19,10 @@ SEGMENT = 16
 _WARP = 32
 _SHARED_MEMORY_ROOM = 8 * 1024
 _WIDEST_SLICE = 128
+
+GATHERED_TILE = 192
+"""Neurons of a tile, at most, of the up projection on Mosaic GPU."""
+UpBackend = Literal["triton", "mosaic_gpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +147,12 @@ class PanelConfig:
     ``up_keep`` and ``dh`` is one chunk, or two where a panel has two left. The tile_k of ``down`` and ``dx``
     divides the chunk.
 
+    ``up_backend`` runs the up projection of a call that keeps nothing for a backward, where it can (`up`);
+    ``up`` is how Triton's is cut.
+
     Raises:
-      ValueError: a tile or a slice that the chunk does not allow, or a slice that does not divide a panel.
+      ValueError: a tile or a slice that the chunk does not allow, a slice that does not divide a panel, or a
+        backend that no up projection has.
     """
 
     panel: int
@@ -158,9 +166,14 @@ class PanelConfig:
     dx: StageConfig
     dw: HotConfig
     rare: RareConfig = RareConfig()
+    up_backend: UpBackend = "triton"
 
     def __post_init__(self) -> None:
         powers_of_2.check(self, chunk=(16, 256))
+        if self.up_backend not in get_args(UpBackend):
+            raise ValueError(
+                f"PanelConfig.up_backend must be 'triton' or 'mosaic_gpu'; got {self.up_backend!r}"
+            )
         for name in ("up", "up_keep", "dh"):
             if getattr(self, name).tile not in (self.chunk, 2 * self.chunk):
                 raise ValueError(
@@ -322,7 +335,7 @@ def bucket(x: jax.Array, w: jax.Array, panel: int) -> str:
 
 def _with_entry(config: PanelConfig, entry: dict) -> PanelConfig:
     changes = {
-        name: value if name == "chunk" else dataclasses.replace(getattr(config, name), **value)
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
         for name, value in entry.items()
     }
     return dataclasses.replace(config, **changes)

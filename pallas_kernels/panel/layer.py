@@ -52,6 +52,7 @@ from pallas_kernels.panel.pallas_triton_lists import (
     n_chunks,
 )
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.panel.up import list_and_project
 from pallas_kernels.reference import Weights
 
 
@@ -94,7 +95,7 @@ def infer(
     type.
 
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
-    interpreted or not.
+    interpreted or not, but for the up projection where `up` has another.
     """
     tokens = x.shape[0]
     if tokens == 0:
@@ -143,18 +144,16 @@ def _infer_block(
     block = lax.dynamic_slice_in_dim(x, start[0], rows) if blocked else x
     gate = gate_stages.stage(config, backend, rule)(block, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
-    lists, totals = build_lists(gate, counts, chunk=config.chunk, interpret=interpret)
-    hidden = panel_up(
+    lists, totals, hidden = list_and_project(
         gate,
-        lists,
+        counts,
         x,
         up_weight,
-        config=config.up,
+        config=config,
+        backend=backend,
         rule=rule,
         start=start,
-        in_place=blocked,
         l1_by_token=by_token,
-        interpret=interpret,
     )
     y = panel_down(
         [(hidden.h, w_down)],

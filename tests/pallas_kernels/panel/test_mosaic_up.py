@@ -1,0 +1,209 @@
+"""The up projection on Mosaic GPU, where there is no GPU: how lists are cut into its tiles, when a call takes
+it, its lowering, and its warpgroups' protocol under an interpreter that sees races."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from lowering import lowered, shapes
+from op_checks import call, differentiate
+from plain_up import PlainSteps
+
+from pallas_kernels import FFNOptions, Panel, device
+from pallas_kernels.activations import RELU, Rule
+from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import pallas_mosaic_gpu_up, up
+from pallas_kernels.panel.config import GATHERED_TILE
+from pallas_kernels.panel.pallas_triton import panel_up
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
+
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+HOPPER = device.Device("gpu", "NVIDIA H200", 90, 132)
+PANEL, SEGMENTS, PAD = 128, 8, 32
+SIZES = (16512, 1984, 5640)
+"""Of calls, as no other test has: what was traced for them has the configs of this file."""
+
+
+def gates_and_lists(counts, d_ff, dtype, tile=GATHERED_TILE):
+    """Gates of panels with so many active neurons, in some of their segments, and lists cut into tiles."""
+    rng = np.random.default_rng(0)
+    hits = np.zeros((len(counts), SEGMENTS, d_ff), np.uint8)
+    values = rng.integers(-2, 3, (len(counts), d_ff, PANEL)).clip(min=0)
+    for panel, count in enumerate(counts):
+        neurons = rng.permutation(d_ff)[:count]
+        hits[panel][:, neurons] = rng.integers(0, 3, (SEGMENTS, count))
+        hits[panel][rng.integers(0, SEGMENTS, count), neurons] = 1
+    nnz = np.zeros((1, len(counts) * PANEL), np.int32)
+    gate = GatePanel(jnp.asarray(values, dtype), jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
+    active = count_active(gate, d_ff=d_ff, interpret=True)
+    np.testing.assert_array_equal(active.neurons, counts)
+    return gate, build_lists(gate, active, chunk=128, tile=tile, interpret=True)[0]
+
+
+def test_lists_in_tiles():
+    counts = [0, 192, 193, 1, 0, 384, 577]
+    gate, lists = gates_and_lists(counts, 600, "bfloat16")
+    n_tiles = [-(-count // GATHERED_TILE) for count in counts]
+    expected = [4 * panel + nth for panel, n in enumerate(n_tiles) for nth in range(n)]
+    assert lists.n_tiles.tolist() == [len(expected)]
+    assert lists.tiles.shape == (7 * 4,)
+    assert lists.tiles[: len(expected)].tolist() == expected
+    without, _ = build_lists(gate, count_active(gate, d_ff=600, interpret=True), chunk=128, interpret=True)
+    assert without.tiles is None
+    assert without.n_tiles is None
+
+
+@pytest.mark.parametrize("pad", [16, 32, 64])
+def test_tiles_cover_every_count(pad):
+    """A panel's tiles have one width and a neuron each at least, and hold its slots up to the pad once."""
+    most = 30
+    counts = jnp.arange(1, most * GATHERED_TILE + 1)
+    tiles = jnp.arange(len(counts) * most)
+    in_use = np.asarray(tiles % most < -(-counts // GATHERED_TILE)[tiles // most])
+
+    @jax.jit
+    @jax.vmap
+    def look_up(number):
+        n_tiles = jnp.full((1,), len(tiles))
+        offsets = jnp.zeros((len(counts) + 1,), jnp.int32)
+        return pallas_mosaic_gpu_up.place_of(tiles, n_tiles, counts, offsets, number, pad=pad)
+
+    place = jax.tree.map(np.asarray, look_up(tiles))
+    width = np.asarray(pallas_mosaic_gpu_up.WIDTHS)[place.code]
+    assert (place.valid[in_use] >= 1).all()
+    assert (width >= place.rows)[in_use].all()
+    np.testing.assert_array_equal(place.slot, tiles % most * width)
+    covered = np.bincount(place.panel[in_use], place.valid[in_use], len(counts))
+    np.testing.assert_array_equal(covered, counts)
+    written = np.bincount(place.panel[in_use], place.rows[in_use], len(counts))
+    np.testing.assert_array_equal(written, -(-np.asarray(counts) // pad) * pad)
+
+
+def test_a_number_past_the_tiles_is_in_bounds():
+    """Behind the tiles in use nothing was written."""
+    tiles, counts = jnp.full((8,), 1 << 30), jnp.zeros((2,), jnp.int32)
+    found = pallas_mosaic_gpu_up.place_of(
+        tiles, jnp.zeros((1,), jnp.int32), counts, jnp.zeros((3,), jnp.int32), 11, pad=PAD
+    )
+    assert [int(field) for field in found] == [0, 0, 0, 0, 0]
+
+
+# -- the kernel --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on")
+@pytest.mark.parametrize(
+    ("cores", "d_model", "dtype", "rule"),
+    [(2, 384, "bfloat16", RELU), (5, 64, "float16", Rule(rectified_up=True))],
+    ids=str,
+)
+def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, monkeypatch):
+    """Programs with several tiles, one and none; a tile of more slices than the ring holds, and of fewer; a
+    panel of no neuron; a call that ends within a panel. To the bit what Triton's gives, of whole numbers."""
+    counts, d_ff, cut, tile = [70, 40, 0, 1], 88, 5, 64
+    monkeypatch.setattr(device, "current", lambda: dataclasses.replace(HOPPER, cores=cores))
+    monkeypatch.setattr(pallas_mosaic_gpu_up, "GATHERED_TILE", tile)
+    monkeypatch.setattr(pallas_mosaic_gpu_up, "WIDTHS", (32, 64))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.integers(-1, 2, (len(counts) * PANEL - cut, d_model)), dtype)
+    w = jnp.asarray(rng.integers(-1, 2, (d_ff, d_model)), dtype)
+    gate, lists = gates_and_lists(counts, d_ff, dtype, tile)
+    gate = gate._replace(values=gate.values.at[-1, :, -cut:].set(0))
+    config = configs.StageConfig(128, 64, 4, 2)
+    expected = panel_up(gate, lists, x, w, config=config, rule=rule, interpret=True)
+    found = pallas_mosaic_gpu_up.panel_up(
+        gate,
+        lists,
+        x,
+        w,
+        pad=PAD,
+        rule=rule,
+        steps=PlainSteps(rule),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # has no public name
+
+    assert not get_races().races_found
+    for start, count in zip(np.asarray(lists.offsets), counts, strict=False):
+        slots = slice(start, start + -(-count // PAD) * PAD)
+        np.testing.assert_array_equal(found.h[slots], expected.h[slots])
+    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
+    assert expected.l1 > 0
+
+
+# -- when, and what a call becomes -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """Configs that ask for it, as they would be for Hopper."""
+    heuristic = configs.heuristic
+
+    def with_it(*arguments):
+        return dataclasses.replace(heuristic(*arguments), up_backend="mosaic_gpu")
+
+    monkeypatch.setattr(configs, "heuristic", with_it)
+
+
+def chosen(
+    config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, l1_by_token=False
+):
+    x, w = (jax.ShapeDtypeStruct((n, d_model), "bfloat16") for n in (65536, d_ff))
+    return up.implementation(
+        config, backend, x, w if gated else None, in_blocks=in_blocks, l1_by_token=l1_by_token
+    )
+
+
+def test_the_implementation_of_a_call():
+    plain = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
+    assert chosen(plain) == plain.up_backend == "triton"
+    config = dataclasses.replace(plain, up_backend="mosaic_gpu")
+    assert chosen(config) == "mosaic_gpu"
+    for other in (
+        {"backend": "triton"},
+        {"backend": "interpret"},
+        {"gated": False},
+        {"in_blocks": True},
+        {"l1_by_token": True},
+        {"d_model": 1 << 15, "d_ff": (1 << 16) + 8},
+    ):
+        assert chosen(config, **other) == "triton", other
+    assert chosen(config, d_model=1 << 15, d_ff=1 << 16) == "mosaic_gpu"
+    slices = dataclasses.replace(config, down=dataclasses.replace(config.down, tile_k=128))
+    assert chosen(slices) == "triton"
+    with pytest.raises(ValueError, match="up_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
+        dataclasses.replace(config, up_backend="xla")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "on_mosaic"),
+    [
+        (FFNOptions(format="panel", backend="mosaic_gpu"), "gated", True),
+        (FFNOptions(activation="drelu"), "gated", True),
+        (FFNOptions(format="panel", backend="triton"), "gated", False),
+        (FFNOptions(format="panel"), "non-gated", False),
+        (FFNOptions(format=Panel(block_tokens=8192)), "gated", False),
+    ],
+    ids=str,
+)
+def test_a_forward_call(options, kind, on_mosaic, asked_for):
+    """One kernel beside the gate's, and nothing more; where it cannot be, Triton's."""
+    text = lowered(partial(call, options=options), shapes(*SIZES, kind=kind))
+    launches = set(re.findall(r'"(panel_\w+)"', text))
+    assert ("panel_up" in launches) != on_mosaic
+    if on_mosaic:
+        assert text.count("custom_call @mosaic_gpu_v2") == 2
+        assert launches == {"panel_count", "panel_lists", "panel_down"}
+
+
+def test_a_training_step_keeps_what_it_kept(asked_for):
+    """Gate and up projection are kept by Triton's kernel."""
+    step = partial(differentiate, dl1=1.0, apply=partial(call, options=FFNOptions(format="panel")))
+    text = lowered(step, shapes(*SIZES), jax.ShapeDtypeStruct(SIZES[:2], jnp.float32))
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+    assert '"panel_up"' in text
