@@ -29,6 +29,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 from op_checks import call, differentiate
 
 from pallas_kernels import FFNOptions, decode, device
+from pallas_kernels.panel import config as panel_configs
+from pallas_kernels.panel import gate, up
+from pallas_kernels.panel.pallas_triton_lists import count_active
 
 CORES = {
     "NVIDIA A100-SXM4-80GB": 108,
@@ -59,11 +62,13 @@ FORMATS = {"twell": LAYERS, "panel": LAYERS, "hybrid": LAYERS, "auto": LAYERS, "
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and the shapes of its arguments; ``name`` says what it is."""
+    """A function and the shapes of its arguments; ``name`` says what it is, and ``capability`` for which GPUs
+    it is, None for all."""
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    capability: int | None = None
 
 
 def _layers() -> Iterator[Program]:
@@ -115,6 +120,26 @@ def _around_the_layer() -> Iterator[Program]:
                 yield Program(name, _on_stream, (x, scale, square, weights))
 
 
+def _up_on_hopper() -> Iterator[Program]:
+    """What no config asks for yet: PanelELL's up projection on Mosaic GPU."""
+    for tokens, d_model, d_ff, dtype, activation in (
+        (65536, 2048, 5632, "bfloat16", "relu"),
+        (8201, 64, 8200, "float16", "relu2"),
+    ):
+        x, weight = (jax.ShapeDtypeStruct((n, d_model), dtype) for n in (tokens, d_ff))
+        name = f"panel, up on Mosaic GPU, {tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {activation}"
+        function = partial(_gate_and_up, rule=FFNOptions(activation=activation).rule)
+        yield Program(name, function, (x, weight, weight), capability=90)
+
+
+def _gate_and_up(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, rule: Any) -> Any:
+    chosen = panel_configs.choose(x, w_up, 128)
+    config = dataclasses.replace(chosen, up_backend="mosaic_gpu")
+    gates = gate.stage(config, "mosaic_gpu", rule)(x, w_gate)
+    counts = count_active(gates, d_ff=w_up.shape[0])
+    return up.list_and_project(gates, counts, x, w_up, config=config, backend="mosaic_gpu", rule=rule)[2]
+
+
 def _of_one_row(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *argument.shape[1:]), argument.dtype)
 
@@ -131,8 +156,7 @@ def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
     """What a function is traced under, and where its arguments are, to be compiled for a GPU."""
     gpu = AbstractDevice(device_kind=kind, num_cores=CORES[kind], platform="gpu")
     mesh = AbstractMesh((), (), abstract_device=gpu)
-    with use_abstract_mesh(mesh):
-        found = device.current()
+    found = _device_of(mesh)
     major, minor = divmod(found.capability, 10)
     config = f"""
       platform_name: "CUDA"
@@ -163,6 +187,11 @@ def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
     return mesh, SingleDeviceSharding(described.devices[0])
 
 
+def _device_of(mesh: AbstractMesh) -> device.Device:
+    with use_abstract_mesh(mesh):
+        return device.current()
+
+
 def _compile(job: tuple[tuple[str, Any], Program]) -> str | None:
     """Compiles one program; why it cannot be, or None."""
     (kind, (mesh, sharding)), program = job
@@ -191,7 +220,12 @@ def main(kinds: list[str]) -> int:
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
-    jobs = list(product(targets, [*_layers(), *_around_the_layer()]))
+    programs = [*_layers(), *_around_the_layer(), *_up_on_hopper()]
+    jobs = [
+        (target, program)
+        for target, program in product(targets, programs)
+        if program.capability in (None, _device_of(target[1][0]).capability)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(_compile, jobs) if failure is not None]
     print(f"{len(jobs) - len(failures)} of {len(jobs)} programs compile, JAX {jax.__version__}")

@@ -14,7 +14,7 @@ from lowering import lowered, shapes
 from op_checks import call, differentiate
 from plain_up import PlainSteps
 
-from pallas_kernels import FFNOptions, Panel, device
+from pallas_kernels import FFNOptions, Panel, device, tuning
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_mosaic_gpu_up, up
@@ -159,7 +159,7 @@ def chosen(
     )
 
 
-def test_the_implementation_of_a_call():
+def test_the_implementation_of_a_call(monkeypatch):
     plain = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
     assert chosen(plain) == plain.up_backend == "triton"
     config = dataclasses.replace(plain, up_backend="mosaic_gpu")
@@ -176,6 +176,9 @@ def test_the_implementation_of_a_call():
     assert chosen(config, d_model=1 << 15, d_ff=1 << 16) == "mosaic_gpu"
     slices = dataclasses.replace(config, down=dataclasses.replace(config.down, tile_k=128))
     assert chosen(slices) == "triton"
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"up_backend": "mosaic_gpu"})
+    x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
+    assert configs.choose(x, w, 128, HOPPER) == config
     with pytest.raises(ValueError, match="up_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
         dataclasses.replace(config, up_backend="xla")
 
