@@ -98,6 +98,7 @@ def gemm(
     tile: int,
     stages: int,
     scratch: Mapping[str, Any],
+    name: str,
     interpret: Any = None,
 ) -> Sequence[jax.Array]:
     """Runs ``x W^T`` for x (M, D) and w (F, D) and gives each tile to an epilogue.
@@ -110,6 +111,7 @@ def gemm(
       tile: columns of a tile, a multiple of 16 up to 256.
       stages: slices of D in flight, at least 2.
       scratch: the epilogue's shared memory, by name.
+      name: what profilers call it.
       interpret: what `plgpu.kernel` takes by this name.
     """
     x = jnp.pad(x, ((0, -x.shape[0] % _ROW_GROUP), (0, 0)))
@@ -131,6 +133,7 @@ def gemm(
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(x, w)

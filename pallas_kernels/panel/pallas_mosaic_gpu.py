@@ -112,6 +112,7 @@ def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | N
         tile=tile,
         stages=_stages(tile),
         scratch={},
+        name="panel_gate",
     )
     # Mosaic GPU's outputs do not say so themselves.
     values, hits, nnz = varying_axes.vary_with(x, (values, hits, nnz))

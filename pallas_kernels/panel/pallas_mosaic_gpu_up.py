@@ -142,6 +142,7 @@ def panel_up(
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 2,
         thread_name="warpgroup",
+        kernel_name="panel_up",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(

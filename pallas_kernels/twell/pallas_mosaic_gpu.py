@@ -80,6 +80,7 @@ def gate_pack(
             "counters": plgpu.SMEM((tile,), jnp.int32),
             "gates": plgpu.SMEM((tile // 8 * WARPGROUP,), jnp.uint32),
         },
+        name="twell_gate",
     )
     words, hits = varying_axes.vary_with(x, (words, hits))  # Mosaic GPU's outputs do not say so themselves
     packed = TwELL(words, None, d_ff, tile, slots, x.dtype)

@@ -69,6 +69,7 @@ def test_every_row_and_column(monkeypatch, sizes, stages, tile):
         tile=tile,
         stages=stages,
         scratch={},
+        name="plus_one",
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # has no public name

@@ -121,7 +121,7 @@ def _around_the_layer() -> Iterator[Program]:
 
 
 def _up_on_hopper() -> Iterator[Program]:
-    """What no config asks for yet: PanelELL's up projection on Mosaic GPU."""
+    """PanelELL's up projection on Mosaic GPU, also of few panels, whose layer has others."""
     for tokens, d_model, d_ff, dtype, activation in (
         (65536, 2048, 5632, "bfloat16", "relu"),
         (8201, 64, 8200, "float16", "relu2"),
@@ -133,8 +133,7 @@ def _up_on_hopper() -> Iterator[Program]:
 
 
 def _gate_and_up(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, rule: Any) -> Any:
-    chosen = panel_configs.choose(x, w_up, 128)
-    config = dataclasses.replace(chosen, up_backend="mosaic_gpu")
+    config = panel_configs.choose(x, w_up, 128)
     gates = gate.stage(config, "mosaic_gpu", rule)(x, w_gate)
     counts = count_active(gates, d_ff=w_up.shape[0])
     return up.list_and_project(gates, counts, x, w_up, config=config, backend="mosaic_gpu", rule=rule)[2]

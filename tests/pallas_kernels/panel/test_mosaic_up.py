@@ -139,17 +139,6 @@ def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, monkeyp
 # -- when, and what a call becomes -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def asked_for(monkeypatch):
-    """Configs that ask for it, as they would be for Hopper."""
-    heuristic = configs.heuristic
-
-    def with_it(*arguments):
-        return dataclasses.replace(heuristic(*arguments), up_backend="mosaic_gpu")
-
-    monkeypatch.setattr(configs, "heuristic", with_it)
-
-
 def chosen(
     config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, l1_by_token=False
 ):
@@ -160,10 +149,12 @@ def chosen(
 
 
 def test_the_implementation_of_a_call(monkeypatch):
-    plain = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
-    assert chosen(plain) == plain.up_backend == "triton"
-    config = dataclasses.replace(plain, up_backend="mosaic_gpu")
-    assert chosen(config) == "mosaic_gpu"
+    config = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
+    assert chosen(config) == config.up_backend == "mosaic_gpu"
+    newer = dataclasses.replace(HOPPER, capability=100)
+    assert (
+        configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, newer).up_backend == "triton"
+    )
     for other in (
         {"backend": "triton"},
         {"backend": "interpret"},
@@ -176,9 +167,9 @@ def test_the_implementation_of_a_call(monkeypatch):
     assert chosen(config, d_model=1 << 15, d_ff=1 << 16) == "mosaic_gpu"
     slices = dataclasses.replace(config, down=dataclasses.replace(config.down, tile_k=128))
     assert chosen(slices) == "triton"
-    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"up_backend": "mosaic_gpu"})
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"up_backend": "triton"})
     x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
-    assert configs.choose(x, w, 128, HOPPER) == config
+    assert configs.choose(x, w, 128, HOPPER) == dataclasses.replace(config, up_backend="triton")
     with pytest.raises(ValueError, match="up_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
         dataclasses.replace(config, up_backend="xla")
 
@@ -194,7 +185,7 @@ def test_the_implementation_of_a_call(monkeypatch):
     ],
     ids=str,
 )
-def test_a_forward_call(options, kind, on_mosaic, asked_for):
+def test_a_forward_call(options, kind, on_mosaic):
     """One kernel beside the gate's, and nothing more; where it cannot be, Triton's."""
     text = lowered(partial(call, options=options), shapes(*SIZES, kind=kind))
     launches = set(re.findall(r'"(panel_\w+)"', text))
@@ -204,7 +195,7 @@ def test_a_forward_call(options, kind, on_mosaic, asked_for):
         assert launches == {"panel_count", "panel_lists", "panel_down"}
 
 
-def test_a_training_step_keeps_what_it_kept(asked_for):
+def test_a_training_step_keeps_what_it_kept():
     """Gate and up projection are kept by Triton's kernel."""
     step = partial(differentiate, dl1=1.0, apply=partial(call, options=FFNOptions(format="panel")))
     text = lowered(step, shapes(*SIZES), jax.ShapeDtypeStruct(SIZES[:2], jnp.float32))

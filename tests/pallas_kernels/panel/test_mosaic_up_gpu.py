@@ -110,15 +110,9 @@ PATH = PanelPath(
 )
 
 
-@pytest.fixture
-def asked_for(monkeypatch):
-    """Every forward call without a backward takes it, also of few panels."""
-    heuristic = configs.heuristic
-
-    def with_it(*arguments):
-        return dataclasses.replace(heuristic(*arguments), up_backend="mosaic_gpu")
-
-    monkeypatch.setattr(configs, "heuristic", with_it)
+@pytest.fixture(autouse=True)
+def many_panels(monkeypatch):
+    """A few panels are as many."""
     monkeypatch.setattr(configs, "FEW_PANELS", 0)
 
 
@@ -130,7 +124,7 @@ CALLS = [(pattern, "relu", dtype) for pattern in PATTERNS for dtype in ("bfloat1
 
 
 @pytest.mark.parametrize(("pattern", "activation", "dtype"), CALLS, ids=str)
-def test_a_call(pattern, activation, dtype, asked_for):
+def test_a_call(pattern, activation, dtype):
     options = dataclasses.replace(PATH.options, activation=activation)
     inputs, _ = PATH.layer(pattern, 1033, dtype)
     function = jax.jit(partial(call, options=options))
@@ -142,7 +136,7 @@ def test_a_call(pattern, activation, dtype, asked_for):
     check_counts(stats, true["active"], 0)
 
 
-def test_layers_of_a_batch(asked_for):
+def test_layers_of_a_batch():
     """As experts are: each layer of mapped weights is its own grid of programs in one launch."""
     layers = [PATH.layer(pattern, 1033, "bfloat16") for pattern in ("few", "fully-dense", "uneven")]
     batch = {name: np.stack([inputs[name] for inputs, _ in layers]) for name in layers[0][0]}

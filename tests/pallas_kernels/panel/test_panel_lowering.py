@@ -44,8 +44,9 @@ def test_shapes_of_published_models(name, backend):
     shape = SHAPES[name]
     inputs = shapes(65536, shape.d_model, shape.d_ff, kind="gated" if shape.gated else "non-gated")
     text = lowered(partial(call, options=FFNOptions(format="panel", backend=backend)), inputs)
-    assert_kernels(text, FORWARD[1:])
-    assert text.count("custom_call @mosaic_gpu_v2") == (backend == "mosaic_gpu")
+    gathered_on_mosaic = backend == "mosaic_gpu" and shape.gated
+    assert_kernels(text, {*FORWARD[1:]} - ({"panel_up"} if gathered_on_mosaic else set()))
+    assert text.count("custom_call @mosaic_gpu_v2") == (backend == "mosaic_gpu") + gathered_on_mosaic
 
 
 def test_the_largest_sizes():
@@ -69,8 +70,9 @@ def test_a_forward_call_of_few_panels_is_few_launches(tokens, format, launches, 
     """Each kernel once behind Hopper's gate; ``auto`` is no decision there."""
     text = lowered(partial(call, options=FFNOptions(format=format)), shapes(tokens, 2048, 5632, kind=kind))
     found = [name for name in re.findall(r'"(panel_\w+)"', text) if not name.startswith("panel_gate")]
-    assert sorted(found) == launches
-    assert text.count("custom_call @mosaic_gpu_v2") == bool(launches)
+    gathered_on_mosaic = tokens == 8193 and kind == "gated"
+    assert sorted(found) == [name for name in launches if name != "panel_up" or not gathered_on_mosaic]
+    assert text.count("custom_call @mosaic_gpu_v2") == bool(launches) + gathered_on_mosaic
     # The platform's, whose outcome XLA knows, are the only ones.
     assert text.count("stablehlo.case") == (2 if format == "auto" and launches else 0)
 
