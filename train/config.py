@@ -213,13 +213,20 @@ class ParallelConfig:
         (optimizer state), ``"fsdp"`` (optimizer state and parameters).
       batch_per_device: sequences that a device takes at a time; how many times it does in a step then follows
         from ``batch_size``, which stays the batch of a step. 0: ``optimizer.accumulation`` says how many.
+      reduce_dtype: in which gradients of matrices are summed over devices: ``"float32"``, or ``"bfloat16"``,
+        half the bytes; each device's own gradient, and all that follows the sum, stay in f32.
     """
 
     mode: Literal["jit", "pmap"] = "jit"
     shard: Literal["none", "zero1", "fsdp"] = "none"
     batch_per_device: int = 0
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        _require(
+            self.reduce_dtype in ("float32", "bfloat16"),
+            f"parallel.reduce-dtype must be float32 or bfloat16; got {self.reduce_dtype!r}",
+        )
         _require(self.mode in ("jit", "pmap"), f"parallel.mode must be jit or pmap; got {self.mode!r}")
         _require(
             self.shard in ("none", "zero1", "fsdp"),

@@ -3,8 +3,8 @@
 The gradient of a step is computed in one ``shard_map`` (or ``pmap``), where each device has its own sequences
 and everything but the following is local. P are the parameters; bytes are of the result on each device.
 
-    data parallel   gradients, summed in f32                                             4 P
-    zero1           gradients, summed in f32, each device its own piece                  4 P / devices
+    data parallel   gradients, summed in the reduce type                                 4 P (in bf16 2 P)
+    zero1           the same, each device its own piece                                  4 P / devices
                     new weights, gathered in f32 behind the optimizer                    4 P
     fsdp            weights, rounded to the compute type and gathered, in each layer     2 P a forward
                     the same again in the backward, where ``remat`` has it computed again
@@ -40,6 +40,7 @@ class _Crossing(NamedTuple):
     shard: Literal["none", "zero1", "fsdp"]
     dimension: int
     dtype: DTypeLike
+    reduce_dtype: DTypeLike
 
     @property
     def cut(self) -> bool:
@@ -48,9 +49,12 @@ class _Crossing(NamedTuple):
 
     def reduced(self, gradient: jax.Array) -> jax.Array:
         """The sum over devices, or this device's piece of it."""
+        sent = gradient.astype(self.reduce_dtype)
         if self.cut:
-            return lax.psum_scatter(gradient, self.axis, scatter_dimension=self.dimension, tiled=True)
-        return lax.psum(gradient, self.axis)
+            total = lax.psum_scatter(sent, self.axis, scatter_dimension=self.dimension, tiled=True)
+        else:
+            total = lax.psum(sent, self.axis)
+        return total.astype(gradient.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Exchange:
       shard: `ParallelConfig.shard`.
       dimensions: for each parameter the dimension along which pieces are cut, or `WHOLE`.
       dtype: the compute type, in which fsdp gathers weights.
+      reduce_dtype: in which gradients of matrices are summed.
       every_micro_batch: whether gradients are summed with each micro-batch, or once for all by `finish`.
     """
 
@@ -69,6 +74,7 @@ class Exchange:
     shard: Literal["none", "zero1", "fsdp"]
     dimensions: Params
     dtype: DTypeLike
+    reduce_dtype: DTypeLike
     every_micro_batch: bool
 
     def parts(self, params: Params) -> Params:
@@ -116,7 +122,9 @@ class Exchange:
         return jax.tree_util.tree_map_with_path(used, parts, params, dimensions)
 
     def _crossing(self, path: tuple[Any, ...], dimension: int) -> _Crossing:
-        return _Crossing(self.axis, self.shard, dimension if is_matrix(path) else WHOLE, self.dtype)
+        if not is_matrix(path):
+            return _Crossing(self.axis, self.shard, WHOLE, self.dtype, jnp.float32)
+        return _Crossing(self.axis, self.shard, dimension, self.dtype, self.reduce_dtype)
 
 
 def _outside_layers(tree: Params) -> Params:

@@ -24,6 +24,9 @@ _JOIN_SECONDS = 300
 _HEARTBEAT_SECONDS = 40  # after so long without a sign of life, a process counts as lost
 OrderRefresh = Callable[[int, TrainState, Any], TrainState]
 AXIS = "data"  # the one mesh axis: batches are cut along it, and under ZeRO-1 and FSDP state as well
+_SEVERAL_DEVICES = {"xla_gpu_experimental_parallel_collective_overlap_limit": 16}
+"""XLA's options for a step of several devices. By default one collective is on its way at a time, each beside
+the few kernels that are left to it: a layer's sums are several, and its feed-forward backward hid none."""
 
 
 def initialize_processes() -> None:
@@ -189,7 +192,11 @@ class Layout:
             in_shardings=(shardings, self.batch),
             out_shardings=(shardings, self.replicated),
             donate_argnums=0,
+            compiler_options=self._compiler_options(),
         )
+
+    def _compiler_options(self) -> dict[str, Any]:
+        return _SEVERAL_DEVICES if self.mesh.size > 1 else {}
 
     def _shared_gradient(self, program: Program, abstract: TrainState) -> Gradient:
         """The gradient of a batch that the devices share, each taking its own sequences."""
@@ -212,6 +219,7 @@ class Layout:
             shard,
             self._dimensions(abstract.params),
             jnp.dtype(program.config.model.dtype),
+            jnp.dtype(self.config.reduce_dtype),
             every_micro_batch=shard == "fsdp" or program.config.optimizer.accumulation == 1,
         )
 
@@ -255,7 +263,8 @@ class Layout:
         with self.step_scope():
             step: Any = self.compile_step(program)
             lowered = step.lower(program.abstract_state(), tokens)
-            compiled: jax.stages.Compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+            chosen = self._compiler_options() | dict(compiler_options or {})
+            compiled: jax.stages.Compiled = lowered.compile(compiler_options=chosen)
             return compiled
 
     def place(self, tokens: np.ndarray) -> jax.typing.ArrayLike:

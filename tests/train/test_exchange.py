@@ -1,6 +1,7 @@
 """What crosses devices in a step is what `train.exchange` says, and the step is that of one device."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -70,6 +71,28 @@ def test_matrices_cross_once_a_step_or_once_a_micro_batch_under_fsdp(mode, accum
         expected = {}
     assert 4 * norms <= small <= 4 * norms + scalars
     assert found == expected
+
+
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_sums_in_16_bits(mode, alone):
+    """All matrices cross in bfloat16, and nothing else does; what an element of a sum loses is at most its
+    rounding and that of its terms."""
+    layout = Layout.over_all_devices(dataclasses.replace(LAYOUTS[mode], reduce_dtype="bfloat16"))
+    program = uneven()
+    with layout.step_scope():
+        step: Any = layout.compile_step(program)
+        text = step.lower(program.abstract_state(), layout.place(TOKENS)).as_text()
+    sent = re.findall(r"\}\) : \(tensor<([\dx]+)xbf16>\) -> tensor", text)
+    layers = program.abstract_state().params["blocks"]
+    in_layers = sum(
+        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(layers) if is_matrix(path)
+    )
+    once = parameters(program)[0] - in_layers // 2  # the two layers are one loop
+    assert sum(math.prod(map(int, shape.split("x"))) for shape in sent) == once
+    (_, found), (_, expected) = one_step(layout, program), alone
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)  # of before the step
+    assert abs(found["grad_norm"] / expected["grad_norm"] - 1) < 2**-8
+    assert found["grad_norm"] != expected["grad_norm"]
 
 
 def test_fsdp_gathers_a_layers_weights_again_where_remat_computes_it_again():

@@ -57,6 +57,7 @@ class ScalingOptions:
       modes: how a step spreads over devices, one case each for every number of them.
       nnz: active neurons that each layer has for a token, on average.
       steps: timed steps of a case, after 3 that are not.
+      reduce_dtype: in which gradients are summed over devices.
       compiler_options: options of XLA, each ``name=value``, to try what they change.
       tensor_parallel: also time one feed-forward layer whose neurons the devices share.
       tensor_parallel_model: also time the model, without its output head, whose neurons they share.
@@ -74,6 +75,7 @@ class ScalingOptions:
     modes: tuple[Mode, ...] = ("data-parallel", "zero1", "fsdp", "pmap")
     nnz: float = 30.0
     steps: int = 10
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     compiler_options: tuple[str, ...] = ()
     tensor_parallel: bool = False
     tensor_parallel_model: bool = False
@@ -97,6 +99,9 @@ class ScalingOptions:
         )
         for option in self.compiler_options:
             require("=" in option, f"compiler-options must each be name=value; got {option!r}")
+
+    def parallel(self, mode: Mode) -> ParallelConfig:
+        return dataclasses.replace(PARALLEL[mode], reduce_dtype=self.reduce_dtype)
 
     @property
     def xla(self) -> dict[str, str]:
@@ -211,7 +216,7 @@ def run(options: ScalingOptions, *, console: Console | None = None) -> dict[str,
     if options.loss_steps:
         losses = scaling_checks.compare_losses(
             options.model, options.batch_size, options.loss_steps, counts,
-            {mode: PARALLEL[mode] for mode in options.modes},
+            {mode: options.parallel(mode) for mode in options.modes},
         )  # fmt: skip
         keep("losses", losses, scaling_checks.losses_line(losses))
     print_table(console, table(options, rows))
@@ -241,7 +246,7 @@ def program(options: ScalingOptions, devices: int) -> Program:
 
 
 def _compiled(options: ScalingOptions, mode: Mode | None, devices: int) -> jax.stages.Compiled | str:
-    layout = _layout(mode, devices)
+    layout = _layout(options, mode, devices)
     try:
         return layout.compiled_step(program(options, devices), _tokens(options, layout), options.xla)
     except jax.errors.JaxRuntimeError as error:
@@ -269,7 +274,7 @@ def _measured(
 
 
 def _timed(options: ScalingOptions, row: Row, step: Any) -> Row:
-    layout, build = _layout(row.mode, row.devices), program(options, row.devices)
+    layout, build = _layout(options, row.mode, row.devices), program(options, row.devices)
     tokens = _tokens(options, layout)
     with layout.step_scope():
         state = layout.order_refresh(build)(1, layout.compile_init(build)(), tokens)
@@ -286,8 +291,8 @@ def _timed(options: ScalingOptions, row: Row, step: Any) -> Row:
     )
 
 
-def _layout(mode: Mode | None, devices: int) -> Layout:
-    return Layout.over_first_devices(PARALLEL[mode or "data-parallel"], devices)
+def _layout(options: ScalingOptions, mode: Mode | None, devices: int) -> Layout:
+    return Layout.over_first_devices(options.parallel(mode or "data-parallel"), devices)
 
 
 def _tokens(options: ScalingOptions, layout: Layout) -> Any:
