@@ -19,9 +19,9 @@ def implementation(
     """
     if not config.up_backend == backend == "mosaic_gpu" or w_up is None or in_blocks or l1_by_token:
         return "triton"
-    from pallas_kernels.panel import pallas_mosaic_gpu_up
+    from pallas_kernels.panel import hopper_gathered
 
-    reason = pallas_mosaic_gpu_up.unsupported_reason(x.shape[1], w_up.shape[0], config.down.tile_k)
+    reason = hopper_gathered.unsupported_reason(x.shape[1], w_up.shape[0], config.down.tile_k)
     return "mosaic_gpu" if reason is None else "triton"
 
 

@@ -12,14 +12,15 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowering import lowered, shapes
 from op_checks import call, differentiate
-from plain_up import PlainSteps
+from plain_gathered import PlainDh, PlainUp
 
 from pallas_kernels import FFNOptions, Panel, device, tuning
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import pallas_mosaic_gpu_up, up
+from pallas_kernels.panel import hopper_gathered, pallas_mosaic_gpu_dh, pallas_mosaic_gpu_up, up
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton import panel_up
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
@@ -71,10 +72,10 @@ def test_tiles_cover_every_count(pad):
     def look_up(number):
         n_tiles = jnp.full((1,), len(tiles))
         offsets = jnp.zeros((len(counts) + 1,), jnp.int32)
-        return pallas_mosaic_gpu_up.place_of(tiles, n_tiles, counts, offsets, number, pad=pad)
+        return hopper_gathered.place_of(tiles, n_tiles, counts, offsets, number, pad=pad)
 
     place = jax.tree.map(np.asarray, look_up(tiles))
-    width = np.asarray(pallas_mosaic_gpu_up.WIDTHS)[place.code]
+    width = np.asarray(hopper_gathered.WIDTHS)[place.code]
     assert (place.valid[in_use] >= 1).all()
     assert (width >= place.rows)[in_use].all()
     np.testing.assert_array_equal(place.slot, tiles % most * width)
@@ -87,7 +88,7 @@ def test_tiles_cover_every_count(pad):
 def test_a_number_past_the_tiles_is_in_bounds():
     """Behind the tiles in use nothing was written."""
     tiles, counts = jnp.full((8,), 1 << 30), jnp.zeros((2,), jnp.int32)
-    found = pallas_mosaic_gpu_up.place_of(
+    found = hopper_gathered.place_of(
         tiles, jnp.zeros((1,), jnp.int32), counts, jnp.zeros((3,), jnp.int32), 11, pad=PAD
     )
     assert [int(field) for field in found] == [0, 0, 0, 0, 0]
@@ -96,44 +97,62 @@ def test_a_number_past_the_tiles_is_in_bounds():
 # -- the kernel --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of two widths."""
+    tile = 64
+    for module in (hopper_gathered, pallas_mosaic_gpu_up, pallas_mosaic_gpu_dh):
+        monkeypatch.setattr(module, "GATHERED_TILE", tile)
+    monkeypatch.setattr(hopper_gathered, "WIDTHS", (32, 64))
+    return tile
+
+
 @pytest.mark.skipif(VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on")
 @pytest.mark.parametrize(
-    ("cores", "d_model", "dtype", "rule"),
-    [(2, 384, "bfloat16", RELU), (5, 64, "float16", Rule(rectified_up=True))],
+    ("cores", "d_model", "dtype", "rule", "scale"),
+    [(2, 384, "bfloat16", RELU, 0.25), (5, 64, "float16", Rule(rectified_up=True), None)],
     ids=str,
 )
-def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, monkeypatch):
+def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, scale, small_tiles, monkeypatch):
     """Programs with several tiles, one and none; a tile of more slices than the ring holds, and of fewer; a
     panel of no neuron; a call that ends within a panel. To the bit what Triton's gives, of whole numbers."""
-    counts, d_ff, cut, tile = [70, 40, 0, 1], 88, 5, 64
+    counts, d_ff, cut = [70, 40, 0, 1], 88, 5
     monkeypatch.setattr(device, "current", lambda: dataclasses.replace(HOPPER, cores=cores))
-    monkeypatch.setattr(pallas_mosaic_gpu_up, "GATHERED_TILE", tile)
-    monkeypatch.setattr(pallas_mosaic_gpu_up, "WIDTHS", (32, 64))
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.integers(-1, 2, (len(counts) * PANEL - cut, d_model)), dtype)
     w = jnp.asarray(rng.integers(-1, 2, (d_ff, d_model)), dtype)
-    gate, lists = gates_and_lists(counts, d_ff, dtype, tile)
+    gate, lists = gates_and_lists(counts, d_ff, dtype, small_tiles)
     gate = gate._replace(values=gate.values.at[-1, :, -cut:].set(0))
     config = configs.StageConfig(128, 64, 4, 2)
-    expected = panel_up(gate, lists, x, w, config=config, rule=rule, interpret=True)
+    scale = None if scale is None else jnp.full((1,), scale, jnp.float32)
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    expected = panel_up(gate, lists, x, w, config=config, rule=rule, keep=True, interpret=True)
     found = pallas_mosaic_gpu_up.panel_up(
-        gate,
-        lists,
-        x,
-        w,
-        pad=PAD,
-        rule=rule,
-        steps=PlainSteps(rule),
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
+        gate, lists, x, w, pad=PAD, rule=rule, keep=True, steps=PlainUp(rule), interpret=interpreter
     )
+    no_races()
+    kept = expected.gate, expected.up
+    wanted = panel_dh(*kept, lists, x, w, scale, config=config, rule=rule, interpret=True)
+    steps = PlainDh(rule, small_tiles, scaled=scale is not None)
+    gradients = pallas_mosaic_gpu_dh.panel_dh(
+        *kept, lists, x, w, scale, pad=PAD, rule=rule, steps=steps, interpret=interpreter
+    )
+    no_races()
+    pairs = [(found.h, expected.h), (found.gate, expected.gate), *zip(gradients, wanted, strict=True)]
+    # Where a gate is zero, the projection means nothing.
+    pairs.append(tuple(jnp.where(expected.gate > 0, hidden.up, 0) for hidden in (found, expected)))
+    for start, count in zip(np.asarray(lists.offsets), counts, strict=False):
+        slots = slice(start, start + -(-count // PAD) * PAD)
+        for mine, triton in pairs:
+            np.testing.assert_array_equal(mine[slots], triton[slots])
+    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
+    assert expected.l1 > 0
+
+
+def no_races():
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # has no public name
 
     assert not get_races().races_found
-    for start, count in zip(np.asarray(lists.offsets), counts, strict=False):
-        slots = slice(start, start + -(-count // PAD) * PAD)
-        np.testing.assert_array_equal(found.h[slots], expected.h[slots])
-    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
-    assert expected.l1 > 0
 
 
 # -- when, and what a call becomes -------------------------------------------------------------------------
