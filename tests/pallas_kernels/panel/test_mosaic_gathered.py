@@ -1,8 +1,7 @@
-"""The up projection on Mosaic GPU, where there is no GPU: how lists are cut into its tiles, when a call takes
-it, its lowering, and its warpgroups' protocol under an interpreter that sees races."""
+"""The gathered products on Mosaic GPU, where there is no GPU: how lists are cut into their tiles, when a call
+takes them, their lowering, and their warpgroups' protocol under an interpreter that sees races."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax
@@ -10,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lowering import lowered, shapes
-from op_checks import call, differentiate
+from lowering import lowered, panel_launches, shapes
+from op_checks import call
 from plain_gathered import PlainDh, PlainUp
 
-from pallas_kernels import FFNOptions, Panel, device, tuning
+from pallas_kernels import FFNOptions, Panel, device, sparse_ffn, tuning
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import hopper_gathered, pallas_mosaic_gpu_dh, pallas_mosaic_gpu_up, up
+from pallas_kernels.panel import gathered, hopper_gathered, pallas_mosaic_gpu_dh, pallas_mosaic_gpu_up
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton import panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
@@ -54,6 +53,8 @@ def test_lists_in_tiles():
     assert lists.n_tiles.tolist() == [len(expected)]
     assert lists.tiles.shape == (7 * 4,)
     assert lists.tiles[: len(expected)].tolist() == expected
+    assert lists.only_if(True).n_tiles.tolist() == [len(expected)]
+    assert lists.only_if(False).n_tiles.tolist() == [0]
     without, _ = build_lists(gate, count_active(gate, d_ff=600, interpret=True), chunk=128, interpret=True)
     assert without.tiles is None
     assert without.n_tiles is None
@@ -159,38 +160,38 @@ def no_races():
 
 
 def chosen(
-    config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, l1_by_token=False
+    config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, by_token=False
 ):
     x, w = (jax.ShapeDtypeStruct((n, d_model), "bfloat16") for n in (65536, d_ff))
-    return up.implementation(
-        config, backend, x, w if gated else None, in_blocks=in_blocks, l1_by_token=l1_by_token
-    )
+    w = w if gated else None
+    return gathered.implementation(config, backend, x, w, in_blocks=in_blocks, by_token=by_token)
 
 
 def test_the_implementation_of_a_call(monkeypatch):
-    config = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
-    assert chosen(config) == config.up_backend == "mosaic_gpu"
+    x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
+    config = configs.heuristic(x, 128, HOPPER)
+    assert chosen(config) == config.gathered_backend == "mosaic_gpu"
     newer = dataclasses.replace(HOPPER, capability=100)
-    assert (
-        configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, newer).up_backend == "triton"
-    )
+    assert configs.heuristic(x, 128, newer).gathered_backend == "triton"
+    f32 = jax.ShapeDtypeStruct(x.shape, "float32")
+    assert configs.heuristic(f32, 128, HOPPER).gathered_backend == "triton"
     for other in (
         {"backend": "triton"},
         {"backend": "interpret"},
         {"gated": False},
         {"in_blocks": True},
-        {"l1_by_token": True},
+        {"by_token": True},
         {"d_model": 1 << 15, "d_ff": (1 << 16) + 8},
     ):
         assert chosen(config, **other) == "triton", other
     assert chosen(config, d_model=1 << 15, d_ff=1 << 16) == "mosaic_gpu"
-    slices = dataclasses.replace(config, down=dataclasses.replace(config.down, tile_k=128))
-    assert chosen(slices) == "triton"
-    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"up_backend": "triton"})
-    x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
-    assert configs.choose(x, w, 128, HOPPER) == dataclasses.replace(config, up_backend="triton")
-    with pytest.raises(ValueError, match="up_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
-        dataclasses.replace(config, up_backend="xla")
+    for stage in ("down", "dx"):
+        slices = {stage: dataclasses.replace(getattr(config, stage), tile_k=128)}
+        assert chosen(dataclasses.replace(config, **slices)) == "triton"
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"gathered_backend": "triton"})
+    assert configs.choose(x, w, 128, HOPPER) == dataclasses.replace(config, gathered_backend="triton")
+    with pytest.raises(ValueError, match="gathered_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
+        dataclasses.replace(config, gathered_backend="xla")
 
 
 @pytest.mark.parametrize(
@@ -207,16 +208,48 @@ def test_the_implementation_of_a_call(monkeypatch):
 def test_a_forward_call(options, kind, on_mosaic):
     """One kernel beside the gate's, and nothing more; where it cannot be, Triton's."""
     text = lowered(partial(call, options=options), shapes(*SIZES, kind=kind))
-    launches = set(re.findall(r'"(panel_\w+)"', text))
-    assert ("panel_up" in launches) != on_mosaic
+    triton, mosaic = panel_launches(text)
+    assert ("panel_up" in triton) != on_mosaic
     if on_mosaic:
-        assert text.count("custom_call @mosaic_gpu_v2") == 2
-        assert launches == {"panel_count", "panel_lists", "panel_down"}
+        assert mosaic == ["panel_gate", "panel_up"]
+        assert sorted(triton) == ["panel_count", "panel_down", "panel_lists"]
 
 
-def test_a_training_step_keeps_what_it_kept():
-    """Gate and up projection are kept by Triton's kernel."""
-    step = partial(differentiate, dl1=1.0, apply=partial(call, options=FFNOptions(format="panel")))
-    text = lowered(step, shapes(*SIZES), jax.ShapeDtypeStruct(SIZES[:2], jnp.float32))
-    assert text.count("custom_call @mosaic_gpu_v2") == 1
-    assert '"panel_up"' in text
+def test_a_training_call_of_layers_in_a_loop():
+    """Mapped weights, as of experts, each layer rematerialised in a ``scan``: the forward's gate and up
+    projection, and in the backward both again and dh."""
+    options = FFNOptions(format="panel", backend="mosaic_gpu")
+    x, *weights = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 256, 192), *[(3, 2, 520, 192)] * 3)
+    )
+
+    @jax.checkpoint
+    def layer(x, weights):
+        y, stats = sparse_ffn(x, *weights, options=options)
+        return y, stats.l1
+
+    @jax.vmap
+    def objective(x, *weights):
+        y, l1 = jax.lax.scan(layer, x, weights)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(l1)
+
+    step = jax.grad(lambda *arguments: jnp.sum(objective(*arguments)), argnums=(0, 1, 2, 3))
+    text = lowered(step, x, *weights)
+    triton, mosaic = panel_launches(text)
+    assert mosaic == ["panel_gate", "panel_up"] * 2 + ["panel_dh"]
+    assert not {"panel_up", "panel_dh"} & {*triton}
+
+
+def test_a_training_call_whose_tokens_are_mapped():
+    """Each row of tokens has an l1: Triton's."""
+    options = FFNOptions(format="panel", backend="mosaic_gpu")
+
+    def objective(x, *weights):
+        y, stats = jax.vmap(lambda x: sparse_ffn(x, *weights, options=options))(x)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(stats.l1)
+
+    weight = jax.ShapeDtypeStruct((520, 192), jnp.bfloat16)
+    text = lowered(jax.grad(objective), jax.ShapeDtypeStruct((3, 256, 192), jnp.bfloat16), *[weight] * 3)
+    triton, mosaic = panel_launches(text)
+    assert mosaic == ["panel_gate"]
+    assert {"panel_up", "panel_dh"} < {*triton}
