@@ -42,6 +42,7 @@ def panel_dh(
       steps: None for those of a GPU.
       interpret: what `plgpu.kernel` takes by this name.
     """
+    assert scale is None or scale.shape == (1,)
     if steps is None:
         steps = ptx_dh.Steps(GATHERED_TILE, dy.dtype, dy.shape[1], rule, scaled=scale is not None)
     inputs = (gate, up) if scale is None else (gate, up, scale)
