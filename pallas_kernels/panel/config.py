@@ -22,6 +22,8 @@ _WIDEST_SLICE = 128
 
 GATHERED_TILE = 192
 """Neurons of a tile, at most, of the gathered products on Mosaic GPU."""
+GATHERED_SLICE = 32
+"""Slots of a slice of the down projection on Mosaic GPU."""
 GatheredBackend = Literal["triton", "mosaic_gpu"]
 
 
