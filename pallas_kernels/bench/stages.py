@@ -28,8 +28,7 @@ from pallas_kernels.bench.timing import Timing
 from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import gate as panel_gate
-from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_up
-from pallas_kernels.panel.pallas_triton import panel_down
+from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_lists import count_active
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
@@ -97,13 +96,13 @@ def stages(
     up = partial(panel_up, config=config, backend=backend, rule=rule)
     stage("up", up, gate, lists, x, up_weight)
     kept = stage("up_keep", partial(up, keep=True), gate, lists, x, up_weight)
-    down = partial(panel_down, tokens=x.shape[0], interpret=interpret)
-    stage("down", partial(down, config=config.down), [(kept.h, w_down)], lists)
+    down = partial(panel_down, tokens=x.shape[0], config=config, backend=backend)
+    stage("down", down, [(kept.h, w_down)], lists)
     dh = partial(panel_dh, config=config, backend=backend, rule=rule)
     scale = jnp.full((1,), 1 / x.shape[0], jnp.float32)
     pulled = stage("dh", dh, kept.gate, kept.up, lists, dy, w_down, scale)
     terms = [(pulled.gate, gate_weight)] + ([] if up_weight is None else [(pulled.up, up_weight)])
-    stage("dx", partial(down, config=config.dx, name="panel_dx"), terms, lists)
+    stage("dx", partial(down, gradient=True), terms, lists)
     dw = partial(panel_dw, hot_config=config.dw, rare_config=config.rare, dtype=x.dtype, interpret=interpret)
     stage("dw", dw, pulled, kept.gate, lists, x, dy)
     return programs, float(jnp.mean(counts.neurons.astype(jnp.float32)))

@@ -149,7 +149,8 @@ class PanelConfig:
     ``up_keep`` and ``dh`` is one chunk, or two where a panel has two left. The tile_k of ``down`` and ``dx``
     divides the chunk.
 
-    ``gathered_backend`` runs what ``up``, ``up_keep`` and ``dh`` cut for Triton, where it can (`gathered`).
+    ``gathered_backend`` runs what ``up``, ``up_keep``, ``down``, ``dh`` and ``dx`` cut for Triton, where it
+    can (`gathered`).
 
     Raises:
       ValueError: a tile or a slice that the chunk does not allow, a slice that does not divide a panel, or a

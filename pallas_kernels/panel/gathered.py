@@ -1,7 +1,8 @@
 """PanelELL's products over gathered rows of weights, and the lists that they walk: Triton's or Mosaic GPU's.
 
-They are the up projection, and dh in the backward. Which backend a call takes is decided where its lists are
-made: those for Mosaic GPU have tiles.
+They are the up projection, and dh in the backward, which multiply tokens by gathered rows; and the down
+projection, and dx in the backward, which sum over gathered rows. Which backend a call takes for the former is
+decided where its lists are made: those for Mosaic GPU have tiles. The latter need none.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from pallas_kernels.activations import Rule
 from pallas_kernels.common.gate_stage import Shaped
 from pallas_kernels.panel import pallas_triton, pallas_triton_backward
-from pallas_kernels.panel.config import GATHERED_TILE, GatheredBackend, PanelConfig
+from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, GatheredBackend, PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.panel.pallas_triton_lists import Counts, GatePanel, NeuronLists, Totals, build_lists
@@ -86,6 +87,40 @@ def panel_up(
         in_place=start is not None,
         l1_by_token=by_token,
         interpret=backend == "interpret",
+    )
+
+
+def panel_down(
+    terms: list[tuple[jax.Array, jax.Array]],
+    lists: NeuronLists,
+    *,
+    tokens: int,
+    config: PanelConfig,
+    backend: str,
+    start: jax.Array | None = None,
+    into: jax.Array | None = None,
+    gradient: bool = False,
+) -> jax.Array:
+    """`pallas_triton.panel_down` of what a `panel_up` gave; with ``gradient`` of what a `panel_dh` did.
+
+    Mosaic GPU's, where the config asks for it, stands behind Mosaic GPU's gate and writes all tokens of a
+    call at once. Its slice must divide the config's ``pad``, up to which h is written.
+    """
+    stage, name = (config.dx, "panel_dx") if gradient else (config.down, "panel_down")
+    fits = start is None and config.pad % GATHERED_SLICE == 0
+    if fits and config.gathered_backend == backend == "mosaic_gpu":
+        from pallas_kernels.panel import pallas_mosaic_gpu_down
+
+        return pallas_mosaic_gpu_down.panel_down(terms, lists, tokens=tokens, name=name)
+    return pallas_triton.panel_down(
+        terms,
+        lists,
+        tokens=tokens,
+        config=stage,
+        start=start,
+        into=into,
+        interpret=backend == "interpret",
+        name=name,
     )
 
 

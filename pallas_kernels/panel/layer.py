@@ -40,8 +40,7 @@ from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
 from pallas_kernels.panel.gate import roles
-from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_up
-from pallas_kernels.panel.pallas_triton import panel_down
+from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
@@ -153,10 +152,10 @@ def _infer_block(
         [(hidden.h, w_down)],
         lists,
         tokens=x.shape[0],
-        config=config.down,
+        config=config,
+        backend=backend,
         start=start,
         into=y,
-        interpret=interpret,
     )
     return y, _Counted.of(counts, totals, gate, hidden.l1, rows, by_token)
 
@@ -277,7 +276,7 @@ def forward(
             keep=True,
             by_token=by_token,
         )
-        y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
+        y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config, backend=backend)
         return y, hidden.l1[:tokens] if by_token else hidden.l1, (hidden.gate, hidden.up)
 
     def instead(gate, lists):
@@ -324,7 +323,7 @@ def pull_back(
     terms = [(gradients.gate, gate_weight)]
     if up_weight is not None and gradients.up is not None:
         terms.append((gradients.up, up_weight))
-    dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
+    dx = panel_down(terms, lists, tokens=x.shape[0], config=config, backend=backend, gradient=True)
     if not weights:
         return dx, None, None, None  # type: ignore[return-value]
     return dx, *panel_dw(

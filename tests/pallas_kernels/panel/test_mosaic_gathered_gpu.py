@@ -143,7 +143,7 @@ def test_a_call(pattern, activation, dtype):
     options = dataclasses.replace(PATH.options, activation=activation)
     inputs, _ = PATH.layer(pattern, 1033, dtype)
     function = jax.jit(partial(call, options=options))
-    assert panel_launches(function.lower(inputs).as_text())[1] == ["panel_gate", "panel_up"]
+    assert panel_launches(function.lower(inputs).as_text())[1] == ["panel_gate", "panel_up", "panel_down"]
     y, stats = run(function, inputs)
     true, rounded = (forward(inputs, cast, activation) for cast in (exact, rounding_to(dtype)))
     judge("y", y, true["y"], rounded["y"], y.dtype)
@@ -168,7 +168,7 @@ def test_the_gradients_of_a_call(activation, dtype, dl1):
 
     step = jax.jit(jax.grad(objective))
     mosaic = panel_launches(step.lower(inputs, dy).as_text())[1]
-    assert mosaic == ["panel_gate", "panel_up", "panel_dh"]
+    assert mosaic == ["panel_gate", "panel_up", "panel_dh", "panel_dx"]
     true, rounded = (
         gradients(inputs, dy, dl1 or 0.0, cast, activation=activation) for cast in (exact, rounding_to(dtype))
     )

@@ -20,12 +20,14 @@ FORWARD = ("panel_pack", "panel_lists", "panel_up", "panel_down")
 BACKWARD = ("panel_dh", "panel_dx", "panel_dw_hot", "panel_token_lists", "panel_dw_rare")
 GATHERED = ("panel_up", "panel_dh")
 """Which of them are on Mosaic GPU behind its gate, in gated layers."""
+SUMMED = ("panel_down", "panel_dx")
+"""Which of them are there in all layers."""
 
 
 def assert_kernels(text, names, *, gate="triton", gated=False):
     """That a call launches kernels of such names, each on the backend that is its own."""
     expected = set(names)
-    on_mosaic = expected & ({*GATHERED} if gated and gate == "mosaic_gpu" else set())
+    on_mosaic = expected & {*SUMMED, *(GATHERED if gated else ())} if gate == "mosaic_gpu" else set()
     triton, mosaic = map(set, panel_launches(text))
     assert mosaic == on_mosaic | ({"panel_gate"} if gate == "mosaic_gpu" else set())
     assert expected - on_mosaic <= triton
@@ -74,7 +76,8 @@ def test_a_forward_call_of_few_panels_is_few_launches(tokens, format, launches, 
     """Each kernel once behind Hopper's gate; ``auto`` is no decision there."""
     text = lowered(partial(call, options=FFNOptions(format=format)), shapes(tokens, 2048, 5632, kind=kind))
     found, on_mosaic = panel_launches(text)
-    gathered = ["panel_up"] if tokens == 8193 and kind == "gated" else []
+    many = tokens == 8193
+    gathered = ["panel_up"] * (many and kind == "gated") + ["panel_down"] * many
     assert sorted(found) == [name for name in launches if name not in gathered]
     assert on_mosaic == (["panel_gate", *gathered] if launches else [])
     # The platform's, whose outcome XLA knows, are the only ones.
@@ -91,7 +94,8 @@ def test_auto_holds_both_layers_and_never_asks_the_host(kind):
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind"), [("triton", "gated"), ("triton", "non-gated"), ("mosaic_gpu", "gated")]
+    ("backend", "kind"),
+    [("triton", "gated"), ("triton", "non-gated"), ("mosaic_gpu", "gated"), ("mosaic_gpu", "non-gated")],
 )
 def test_what_cuda_graphs_cannot_hold_is_in_no_branch_of_panel(backend, kind):
     """A loop, or a write to a place that XLA knows, which becomes an asynchronous copy: beside either, XLA
