@@ -28,9 +28,8 @@ from pallas_kernels.bench.timing import Timing
 from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import gate as panel_gate
-from pallas_kernels.panel.pallas_triton import panel_down, panel_up
-from pallas_kernels.panel.pallas_triton_backward import panel_dh
-from pallas_kernels.panel.pallas_triton_lists import build_lists, count_active
+from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
+from pallas_kernels.panel.pallas_triton_lists import count_active
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
 
 OPTIONS = FFNOptions(format=Panel(capacity=1.0))
@@ -92,18 +91,18 @@ def stages(
 
     gate = stage("gate", panel_gate.stage(config, backend, rule), x, gate_weight)
     counts = stage("counts", partial(count_active, d_ff=w_up.shape[0], interpret=interpret), gate)
-    make = partial(build_lists, chunk=config.chunk, interpret=interpret)
-    lists, _ = stage("lists", make, gate, counts)
-    up = partial(panel_up, rule=rule, interpret=interpret)
-    stage("up", partial(up, config=config.up), gate, lists, x, up_weight)
-    kept = stage("up_keep", partial(up, config=config.up_keep, keep=True), gate, lists, x, up_weight)
-    down = partial(panel_down, tokens=x.shape[0], interpret=interpret)
-    stage("down", partial(down, config=config.down), [(kept.h, w_down)], lists)
-    dh = partial(panel_dh, config=config.dh, rule=rule, interpret=interpret)
+    make = partial(make_lists, config=config, backend=backend)
+    lists, _ = stage("lists", make, gate, counts, x, up_weight)
+    up = partial(panel_up, config=config, backend=backend, rule=rule)
+    stage("up", up, gate, lists, x, up_weight)
+    kept = stage("up_keep", partial(up, keep=True), gate, lists, x, up_weight)
+    down = partial(panel_down, tokens=x.shape[0], config=config, backend=backend)
+    stage("down", down, [(kept.h, w_down)], lists)
+    dh = partial(panel_dh, config=config, backend=backend, rule=rule)
     scale = jnp.full((1,), 1 / x.shape[0], jnp.float32)
     pulled = stage("dh", dh, kept.gate, kept.up, lists, dy, w_down, scale)
     terms = [(pulled.gate, gate_weight)] + ([] if up_weight is None else [(pulled.up, up_weight)])
-    stage("dx", partial(down, config=config.dx, name="panel_dx"), terms, lists)
+    stage("dx", partial(down, gradient=True), terms, lists)
     dw = partial(panel_dw, hot_config=config.dw, rare_config=config.rare, dtype=x.dtype, interpret=interpret)
     stage("dw", dw, pulled, kept.gate, lists, x, dy)
     return programs, float(jnp.mean(counts.neurons.astype(jnp.float32)))

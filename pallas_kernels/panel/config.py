@@ -21,8 +21,10 @@ _SHARED_MEMORY_ROOM = 8 * 1024
 _WIDEST_SLICE = 128
 
 GATHERED_TILE = 192
-"""Neurons of a tile, at most, of the up projection on Mosaic GPU."""
-UpBackend = Literal["triton", "mosaic_gpu"]
+"""Neurons of a tile, at most, of the gathered products on Mosaic GPU."""
+GATHERED_SLICE = 32
+"""Slots of a slice of the down projection on Mosaic GPU."""
+GatheredBackend = Literal["triton", "mosaic_gpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +149,12 @@ class PanelConfig:
     ``up_keep`` and ``dh`` is one chunk, or two where a panel has two left. The tile_k of ``down`` and ``dx``
     divides the chunk.
 
-    ``up_backend`` runs the up projection of a call that keeps nothing for a backward, where it can (`up`);
-    ``up`` is how Triton's is cut.
+    ``gathered_backend`` runs what ``up``, ``up_keep``, ``down``, ``dh`` and ``dx`` cut for Triton, where it
+    can (`gathered`).
 
     Raises:
       ValueError: a tile or a slice that the chunk does not allow, a slice that does not divide a panel, or a
-        backend that no up projection has.
+        backend that no gathered product has.
     """
 
     panel: int
@@ -166,13 +168,14 @@ class PanelConfig:
     dx: StageConfig
     dw: HotConfig
     rare: RareConfig = RareConfig()
-    up_backend: UpBackend = "triton"
+    gathered_backend: GatheredBackend = "triton"
 
     def __post_init__(self) -> None:
         powers_of_2.check(self, chunk=(16, 256))
-        if self.up_backend not in get_args(UpBackend):
+        if self.gathered_backend not in get_args(GatheredBackend):
             raise ValueError(
-                f"PanelConfig.up_backend must be 'triton' or 'mosaic_gpu'; got {self.up_backend!r}"
+                "PanelConfig.gathered_backend must be 'triton' or 'mosaic_gpu'; "
+                f"got {self.gathered_backend!r}"
             )
         for name in ("up", "up_keep", "dh"):
             if getattr(self, name).tile not in (self.chunk, 2 * self.chunk):
@@ -188,6 +191,12 @@ class PanelConfig:
                 )
         if self.panel % self.dw.tile_k:
             raise ValueError(f"PanelConfig.dw.tile_k must divide panel={self.panel}; got {self.dw.tile_k}")
+
+    @property
+    def pad(self) -> int:
+        """Slots that a stage behind `up`, `up_keep` or `dh` reads at once: a multiple of so many of a panel
+        are to be written."""
+        return max(self.down.tile_k, self.dx.tile_k)
 
 
 FEW_PANELS = 64
@@ -362,7 +371,7 @@ def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
             dh=kept,
             dx=over_columns,
             dw=HotConfig(128, 256, 32, 8, 8, 1) if deep else HotConfig(128, 128, min(64, panel), 8, 3, 2),
-            up_backend="mosaic_gpu" if device.capability == 90 else "triton",
+            gathered_backend="mosaic_gpu" if device.capability == 90 else "triton",
         )
     narrow = StageConfig(128, 32, 4, 3)
     return PanelConfig(

@@ -40,19 +40,16 @@ from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
 from pallas_kernels.panel.gate import roles
-from pallas_kernels.panel.pallas_triton import panel_down, panel_up
-from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_lists import (
     Counts,
     GatePanel,
     NeuronLists,
     Totals,
-    build_lists,
     count_active,
     n_chunks,
 )
 from pallas_kernels.panel.pallas_triton_weights import panel_dw
-from pallas_kernels.panel.up import list_and_project
 from pallas_kernels.reference import Weights
 
 
@@ -64,7 +61,8 @@ class Residuals:
     Attributes:
       fits: () bool, whether the lists had room: if not, the other fields mean nothing.
       lists: the panels' neurons.
-      gate, up: (n_slots, P) in x's type, the projections; up is None without a gate projection.
+      gate, up: (n_slots, P) in x's type, the projections, of a panel's slots up to a multiple of the config's
+        ``pad``; up is None without a gate projection.
     """
 
     fits: jax.Array
@@ -95,7 +93,7 @@ def infer(
     type.
 
     ``backend`` runs the gate: ``"mosaic_gpu"``, ``"triton"`` or ``"interpret"``; the rest is Triton's,
-    interpreted or not, but for the up projection where `up` has another.
+    interpreted or not, but for what `gathered` has on Mosaic GPU.
     """
     tokens = x.shape[0]
     if tokens == 0:
@@ -144,25 +142,20 @@ def _infer_block(
     block = lax.dynamic_slice_in_dim(x, start[0], rows) if blocked else x
     gate = gate_stages.stage(config, backend, rule)(block, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
-    lists, totals, hidden = list_and_project(
-        gate,
-        counts,
-        x,
-        up_weight,
-        config=config,
-        backend=backend,
-        rule=rule,
-        start=start,
-        l1_by_token=by_token,
+    lists, totals = make_lists(
+        gate, counts, x, up_weight, config=config, backend=backend, in_blocks=blocked, by_token=by_token
+    )
+    hidden = panel_up(
+        gate, lists, x, up_weight, config=config, backend=backend, rule=rule, start=start, by_token=by_token
     )
     y = panel_down(
         [(hidden.h, w_down)],
         lists,
         tokens=x.shape[0],
-        config=config.down,
+        config=config,
+        backend=backend,
         start=start,
         into=y,
-        interpret=interpret,
     )
     return y, _Counted.of(counts, totals, gate, hidden.l1, rows, by_token)
 
@@ -260,13 +253,16 @@ def forward(
     if tokens == 0:
         return dense.infer(*arguments, options, backend, groups), None
     layout, rule, interpret = _layout(options), options.rule, backend == "interpret"
+    by_token = groups is not None
     config = configs.choose(x, w_up, layout.tokens)
     gate_weight, up_weight = roles(w_gate, w_up)
     gate = gate_stages.stage(config, backend, rule)(x, gate_weight)
     chunks = n_chunks(gate.values.shape[0], d_ff, config.chunk)
     room = max(1, round(chunks * layout.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)
-    lists, totals = build_lists(gate, counts, chunk=config.chunk, room=room, interpret=interpret)
+    lists, totals = make_lists(
+        gate, counts, x, up_weight, config=config, backend=backend, room=room, by_token=by_token
+    )
 
     def sparse(gate, lists):
         hidden = panel_up(
@@ -274,19 +270,19 @@ def forward(
             lists,
             x,
             up_weight,
-            config=config.up_keep,
+            config=config,
+            backend=backend,
             rule=rule,
             keep=True,
-            l1_by_token=groups is not None,
-            interpret=interpret,
+            by_token=by_token,
         )
-        y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config.down, interpret=interpret)
-        return y, hidden.l1 if groups is None else hidden.l1[:tokens], (hidden.gate, hidden.up)
+        y = panel_down([(hidden.h, w_down)], lists, tokens=tokens, config=config, backend=backend)
+        return y, hidden.l1[:tokens] if by_token else hidden.l1, (hidden.gate, hidden.up)
 
     def instead(gate, lists):
         like = jax.eval_shape(sparse, gate, lists)[2]
         y, l1 = blocks.forward(*arguments, rule)
-        return y, jnp.sum(l1) if groups is None else l1, varying_axes.vary_with(x, empty(like))
+        return y, l1 if by_token else jnp.sum(l1), varying_axes.vary_with(x, empty(like))
 
     fits, listed = lists.needed <= room, lists
     if room == chunks:
@@ -294,7 +290,7 @@ def forward(
     else:
         listed = lists.only_if(fits)
         y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
-    counted = _Counted.of(counts, totals, gate, l1, tokens, groups is not None)
+    counted = _Counted.of(counts, totals, gate, l1, tokens, by_token)
     stats = _stats(counted, ~fits, x, gate_weight, config.panel, rule, groups)
     return (y, stats), Residuals(fits, listed, *kept)
 
@@ -322,20 +318,12 @@ def pull_back(
     config, interpret = configs.choose(x, w_up, _layout(options).tokens), backend == "interpret"
     lists, (gate_weight, up_weight) = kept.lists, roles(w_gate, w_up)
     gradients = panel_dh(
-        kept.gate,
-        kept.up,
-        lists,
-        dy,
-        w_down,
-        scale,
-        config=config.dh,
-        rule=options.rule,
-        interpret=interpret,
+        kept.gate, kept.up, lists, dy, w_down, scale, config=config, backend=backend, rule=options.rule
     )
     terms = [(gradients.gate, gate_weight)]
     if up_weight is not None and gradients.up is not None:
         terms.append((gradients.up, up_weight))
-    dx = panel_down(terms, lists, tokens=x.shape[0], config=config.dx, interpret=interpret, name="panel_dx")
+    dx = panel_down(terms, lists, tokens=x.shape[0], config=config, backend=backend, gradient=True)
     if not weights:
         return dx, None, None, None  # type: ignore[return-value]
     return dx, *panel_dw(

@@ -83,7 +83,6 @@ def _dh_kernel(*refs, panel, config, rule, gated, scaled):
 
     def body(chunk, which, rows, slots, neurons):
         place = (slots[:, None], within)
-        dtype = kept_refs[0].dtype
         rows = jnp.minimum(rows, dy_ref.shape[0] - 1)
         dh = gathered_product(w_ref, neurons, dy_ref, rows, config.tile_k, jnp.float32)
         gate, *up = (plt.load(ref.at[place]) for ref in kept_refs)
@@ -94,22 +93,33 @@ def _dh_kernel(*refs, panel, config, rule, gated, scaled):
             sign = (wide > 0).astype(jnp.float32) - (wide < 0).astype(jnp.float32)
             one = scale_ref.shape[0] == 1
             dh += sign * (scale_ref[0] if one else plt.load(scale_ref.at[rows])[None, :])
-        gate = gate.astype(jnp.float32)
-        mask = stored_active(gate)
-        dh = jnp.where(mask, dh, 0.0).astype(dtype).astype(jnp.float32)
-
-        def rounded(value):
-            # An inactive gate has no gradient, whatever the other factors are.
-            return jnp.where(mask, value.astype(dtype), jnp.zeros(value.shape, dtype))
-
-        if gated:  # h = a(g) b(u)
-            u = up[0].astype(jnp.float32)
-            value = rule.value(gate).astype(dtype).astype(jnp.float32)
-            dg = rounded(dh * rule.up(u) * rule.slope(gate))
-            results = [dg, rounded(dh * value * rule.up_slope(u)), h]
-        else:
-            results = [rounded(dh * rule.slope(gate)), h]
+        gradients = projection_gradients(dh, gate, up[0] if gated else None, rule)
+        results = [value for value in (*gradients, h) if value is not None]
         for ref, value in zip(outputs, results, strict=False):
             plt.store(ref.at[place], value)
 
     over_chunks(work_refs, panel, config.tile, body)
+
+
+def projection_gradients(
+    dh: jax.Array, gate: jax.Array, up: jax.Array | None, rule: Rule
+) -> tuple[jax.Array, jax.Array | None]:
+    """dg and du of h = a(g) b(u), in the type of stored gates, from dh in f32, whose one rounding is here.
+
+    Without an up projection du is None.
+    """
+    dtype, gate = gate.dtype, gate.astype(jnp.float32)
+    mask = stored_active(gate)
+    dh = jnp.where(mask, dh, jnp.zeros_like(dh)).astype(dtype).astype(jnp.float32)
+
+    def rounded(value):
+        # An inactive gate has no gradient, whatever the other factors are.
+        value = value.astype(dtype)
+        return jnp.where(mask, value, jnp.zeros_like(value))
+
+    if up is None:
+        return rounded(dh * rule.slope(gate)), None
+    up = up.astype(jnp.float32)
+    value = rule.value(gate).astype(dtype).astype(jnp.float32)
+    dg = rounded(dh * rule.up(up) * rule.slope(gate))
+    return dg, rounded(dh * value * rule.up_slope(up))

@@ -129,10 +129,8 @@ class NeuronLists(NamedTuple):
 
         Under ``vmap`` both branches of a conditional run.
         """
-        nothing = {
-            name: jnp.where(fits, getattr(self, name), 0) for name in ("n_pairs", "offsets", "counts", "hits")
-        }
-        return self._replace(**nothing)
+        names = ["n_pairs", "offsets", "counts", "hits", *(["n_tiles"] if self.tiles is not None else [])]
+        return self._replace(**{name: jnp.where(fits, getattr(self, name), 0) for name in names})
 
 
 def n_chunks(n_panels: int, d_ff: int, chunk: int) -> int:

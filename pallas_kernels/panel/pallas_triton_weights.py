@@ -69,7 +69,8 @@ def panel_dw(
     """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd.
 
     Args:
-      gate: (n_slots, P) as kept by the forward, above zero where a token activates a slot's neuron.
+      gate: (n_slots, P) as kept by the forward, above zero where a token activates a slot's neuron; past a
+        panel's count it means nothing.
       x, dy: (M, D).
     """
     zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
@@ -244,7 +245,7 @@ def token_lists(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="panel_token_lists",
-    )(lists.neurons, lists.owner, lists.offsets, begin, gate)
+    )(lists.neurons, lists.owner, lists.offsets, lists.counts, begin, gate)
     return TokenLists(rows, slots)
 
 
@@ -280,7 +281,7 @@ def _token_starts_kernel(hits_ref, ranks_ref, n_hot_ref, starts_ref, *, height):
 
 
 def _token_lists_kernel(
-    neurons_ref, owner_ref, offsets_ref, begin_ref, gate_ref, rows_ref, slots_ref, *, chunk, tile
+    neurons_ref, owner_ref, offsets_ref, counts_ref, begin_ref, gate_ref, rows_ref, slots_ref, *, chunk, tile
 ):
     panel, first = gate_ref.shape[1], pl.program_id(0) * tile
 
@@ -290,7 +291,8 @@ def _token_lists_kernel(
         slots = first + lax.iota(jnp.int32, tile)
         within = lax.iota(jnp.int32, panel)[None, :]
         neurons = plt.load(neurons_ref.at[slots])
-        begin = plt.load(begin_ref.at[which, neurons])
+        listed = slots < offsets_ref[which] + counts_ref[which]
+        begin = plt.load(begin_ref.at[which, neurons], mask=listed, other=-1)
 
         @pl.when(jnp.max(begin) >= 0)
         def _():

@@ -29,9 +29,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 from op_checks import call, differentiate
 
 from pallas_kernels import FFNOptions, decode, device
-from pallas_kernels.panel import config as panel_configs
-from pallas_kernels.panel import gate, up
-from pallas_kernels.panel.pallas_triton_lists import count_active
 
 CORES = {
     "NVIDIA A100-SXM4-80GB": 108,
@@ -120,23 +117,17 @@ def _around_the_layer() -> Iterator[Program]:
                 yield Program(name, _on_stream, (x, scale, square, weights))
 
 
-def _up_on_hopper() -> Iterator[Program]:
-    """PanelELL's up projection on Mosaic GPU, also of few panels, whose layer has others."""
-    for tokens, d_model, d_ff, dtype, activation in (
-        (65536, 2048, 5632, "bfloat16", "relu"),
-        (8201, 64, 8200, "float16", "relu2"),
-    ):
-        x, weight = (jax.ShapeDtypeStruct((n, d_model), dtype) for n in (tokens, d_ff))
-        name = f"panel, up on Mosaic GPU, {tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}, {activation}"
-        function = partial(_gate_and_up, rule=FFNOptions(activation=activation).rule)
-        yield Program(name, function, (x, weight, weight), capability=90)
-
-
-def _gate_and_up(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, rule: Any) -> Any:
-    config = panel_configs.choose(x, w_up, 128)
-    gates = gate.stage(config, "mosaic_gpu", rule)(x, w_gate)
-    counts = count_active(gates, d_ff=w_up.shape[0])
-    return up.list_and_project(gates, counts, x, w_up, config=config, backend="mosaic_gpu", rule=rule)[2]
+def _gathered_on_hopper() -> Iterator[Program]:
+    """PanelELL's gathered products on Mosaic GPU where those of `LAYERS` are others: in f16, of another
+    activation, and with no gradient of l1."""
+    weight = jax.ShapeDtypeStruct((8200, 64), "float16")
+    inputs = {"x": jax.ShapeDtypeStruct((8201, 64), "float16")}
+    inputs |= dict.fromkeys(("w_gate", "w_up", "w_down"), weight)
+    layer = partial(call, options=FFNOptions(format="panel", activation="relu2", backend="mosaic_gpu"))
+    sizes = "8,201 tokens, D 64, F 8200, float16, relu2"
+    yield Program(f"panel on Mosaic GPU, forward, {sizes}", layer, (inputs,), capability=90)
+    step = jax.grad(lambda inputs: jnp.sum(layer(inputs)[0].astype(jnp.float32)))
+    yield Program(f"panel on Mosaic GPU, forward and backward, {sizes}", step, (inputs,), capability=90)
 
 
 def _of_one_row(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -219,7 +210,7 @@ def main(kinds: list[str]) -> int:
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
-    programs = [*_layers(), *_around_the_layer(), *_up_on_hopper()]
+    programs = [*_layers(), *_around_the_layer(), *_gathered_on_hopper()]
     jobs = [
         (target, program)
         for target, program in product(targets, programs)

@@ -1,5 +1,7 @@
 """Calls lowered for CUDA on a machine that needs no GPU, through an abstract H200."""
 
+import re
+
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
@@ -41,3 +43,10 @@ def lowered(function, *arguments, platform="cuda", **mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
     return on_h200(lower, **mesh)
+
+
+def panel_launches(text):
+    """The names of PanelELL's kernels in a lowered program, a call each: Triton's, and Mosaic GPU's."""
+    on_mosaic = re.findall(r"\\00(panel_\w+)_mosaic_gpu\\", text)
+    assert len(on_mosaic) == text.count("custom_call @mosaic_gpu_v2")
+    return re.findall(r'"(panel_\w+)"', text), on_mosaic

@@ -14,6 +14,7 @@ from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 
 from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import layer
 from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
@@ -119,6 +120,31 @@ def test_stages_over_pairs_of_chunks(pattern, monkeypatch):
     dy = cotangent(inputs)
     step = jax.jit(partial(differentiate, apply=partial(call, options=path.options)))
     check_everything(run(step, inputs, dy, DL1), inputs, dy, active, 0)
+
+
+@pytest.mark.parametrize("share", [1, 1 << 20])
+def test_nothing_is_read_past_what_a_panel_has_written(share, monkeypatch):
+    """Some kernels write a panel's slots only up to a multiple of the config's ``pad``."""
+    path = TestPanelInterpreted.path
+    inputs, _ = path.layer("uneven", 301, "float32")
+    arguments = [jnp.asarray(inputs[name]) for name in ("x", "w_gate", "w_up", "w_down")]
+    config = dataclasses.replace(configs._for_f32(16), rare=configs.RareConfig(share=share))
+    monkeypatch.setattr(configs, "choose", lambda *_: config)
+    kept = layer.forward(*arguments, path.options, "interpret")[1]
+    offsets, counts = (np.asarray(field) for field in (kept.lists.offsets, kept.lists.counts))
+    written = np.zeros(len(kept.gate), bool)
+    for start, count in zip(offsets, counts, strict=False):
+        written[start : start + -(-count // config.pad) * config.pad] = True
+    assert 0 < written[: offsets[-1]].sum() < offsets[-1]
+
+    def gradients(kept):
+        dy, scale = jnp.asarray(cotangent(inputs)), jnp.full(1, DL1, jnp.float32)
+        return layer.pull_back(*arguments, kept, dy, scale, path.options, "interpret", dtype=jnp.float32)
+
+    gate, up = (jnp.where(written[:, None], values, jnp.nan) for values in (kept.gate, kept.up))
+    found = jax.jit(gradients)(dataclasses.replace(kept, gate=gate, up=up))
+    for mine, expected in zip(found, jax.jit(gradients)(kept), strict=True):
+        np.testing.assert_array_equal(mine, expected)
 
 
 def test_lists_that_do_not_fit_have_no_neuron():

@@ -6,10 +6,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lowering import lowered, pairs, shapes
+from lowering import lowered, pairs, panel_launches, shapes
 from op_checks import DTYPES, LAYERS, call, differentiate
 
 from pallas_kernels import FFNOptions, Panel
@@ -19,11 +18,20 @@ from pallas_kernels.panel import layer
 OPTIONS = FFNOptions(format="panel", backend="triton")
 FORWARD = ("panel_pack", "panel_lists", "panel_up", "panel_down")
 BACKWARD = ("panel_dh", "panel_dx", "panel_dw_hot", "panel_token_lists", "panel_dw_rare")
+GATHERED = ("panel_up", "panel_dh")
+"""Which of them are on Mosaic GPU behind its gate, in gated layers."""
+SUMMED = ("panel_down", "panel_dx")
+"""Which of them are there in all layers."""
 
 
-def assert_kernels(text, names):
-    for name in names:
-        assert name in text
+def assert_kernels(text, names, *, gate="triton", gated=False):
+    """That a call launches kernels of such names, each on the backend that is its own."""
+    expected = set(names)
+    on_mosaic = expected & {*SUMMED, *(GATHERED if gated else ())} if gate == "mosaic_gpu" else set()
+    triton, mosaic = map(set, panel_launches(text))
+    assert mosaic == on_mosaic | ({"panel_gate"} if gate == "mosaic_gpu" else set())
+    assert expected - on_mosaic <= triton
+    assert not triton & on_mosaic
 
 
 def step(options):
@@ -44,9 +52,7 @@ def test_shapes_of_published_models(name, backend):
     shape = SHAPES[name]
     inputs = shapes(65536, shape.d_model, shape.d_ff, kind="gated" if shape.gated else "non-gated")
     text = lowered(partial(call, options=FFNOptions(format="panel", backend=backend)), inputs)
-    gathered_on_mosaic = backend == "mosaic_gpu" and shape.gated
-    assert_kernels(text, {*FORWARD[1:]} - ({"panel_up"} if gathered_on_mosaic else set()))
-    assert text.count("custom_call @mosaic_gpu_v2") == (backend == "mosaic_gpu") + gathered_on_mosaic
+    assert_kernels(text, FORWARD[1:], gate=backend, gated=shape.gated)
 
 
 def test_the_largest_sizes():
@@ -69,10 +75,11 @@ def test_the_largest_sizes():
 def test_a_forward_call_of_few_panels_is_few_launches(tokens, format, launches, kind):
     """Each kernel once behind Hopper's gate; ``auto`` is no decision there."""
     text = lowered(partial(call, options=FFNOptions(format=format)), shapes(tokens, 2048, 5632, kind=kind))
-    found = [name for name in re.findall(r'"(panel_\w+)"', text) if not name.startswith("panel_gate")]
-    gathered_on_mosaic = tokens == 8193 and kind == "gated"
-    assert sorted(found) == [name for name in launches if name != "panel_up" or not gathered_on_mosaic]
-    assert text.count("custom_call @mosaic_gpu_v2") == bool(launches) + gathered_on_mosaic
+    found, on_mosaic = panel_launches(text)
+    many = tokens == 8193
+    gathered = ["panel_up"] * (many and kind == "gated") + ["panel_down"] * many
+    assert sorted(found) == [name for name in launches if name not in gathered]
+    assert on_mosaic == (["panel_gate", *gathered] if launches else [])
     # The platform's, whose outcome XLA knows, are the only ones.
     assert text.count("stablehlo.case") == (2 if format == "auto" and launches else 0)
 
@@ -81,17 +88,22 @@ def test_a_forward_call_of_few_panels_is_few_launches(tokens, format, launches, 
 def test_auto_holds_both_layers_and_never_asks_the_host(kind):
     options, inputs = FFNOptions(), shapes(16384, 2048, 5632, kind=kind)
     text = lowered(step(options), inputs, jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
-    assert_kernels(text, FORWARD[1:] + BACKWARD)
+    assert_kernels(text, FORWARD[1:] + BACKWARD, gate="mosaic_gpu", gated=kind == "gated")
     assert "stablehlo.case" in text
     assert not re.search(r"callback|infeed|outfeed|send|recv", text)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_what_cuda_graphs_cannot_hold_is_in_no_branch_of_panel(kind):
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("triton", "gated"), ("triton", "non-gated"), ("mosaic_gpu", "gated"), ("mosaic_gpu", "non-gated")],
+)
+def test_what_cuda_graphs_cannot_hold_is_in_no_branch_of_panel(backend, kind):
     """A loop, or a write to a place that XLA knows, which becomes an asynchronous copy: beside either, XLA
     asks the host which branch to take."""
     dy = jax.ShapeDtypeStruct((16384, 2048), jnp.float32)
-    text = lowered(step(OPTIONS), shapes(16384, 2048, 5632, kind=kind), dy)
+    options = FFNOptions(format="panel", backend=backend)
+    text = lowered(step(options), shapes(16384, 2048, 5632, kind=kind), dy)
+    assert_kernels(text, FORWARD[1:] + BACKWARD, gate=backend, gated=kind == "gated")
     assert text.count('"stablehlo.case"') == 2
     assert "stablehlo.while" not in text
     known = set(re.findall(r"(%\w+) = stablehlo.constant", text))
@@ -124,7 +136,8 @@ def test_shard_map(options, check_vma, weights, kind):
     dy = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
     apply = partial(differentiate, dl1=1.0, apply=mapped)
     text = lowered(apply, inputs, dy, mesh_shape=(4,), mesh_axes=("data",))
-    assert_kernels(text, FORWARD[1:] + BACKWARD)
+    gate = options.backend if options.backend == "triton" else "mosaic_gpu"
+    assert_kernels(text, FORWARD[1:] + BACKWARD, gate=gate, gated=kind == "gated")
     summed = re.findall(r"\}\) : \(tensor<520x256x(\w+)>\) -> tensor<520x256x", text)
     assert summed == [{"bfloat16": "bf16", "float32": "f32"}[weights]] * (len(inputs) - 1)
 
@@ -160,4 +173,4 @@ def test_no_dense_intermediate_in_the_gradient():
     options = FFNOptions(format=Panel(capacity=1.0), backend="mosaic_gpu")
     text = lowered(step(options), shapes(16384, 2048, 5632), jax.ShapeDtypeStruct((16384, 2048), jnp.float32))
     assert not re.search(r"tensor<16384x(5632|5888)x", text)
-    assert np.all([name in text for name in BACKWARD])
+    assert_kernels(text, FORWARD[1:] + BACKWARD, gate="mosaic_gpu", gated=True)

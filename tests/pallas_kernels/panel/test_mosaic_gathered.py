@@ -1,8 +1,7 @@
-"""The up projection on Mosaic GPU, where there is no GPU: how lists are cut into its tiles, when a call takes
-it, its lowering, and its warpgroups' protocol under an interpreter that sees races."""
+"""The gathered products on Mosaic GPU, where there is no GPU: how lists are cut into their tiles, when a call
+takes them, their lowering, and their warpgroups' protocol under an interpreter that sees races."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax
@@ -10,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lowering import lowered, shapes
-from op_checks import call, differentiate
-from plain_up import PlainSteps
+from lowering import lowered, panel_launches, shapes
+from op_checks import call
+from plain_gathered import PlainDh, PlainUp
 
-from pallas_kernels import FFNOptions, Panel, device, tuning
+from pallas_kernels import FFNOptions, Panel, device, sparse_ffn, tuning
 from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.panel import config as configs
-from pallas_kernels.panel import pallas_mosaic_gpu_up, up
+from pallas_kernels.panel import gathered, hopper_gathered, pallas_mosaic_gpu_dh, pallas_mosaic_gpu_up
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton import panel_up
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
@@ -53,6 +53,8 @@ def test_lists_in_tiles():
     assert lists.n_tiles.tolist() == [len(expected)]
     assert lists.tiles.shape == (7 * 4,)
     assert lists.tiles[: len(expected)].tolist() == expected
+    assert lists.only_if(True).n_tiles.tolist() == [len(expected)]
+    assert lists.only_if(False).n_tiles.tolist() == [0]
     without, _ = build_lists(gate, count_active(gate, d_ff=600, interpret=True), chunk=128, interpret=True)
     assert without.tiles is None
     assert without.n_tiles is None
@@ -71,10 +73,10 @@ def test_tiles_cover_every_count(pad):
     def look_up(number):
         n_tiles = jnp.full((1,), len(tiles))
         offsets = jnp.zeros((len(counts) + 1,), jnp.int32)
-        return pallas_mosaic_gpu_up.place_of(tiles, n_tiles, counts, offsets, number, pad=pad)
+        return hopper_gathered.place_of(tiles, n_tiles, counts, offsets, number, pad=pad)
 
     place = jax.tree.map(np.asarray, look_up(tiles))
-    width = np.asarray(pallas_mosaic_gpu_up.WIDTHS)[place.code]
+    width = np.asarray(hopper_gathered.WIDTHS)[place.code]
     assert (place.valid[in_use] >= 1).all()
     assert (width >= place.rows)[in_use].all()
     np.testing.assert_array_equal(place.slot, tiles % most * width)
@@ -87,7 +89,7 @@ def test_tiles_cover_every_count(pad):
 def test_a_number_past_the_tiles_is_in_bounds():
     """Behind the tiles in use nothing was written."""
     tiles, counts = jnp.full((8,), 1 << 30), jnp.zeros((2,), jnp.int32)
-    found = pallas_mosaic_gpu_up.place_of(
+    found = hopper_gathered.place_of(
         tiles, jnp.zeros((1,), jnp.int32), counts, jnp.zeros((3,), jnp.int32), 11, pad=PAD
     )
     assert [int(field) for field in found] == [0, 0, 0, 0, 0]
@@ -96,82 +98,100 @@ def test_a_number_past_the_tiles_is_in_bounds():
 # -- the kernel --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of two widths."""
+    tile = 64
+    for module in (hopper_gathered, pallas_mosaic_gpu_up, pallas_mosaic_gpu_dh):
+        monkeypatch.setattr(module, "GATHERED_TILE", tile)
+    monkeypatch.setattr(hopper_gathered, "WIDTHS", (32, 64))
+    return tile
+
+
 @pytest.mark.skipif(VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on")
 @pytest.mark.parametrize(
-    ("cores", "d_model", "dtype", "rule"),
-    [(2, 384, "bfloat16", RELU), (5, 64, "float16", Rule(rectified_up=True))],
+    ("cores", "d_model", "dtype", "rule", "scale"),
+    [(2, 384, "bfloat16", RELU, 0.25), (5, 64, "float16", Rule(rectified_up=True), None)],
     ids=str,
 )
-def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, monkeypatch):
+def test_the_protocol_under_the_interpreter(cores, d_model, dtype, rule, scale, small_tiles, monkeypatch):
     """Programs with several tiles, one and none; a tile of more slices than the ring holds, and of fewer; a
     panel of no neuron; a call that ends within a panel. To the bit what Triton's gives, of whole numbers."""
-    counts, d_ff, cut, tile = [70, 40, 0, 1], 88, 5, 64
+    counts, d_ff, cut = [70, 40, 0, 1], 88, 5
     monkeypatch.setattr(device, "current", lambda: dataclasses.replace(HOPPER, cores=cores))
-    monkeypatch.setattr(pallas_mosaic_gpu_up, "GATHERED_TILE", tile)
-    monkeypatch.setattr(pallas_mosaic_gpu_up, "WIDTHS", (32, 64))
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.integers(-1, 2, (len(counts) * PANEL - cut, d_model)), dtype)
     w = jnp.asarray(rng.integers(-1, 2, (d_ff, d_model)), dtype)
-    gate, lists = gates_and_lists(counts, d_ff, dtype, tile)
+    gate, lists = gates_and_lists(counts, d_ff, dtype, small_tiles)
     gate = gate._replace(values=gate.values.at[-1, :, -cut:].set(0))
     config = configs.StageConfig(128, 64, 4, 2)
-    expected = panel_up(gate, lists, x, w, config=config, rule=rule, interpret=True)
+    scale = None if scale is None else jnp.full((1,), scale, jnp.float32)
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    expected = panel_up(gate, lists, x, w, config=config, rule=rule, keep=True, interpret=True)
     found = pallas_mosaic_gpu_up.panel_up(
-        gate,
-        lists,
-        x,
-        w,
-        pad=PAD,
-        rule=rule,
-        steps=PlainSteps(rule),
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
+        gate, lists, x, w, pad=PAD, rule=rule, keep=True, steps=PlainUp(rule), interpret=interpreter
     )
+    no_races()
+    kept = expected.gate, expected.up
+    wanted = panel_dh(*kept, lists, x, w, scale, config=config, rule=rule, interpret=True)
+    steps = PlainDh(rule, small_tiles, scaled=scale is not None)
+    gradients = pallas_mosaic_gpu_dh.panel_dh(
+        *kept, lists, x, w, scale, pad=PAD, rule=rule, steps=steps, interpret=interpreter
+    )
+    no_races()
+    pairs = [(found.h, expected.h), (found.gate, expected.gate), *zip(gradients, wanted, strict=True)]
+    # Where a gate is zero, the projection means nothing.
+    pairs.append(tuple(jnp.where(expected.gate > 0, hidden.up, 0) for hidden in (found, expected)))
+    for start, count in zip(np.asarray(lists.offsets), counts, strict=False):
+        slots = slice(start, start + -(-count // PAD) * PAD)
+        for mine, triton in pairs:
+            np.testing.assert_array_equal(mine[slots], triton[slots])
+    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
+    assert expected.l1 > 0
+
+
+def no_races():
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # has no public name
 
     assert not get_races().races_found
-    for start, count in zip(np.asarray(lists.offsets), counts, strict=False):
-        slots = slice(start, start + -(-count // PAD) * PAD)
-        np.testing.assert_array_equal(found.h[slots], expected.h[slots])
-    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
-    assert expected.l1 > 0
 
 
 # -- when, and what a call becomes -------------------------------------------------------------------------
 
 
 def chosen(
-    config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, l1_by_token=False
+    config, *, backend="mosaic_gpu", gated=True, d_model=2048, d_ff=5632, in_blocks=False, by_token=False
 ):
     x, w = (jax.ShapeDtypeStruct((n, d_model), "bfloat16") for n in (65536, d_ff))
-    return up.implementation(
-        config, backend, x, w if gated else None, in_blocks=in_blocks, l1_by_token=l1_by_token
-    )
+    w = w if gated else None
+    return gathered.implementation(config, backend, x, w, in_blocks=in_blocks, by_token=by_token)
 
 
 def test_the_implementation_of_a_call(monkeypatch):
-    config = configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, HOPPER)
-    assert chosen(config) == config.up_backend == "mosaic_gpu"
+    x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
+    config = configs.heuristic(x, 128, HOPPER)
+    assert chosen(config) == config.gathered_backend == "mosaic_gpu"
     newer = dataclasses.replace(HOPPER, capability=100)
-    assert (
-        configs.heuristic(jax.ShapeDtypeStruct((65536, 2048), "bfloat16"), 128, newer).up_backend == "triton"
-    )
+    assert configs.heuristic(x, 128, newer).gathered_backend == "triton"
+    f32 = jax.ShapeDtypeStruct(x.shape, "float32")
+    assert configs.heuristic(f32, 128, HOPPER).gathered_backend == "triton"
     for other in (
         {"backend": "triton"},
         {"backend": "interpret"},
         {"gated": False},
         {"in_blocks": True},
-        {"l1_by_token": True},
+        {"by_token": True},
         {"d_model": 1 << 15, "d_ff": (1 << 16) + 8},
     ):
         assert chosen(config, **other) == "triton", other
     assert chosen(config, d_model=1 << 15, d_ff=1 << 16) == "mosaic_gpu"
-    slices = dataclasses.replace(config, down=dataclasses.replace(config.down, tile_k=128))
-    assert chosen(slices) == "triton"
-    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"up_backend": "triton"})
-    x, w = (jax.ShapeDtypeStruct((n, 2048), "bfloat16") for n in (65536, 5632))
-    assert configs.choose(x, w, 128, HOPPER) == dataclasses.replace(config, up_backend="triton")
-    with pytest.raises(ValueError, match="up_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
-        dataclasses.replace(config, up_backend="xla")
+    for stage in ("down", "dx"):
+        slices = {stage: dataclasses.replace(getattr(config, stage), tile_k=128)}
+        assert chosen(dataclasses.replace(config, **slices)) == "triton"
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: {"gathered_backend": "triton"})
+    assert configs.choose(x, w, 128, HOPPER) == dataclasses.replace(config, gathered_backend="triton")
+    with pytest.raises(ValueError, match="gathered_backend must be 'triton' or 'mosaic_gpu'; got 'xla'"):
+        dataclasses.replace(config, gathered_backend="xla")
 
 
 @pytest.mark.parametrize(
@@ -188,16 +208,49 @@ def test_the_implementation_of_a_call(monkeypatch):
 def test_a_forward_call(options, kind, on_mosaic):
     """One kernel beside the gate's, and nothing more; where it cannot be, Triton's."""
     text = lowered(partial(call, options=options), shapes(*SIZES, kind=kind))
-    launches = set(re.findall(r'"(panel_\w+)"', text))
-    assert ("panel_up" in launches) != on_mosaic
+    triton, mosaic = panel_launches(text)
+    assert ("panel_up" in triton) != on_mosaic
     if on_mosaic:
-        assert text.count("custom_call @mosaic_gpu_v2") == 2
-        assert launches == {"panel_count", "panel_lists", "panel_down"}
+        assert mosaic == ["panel_gate", "panel_up", "panel_down"]
+        assert sorted(triton) == ["panel_count", "panel_lists"]
 
 
-def test_a_training_step_keeps_what_it_kept():
-    """Gate and up projection are kept by Triton's kernel."""
-    step = partial(differentiate, dl1=1.0, apply=partial(call, options=FFNOptions(format="panel")))
-    text = lowered(step, shapes(*SIZES), jax.ShapeDtypeStruct(SIZES[:2], jnp.float32))
-    assert text.count("custom_call @mosaic_gpu_v2") == 1
-    assert '"panel_up"' in text
+def test_a_training_call_of_layers_in_a_loop():
+    """Mapped weights, as of experts, each layer rematerialised in a ``scan``: the forward's gate, up and down
+    projection, and in the backward the first two again, dh and dx."""
+    options = FFNOptions(format="panel", backend="mosaic_gpu")
+    x, *weights = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 256, 192), *[(3, 2, 520, 192)] * 3)
+    )
+
+    @jax.checkpoint
+    def layer(x, weights):
+        y, stats = sparse_ffn(x, *weights, options=options)
+        return y, stats.l1
+
+    @jax.vmap
+    def objective(x, *weights):
+        y, l1 = jax.lax.scan(layer, x, weights)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(l1)
+
+    step = jax.grad(lambda *arguments: jnp.sum(objective(*arguments)), argnums=(0, 1, 2, 3))
+    text = lowered(step, x, *weights)
+    triton, mosaic = panel_launches(text)
+    again = ["panel_gate", "panel_up"]
+    assert sorted(mosaic) == sorted([*again, "panel_down", *again, "panel_dh", "panel_dx"])
+    assert not {*mosaic} & {*triton}
+
+
+def test_a_training_call_whose_tokens_are_mapped():
+    """Each row of tokens has an l1: Triton's, but for dx. Nobody asks for y."""
+    options = FFNOptions(format="panel", backend="mosaic_gpu")
+
+    def objective(x, *weights):
+        y, stats = jax.vmap(lambda x: sparse_ffn(x, *weights, options=options))(x)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(stats.l1)
+
+    weight = jax.ShapeDtypeStruct((520, 192), jnp.bfloat16)
+    text = lowered(jax.grad(objective), jax.ShapeDtypeStruct((3, 256, 192), jnp.bfloat16), *[weight] * 3)
+    triton, mosaic = panel_launches(text)
+    assert mosaic == ["panel_gate", "panel_dx"]
+    assert {"panel_up", "panel_dh"} < {*triton}
