@@ -31,7 +31,7 @@ from pallas_kernels.panel import gate as panel_gate
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import build_lists, count_active
-from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.panel.weights import panel_dw
 
 OPTIONS = FFNOptions(format=Panel(capacity=1.0))
 FORWARD = ("gate", "counts", "lists", "up", "down")
@@ -104,7 +104,7 @@ def stages(
     pulled = stage("dh", dh, kept.gate, kept.up, lists, dy, w_down, scale)
     terms = [(pulled.gate, gate_weight)] + ([] if up_weight is None else [(pulled.up, up_weight)])
     stage("dx", partial(down, config=config.dx, name="panel_dx"), terms, lists)
-    dw = partial(panel_dw, hot_config=config.dw, rare_config=config.rare, dtype=x.dtype, interpret=interpret)
+    dw = partial(panel_dw, config=config, backend=backend, dtype=x.dtype)
     stage("dw", dw, pulled, kept.gate, lists, x, dy)
     return programs, float(jnp.mean(counts.neurons.astype(jnp.float32)))
 

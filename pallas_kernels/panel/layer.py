@@ -51,8 +51,8 @@ from pallas_kernels.panel.pallas_triton_lists import (
     count_active,
     n_chunks,
 )
-from pallas_kernels.panel.pallas_triton_weights import panel_dw
 from pallas_kernels.panel.up import list_and_project
+from pallas_kernels.panel.weights import panel_dw
 from pallas_kernels.reference import Weights
 
 
@@ -344,10 +344,9 @@ def pull_back(
         lists,
         x,
         dy,
-        hot_config=config.dw,
-        rare_config=config.rare,
+        config=config,
+        backend=backend,
         dtype=dtype,
-        interpret=interpret,
     )
 
 

@@ -1,16 +1,14 @@
-"""What the threads of the hot neurons' weight gradients on Mosaic GPU do that JAX has no operation for, in PTX."""
+"""What threads of the weight gradients on Mosaic GPU do that JAX has no operation for, in PTX."""
 
 import dataclasses
 
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.common import hopper_gemm
-from pallas_kernels.common.hopper_gemm import ROWS, TILE_K, TILE_M, WARPGROUP, address, assemble
+from pallas_kernels.common.hopper_gemm import TILE_M, WARPGROUP, address, assemble
 from pallas_kernels.panel.ptx_up import _PLACE, _REF, _ROW_BYTES, _SCALAR, ROWS_AT_ONCE, _strided, _value
 
 _GROUPS = range(TILE_M // ROWS_AT_ONCE)
@@ -151,7 +149,8 @@ class Steps:
                         "mov.u32 t, %tid.x; and.b32 t, t, 127; and.b32 l, t, 31; shr.u32 t, t, 5;",
                         f"shl.b32 t, t, 4; shr.u32 r, l, 2; add.s32 r, r, t; add.s32 r, r, {8 * half};",
                         f"add.s32 r, r, {row}; setp.lt.s32 p, r, {n_hot};",
-                        f"mul.wide.s32 b, r, 4; add.s64 b, b, ${at}; mov.b32 r, 0; @p ld.global.nc.b32 r, [b];",
+                        f"mul.wide.s32 b, r, 4; add.s64 b, b, ${at}; mov.b32 r, 0;",
+                        "@p ld.global.nc.b32 r, [b];",
                         f"mul.wide.s32 b, r, {size * self.d_model}; add.s64 a, a, b;",
                         f"and.b32 c, l, 3; shl.b32 c, c, 1; add.s32 c, c, {column};",
                         f"add.s32 c, c, {4 * first}; mul.wide.s32 b, c, {size}; add.s64 a, a, b;",

@@ -49,7 +49,7 @@ class PlainSteps:
                     for box in range(0, acc.shape[1], 64):
 
                         @pl.when((row + k < n_hot) & (column + box < out.shape[1]))
-                        def _():
+                        def _(box=box):
                             value = lax.dynamic_slice_in_dim(acc, k, 1)[0, box : box + 64]
                             out[order[row + k], pl.ds(column + box, 64)] = value.astype(out.dtype)
 
