@@ -113,3 +113,20 @@ def test_a_training_call(d_model, backend, share, kind):
     assert launches.count("panel_dw_hot") == (share == 64)
     assert launches.count("panel_dw_rare") == 1
     assert f"tensor<{d_ff}x{tokens // share}xi32>" in text
+
+
+def test_layers_of_a_batch():
+    """As experts are: mapped weights are one launch, and so is a loop over layers."""
+    step = partial(differentiate, dl1=1.0, apply=partial(call, options=FFNOptions(format="panel")))
+    inputs = {
+        name: jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for name, s in shapes(2048, 256, 520).items()
+    }
+    dy = jax.ShapeDtypeStruct((3, 2048, 256), jnp.float32)
+
+    def loop(inputs, dy):
+        return jax.lax.scan(lambda _, layer: (0, jax.checkpoint(step)(*layer)), 0, (inputs, dy))[1]
+
+    for function in (jax.vmap(step), loop):
+        text = lowered(function, inputs, dy)
+        assert text.count("custom_call @mosaic_gpu_v2") == 2
+        assert '"panel_dw_hot"' not in text
