@@ -1,11 +1,16 @@
-"""The weight gradients of hot neurons on Mosaic GPU on a Hopper GPU, to the bit against Triton's."""
+"""The weight gradients of hot neurons on Mosaic GPU on a Hopper GPU: to the bit against Triton's, and whole
+calls."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from op_checks import DL1, call, check_gradients, differentiate
+from panel_path import PanelPath
 
-from pallas_kernels import device
+from pallas_kernels import FFNOptions, Panel, device
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_mosaic_gpu_weights
 from pallas_kernels.panel import pallas_triton_weights as triton
@@ -55,3 +60,25 @@ def test_every_row_as_on_triton(count, tokens, d_model, n_hot, dtype, out):
         assert np.isfinite(theirs).all()
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(twice, ours)
+
+
+PATH = PanelPath(
+    FFNOptions(format=Panel(capacity=1.0), backend="mosaic_gpu"),
+    d_model=256,
+    d_ff=536,
+    many_tokens=0,
+    tile=64,
+    slots=16,
+)
+
+
+@pytest.mark.parametrize(("pattern", "dtype"), [("uneven", "bfloat16"), ("fully-dense", "float16")])
+def test_gradients_of_a_call(pattern, dtype):
+    if device.current().capability != 90:
+        pytest.skip("needs a Hopper GPU")
+    inputs, _ = PATH.layer(pattern, 1033, dtype)
+    dy = np.random.default_rng(0).integers(-2, 3, (1033, 256)).astype(np.float32)
+    step = jax.jit(partial(differentiate, dl1=DL1, apply=partial(call, options=PATH.options)))
+    assert '"panel_dw_hot"' not in step.lower(inputs, dy).as_text()
+    _, gradients = step(inputs, dy)
+    check_gradients(jax.tree.map(np.asarray, gradients), inputs, dy, DL1)
