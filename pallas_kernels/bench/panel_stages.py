@@ -18,7 +18,7 @@ from pallas_kernels.panel.pallas_triton import Hidden, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import Gradients, panel_dh
 from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
-from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.panel.weights import panel_dw
 
 Given = dict[str, Any]
 Config = Any  # a stage's: StageConfig or another dataclass of whole numbers
@@ -66,10 +66,8 @@ def _dx(given: Given, config: PanelConfig, interpret: bool) -> jax.Array:
 
 def _dw(given: Given, config: PanelConfig, interpret: bool) -> Any:
     gradients, lists, x, dy = (given[name] for name in ("dh", "kept_lists", "x", "dy"))
-    return panel_dw(
-        gradients, _kept(given)[0], lists, x, dy, hot_config=config.dw, rare_config=config.rare,
-        dtype=x.dtype, interpret=interpret,
-    )  # fmt: skip
+    backend = "interpret" if interpret else "triton"
+    return panel_dw(gradients, _kept(given)[0], lists, x, dy, config=config, backend=backend, dtype=x.dtype)
 
 
 def _kept(given: Given) -> tuple[Any, jax.Array | None]:

@@ -30,7 +30,7 @@ from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import gate as panel_gate
 from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_lists import count_active
-from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.panel.weights import panel_dw
 
 OPTIONS = FFNOptions(format=Panel(capacity=1.0))
 FORWARD = ("gate", "counts", "lists", "up", "down")
@@ -103,7 +103,7 @@ def stages(
     pulled = stage("dh", dh, kept.gate, kept.up, lists, dy, w_down, scale)
     terms = [(pulled.gate, gate_weight)] + ([] if up_weight is None else [(pulled.up, up_weight)])
     stage("dx", partial(down, gradient=True), terms, lists)
-    dw = partial(panel_dw, hot_config=config.dw, rare_config=config.rare, dtype=x.dtype, interpret=interpret)
+    dw = partial(panel_dw, config=config, backend=backend, dtype=x.dtype)
     stage("dw", dw, pulled, kept.gate, lists, x, dy)
     return programs, float(jnp.mean(counts.neurons.astype(jnp.float32)))
 

@@ -10,7 +10,7 @@ import jax
 from pallas_kernels.activations import Rule
 from pallas_kernels.common.gate_stage import Shaped
 from pallas_kernels.panel import pallas_triton, pallas_triton_backward
-from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, GatheredBackend, PanelConfig
+from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, PanelConfig, StageBackend
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.panel.pallas_triton_lists import Counts, GatePanel, NeuronLists, Totals, build_lists
@@ -18,7 +18,7 @@ from pallas_kernels.panel.pallas_triton_lists import Counts, GatePanel, NeuronLi
 
 def implementation(
     config: PanelConfig, backend: str, x: Shaped, w_up: Shaped | None, *, in_blocks: bool, by_token: bool
-) -> GatheredBackend:
+) -> StageBackend:
     """The products for x (M, D) and w_up (F, D), None without a gate projection, on a call's backend.
 
     Mosaic GPU's, where the config asks for them, stand behind Mosaic GPU's gate and are for gated layers, all

@@ -49,7 +49,7 @@ from pallas_kernels.panel.pallas_triton_lists import (
     count_active,
     n_chunks,
 )
-from pallas_kernels.panel.pallas_triton_weights import panel_dw
+from pallas_kernels.panel.weights import panel_dw
 from pallas_kernels.reference import Weights
 
 
@@ -315,7 +315,7 @@ def pull_back(
     weights: bool = True,
 ) -> Weights:
     """`backward` where the lists had room."""
-    config, interpret = configs.choose(x, w_up, _layout(options).tokens), backend == "interpret"
+    config = configs.choose(x, w_up, _layout(options).tokens)
     lists, (gate_weight, up_weight) = kept.lists, roles(w_gate, w_up)
     gradients = panel_dh(
         kept.gate, kept.up, lists, dy, w_down, scale, config=config, backend=backend, rule=options.rule
@@ -332,10 +332,9 @@ def pull_back(
         lists,
         x,
         dy,
-        hot_config=config.dw,
-        rare_config=config.rare,
+        config=config,
+        backend=backend,
         dtype=dtype,
-        interpret=interpret,
     )
 
 

@@ -44,46 +44,12 @@ from pallas_kernels.activations import stored_active
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import dot
 from pallas_kernels.common.triton_tiles import scatter_index
-from pallas_kernels.panel.config import HotConfig, RareConfig
-from pallas_kernels.panel.pallas_triton_backward import Gradients
+from pallas_kernels.panel.config import HotConfig
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _LIST_TILE = 32
-_SHORTEST_LIMIT = 16
 _START_ROWS, _START_COLUMNS = 128, 32
 _ORDER_BLOCK = 8192
-
-
-def panel_dw(
-    gradients: Gradients,
-    gate: jax.Array,
-    lists: NeuronLists,
-    x: jax.Array,
-    dy: jax.Array,
-    *,
-    hot_config: HotConfig,
-    rare_config: RareConfig,
-    dtype: jax.typing.DTypeLike,
-    interpret: bool = False,
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Gradients (F, D) of Wg, Wu and Wd in ``dtype``; without a gate, of None, Wu and Wd.
-
-    Args:
-      gate: (n_slots, P) as kept by the forward, above zero where a token activates a slot's neuron; past a
-        panel's count it means nothing.
-      x, dy: (M, D).
-    """
-    zs = [z for z in (gradients.gate, gradients.up, gradients.h) if z is not None]
-    xs = [x] * (len(zs) - 1) + [dy]
-    limit = max(x.shape[0] // rare_config.share, _SHORTEST_LIMIT)
-    round_up = partial(
-        _fill_rounds, tiles=len(zs) * pl.cdiv(x.shape[1], hot_config.tile_d), config=hot_config
-    )
-    ranking = rank(lists.hits, limit=limit, round_up=round_up, interpret=interpret)
-    rows = _hot(zs, xs, ranking, lists.slots, config=hot_config, dtype=dtype, interpret=interpret)
-    tokens = token_lists(gate, lists, ranking, limit=limit, interpret=interpret)
-    *dw_gate, dw_up, dw_down = _rare(zs, xs, ranking, tokens, rows, config=rare_config, interpret=interpret)
-    return (dw_gate[0] if dw_gate else None), dw_up, dw_down
 
 
 # -- which neurons are hot -----------------------------------------------------------------------------------
@@ -123,7 +89,7 @@ def rank(
     return Ranking(totals, order, ranks, n_hot)
 
 
-def _fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
+def fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
     """The most neurons whose dense product takes no longer than that of ``neurons``.
 
     ``config.tile`` neurons are ``tiles`` programs, and the cores hold ``config.per_core`` programs each.
@@ -162,7 +128,7 @@ def _rank_kernel(totals_ref, order_ref, ranks_ref, n_hot_ref, *, bounds, round_u
 # -- hot neurons ---------------------------------------------------------------------------------------------
 
 
-def _hot(zs, xs, ranking, slots, *, config, dtype, interpret):
+def panel_dw_hot(zs, xs, ranking, slots, *, config, dtype, interpret):
     """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of
     hot neurons j.
 
@@ -305,7 +271,7 @@ def _token_lists_kernel(
                 plt.store(ref.at[target, place], jnp.broadcast_to(value, mask.shape), mask=mask)
 
 
-def _rare(zs, xs, ranking: Ranking, tokens: TokenLists, rows, *, config, interpret):
+def panel_dw_rare(zs, xs, ranking: Ranking, tokens: TokenLists, rows, *, config, interpret):
     """Fills the rows of rare neurons into ``rows``, one (F, D) for each z (n_slots, P) and
     its x (M, D)."""
     d_ff, d_model = rows[0].shape

@@ -222,12 +222,10 @@ def test_there_are_no_more_hot_neurons_than_neurons():
 )
 def test_hot_neurons_fill_the_rounds_of_the_cores(neurons, tiles, filled):
     config = configs.HotConfig(128, 256, 32, 8, 8, per_core=1)
-    assert (
-        on_h200(lambda: int(weights._fill_rounds(jnp.int32(neurons), tiles=tiles, config=config))) == filled
-    )
+    assert on_h200(lambda: int(weights.fill_rounds(jnp.int32(neurons), tiles=tiles, config=config))) == filled
     unknown = dataclasses.replace(config, per_core=0)
     assert (
-        int(weights._fill_rounds(jnp.int32(neurons), tiles=tiles, config=unknown)) == -(-neurons // 128) * 128
+        int(weights.fill_rounds(jnp.int32(neurons), tiles=tiles, config=unknown)) == -(-neurons // 128) * 128
     )
 
 

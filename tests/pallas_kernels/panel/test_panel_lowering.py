@@ -20,7 +20,7 @@ FORWARD = ("panel_pack", "panel_lists", "panel_up", "panel_down")
 BACKWARD = ("panel_dh", "panel_dx", "panel_dw_hot", "panel_token_lists", "panel_dw_rare")
 GATHERED = ("panel_up", "panel_dh")
 """Which of them are on Mosaic GPU behind its gate, in gated layers."""
-SUMMED = ("panel_down", "panel_dx")
+SUMMED = ("panel_down", "panel_dx", "panel_dw_hot")
 """Which of them are there in all layers."""
 
 
