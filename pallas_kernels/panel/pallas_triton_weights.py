@@ -128,7 +128,7 @@ def _rank_kernel(totals_ref, order_ref, ranks_ref, n_hot_ref, *, bounds, round_u
 # -- hot neurons ---------------------------------------------------------------------------------------------
 
 
-def panel_dw_hot(zs, xs, ranking, slots, *, config, dtype, interpret):
+def panel_dw_hot(zs, xs, ranking, slots, *, config, dtype, interpret=False):
     """For each z (n_slots, P) and its x (M, D): ``dW[j] = sum over tokens of z[j] x`` in the rows of
     hot neurons j.
 
