@@ -58,9 +58,9 @@ def test_every_file_of_kernel_tests_collects(collected):
         "config", "decode_lowering", "devices_gpu", "devices_interpret", "dispatch", "few_interpret",
         "formats", "formats_agree", "formats_agree_gpu", "gate_stage", "hopper_gemm", "hybrid_lowering",
         "json_file", "meshes", "meshes_gpu", "mosaic_down", "mosaic_down_gpu", "mosaic_gathered",
-        "mosaic_gathered_gpu", "mosaic_weights", "mosaic_weights_gpu", "panel_lowering", "panel_search", "prune", "recorded", "reference",
-        "reorder", "reorder_input", "token_blocks", "transforms", "tuning", "twell_lowering",
-        "weight_gradients",
+        "mosaic_gathered_gpu", "mosaic_weights", "mosaic_weights_gpu", "panel_lowering", "panel_search",
+        "prune", "recorded", "reference", "reorder", "reorder_input", "token_blocks", "transforms",
+        "tuning", "twell_lowering", "weight_gradients",
     }  # fmt: skip
     assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 
