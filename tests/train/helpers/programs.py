@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,19 +39,24 @@ def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str
 @contextlib.contextmanager
 def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """`start`, for what ``python`` with ``words`` runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags(devices=1),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            **environment,
-        },
-    )
+    # As from a terminal: under nohup a hang-up is ignored here, and would be in what starts here.
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": xla_flags(devices=1),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                **environment,
+            },
+        )
+    finally:
+        signal.signal(signal.SIGHUP, hang_up)
     try:
         yield process
     finally:
