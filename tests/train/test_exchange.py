@@ -15,6 +15,7 @@ from pallas_kernels import FFNOptions
 from pallas_kernels.bench.collectives import bytes_by_kind
 from pallas_kernels.options import Dense, Panel
 from sparse_lm import LayerPlan
+from train import parallel
 from train.config import ParallelConfig
 from train.parallel import AXIS, Layout
 from train.state import Program, build_program, is_matrix
@@ -93,6 +94,16 @@ def test_sums_in_16_bits(mode, alone):
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)  # of before the step
     assert abs(found["grad_norm"] / expected["grad_norm"] - 1) < 2**-8
     assert found["grad_norm"] != expected["grad_norm"]
+
+
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_a_step_of_several_devices_has_compiler_options_of_its_own(mode, monkeypatch):
+    """XLA refuses an option that it does not know, on every device: so it is seen that it gets them."""
+    monkeypatch.setattr(parallel, "_SEVERAL_DEVICES", {"xla_gpu_no_such_option": 1})
+    program = program_of(1, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        compiled(Layout.over_all_devices(LAYOUTS[mode]), program)
+    compiled(Layout.over_first_devices(LAYOUTS[mode], 1), program)
 
 
 def test_fsdp_gathers_a_layers_weights_again_where_remat_computes_it_again():
