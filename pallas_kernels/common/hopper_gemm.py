@@ -50,6 +50,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import device
+from pallas_kernels.common.hopper_ring import Ring, launch
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
@@ -118,23 +119,21 @@ def gemm(
     cores = device.current().cores or 1
     rounds, rest = divmod(pl.cdiv(w.shape[0], tile) * pl.cdiv(x.shape[0], TILE_M), cores * _TILES_EACH)
     programs = rounds * cores + min(rest, cores)
-    return plgpu.kernel(
-        partial(
-            _kernel,
-            epilogue=epilogue,
-            outputs=len(out_type),
-            tile=tile,
-            stages=stages,
-            scratch=scratch,
-            cores=cores,
-        ),
+    kernel = partial(
+        _kernel,
+        epilogue=epilogue,
+        outputs=len(out_type),
+        tile=tile,
+        stages=stages,
+        scratch=scratch,
+        cores=cores,
+    )
+    return launch(
+        kernel,
         out_type=tuple(out_type),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        programs=programs,
+        warpgroups=COMPUTE_WARPGROUPS + 1,
+        name=name,
         interpret=interpret,
     )(x, w)
 
@@ -148,12 +147,12 @@ def shared_transforms(dtype, columns=TILE_K):
 def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scratch, cores):
     """One loop over the slices of all tiles of a program, which each warpgroup walks at its own pace.
 
-    Slices are numbered over all tiles of a program, and slice n uses slot n mod stages. Warpgroups 0 and 1
-    multiply the halves of a tile, and 1 also issues the copies; 2, the packer, runs the epilogues. The
-    barriers, and why nothing is overwritten while it is read, or read before it is written:
+    Slices go around a `Ring`. Warpgroups 0 and 1 multiply the halves of a tile, and 1 also issues the copies;
+    2, the packer, runs the epilogues. The barriers, and why nothing is overwritten while it is read, or read
+    before it is written:
 
-    full[slot]: both copies of a slice have arrived. Warpgroups 0 and 1 wait for it before they multiply.
-    empty[slot]: warpgroups 0 and 1 have read a slice. They arrive when ``wgmma_wait(1)``, with the next
+    full[stage]: both copies of a slice have arrived. Warpgroups 0 and 1 wait for it before they multiply.
+    empty[stage]: warpgroups 0 and 1 have read a slice. They arrive when ``wgmma_wait(1)``, with the next
       product issued, says so, and for a tile's last slice when reading the accumulator has waited for all
       products. Warpgroup 1 waits for it right after its own arrival and only then copies slice n + stages
       over slice n: the product just issued keeps the tensor cores busy meanwhile. In the last round it waits
@@ -198,23 +197,25 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
             """Row block and tile of columns of this program's ``nth`` tile."""
             return plgpu.planar_snake(first_tile + nth * cores, (n_blocks, n_tiles), 0, _GROUP_M)
 
-        def slot_of(number):
-            return lax.rem(number, jnp.int32(stages))
+        ring = Ring(full, empty, stages)
 
         def load(number, _=None):
-            slot = slot_of(number)
+            stage = ring.stage_of(number)
             row_block, tile_id = place_of(lax.div(number, jnp.int32(n_slices)))
             columns = pl.ds(lax.rem(number, jnp.int32(n_slices)) * TILE_K, TILE_K)
-            for gmem, first, ring in ((x_gmem, row_block * TILE_M, x_ring), (w_gmem, tile_id * tile, w_ring)):
-                rows = pl.ds(first, ring.shape[1])
-                plgpu.copy_gmem_to_smem(gmem.at[rows, columns], ring.at[slot], full.at[slot])
+            for gmem, first, slices in (
+                (x_gmem, row_block * TILE_M, x_ring),
+                (w_gmem, tile_id * tile, w_ring),
+            ):
+                rows = pl.ds(first, slices.shape[1])
+                plgpu.copy_gmem_to_smem(gmem.at[rows, columns], slices.at[stage], full.at[stage])
 
         def release(number):
-            plgpu.barrier_arrive(empty.at[slot_of(number)])
+            ring.release(number)
 
             @pl.when(warpgroup == 1)
             def _():
-                plgpu.barrier_wait(empty.at[slot_of(number)])
+                plgpu.barrier_wait(empty.at[ring.stage_of(number)])
                 pl.when(number + stages < n_all)(partial(load, number + stages))
 
         def multiply():
@@ -227,21 +228,11 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
             def multiply_tile(nth, _):
                 first = nth * n_slices
 
+                def operands(stage):
+                    return x_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)], w_ring.at[stage].T
+
                 def with_accumulator(acc):
-                    def issue(k):
-                        slot = slot_of(first + k)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_ring.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w_ring.at[slot].T)
-
-                    def step(k, _):
-                        issue(k)
-                        plgpu.wgmma_wait(1)
-                        release(first + k - 1)
-
-                    issue(0)
-                    lax.fori_loop(1, n_slices, step, None)
-                    product = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-                    release(first + n_slices - 1)
+                    product = ring.multiply(acc, first, n_slices, operands, release)
                     plgpu.barrier_wait(granted.at[warpgroup])
                     buffer[...] = product.astype(buffer.dtype)
                     plgpu.barrier_arrive(written.at[warpgroup])

@@ -50,6 +50,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_K, TILE_M, shared_transforms
+from pallas_kernels.common.hopper_ring import Ring, ceil_div, launch, over_tiles
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
@@ -153,15 +154,12 @@ def gathered_gemm(
     grid = programs(lists)
     # Copies describe x in groups of eight rows. The gate stage's x is padded alike: the two are one array.
     x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
-    outputs = plgpu.kernel(
+    outputs = launch(
         partial(_kernel, steps=steps, transforms=shared_transforms(x.dtype), pad=pad, programs=grid),
         out_type=tuple(out_type),
-        grid=(grid,),
-        grid_names=("program",),
-        num_threads=COMPUTE_WARPGROUPS + 2,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        programs=grid,
+        warpgroups=COMPUTE_WARPGROUPS + 2,
+        name=name,
         interpret=interpret,
     )(lists.tiles, lists.n_tiles, lists.counts, lists.offsets, x, w, lists.neurons, *inputs)
     # Mosaic GPU's outputs do not say so themselves.
@@ -175,10 +173,10 @@ def place_of(tiles, n_tiles, counts, offsets, number, *, pad) -> Place:
     entry = jnp.where(exists, tiles[jnp.minimum(number, tiles.shape[0] - 1)], 0)
     panel, nth = lax.div(entry, jnp.int32(most)), lax.rem(entry, jnp.int32(most))
     count = counts[panel]
-    wanted = _ceil_div(count, pad) * pad  # what the down projection reads
+    wanted = ceil_div(count, pad) * pad  # what the down projection reads
     # All tiles of a panel have one width.
-    least = _ceil_div(wanted, jnp.maximum(_ceil_div(count, GATHERED_TILE), 1))
-    code = jnp.where(least <= 96, _ceil_div(least, 32) - 1, _ceil_div(least, 8) - 10)
+    least = ceil_div(wanted, jnp.maximum(ceil_div(count, GATHERED_TILE), 1))
+    code = jnp.where(least <= 96, ceil_div(least, 32) - 1, ceil_div(least, 8) - 10)
     code = jnp.maximum(code, 0)
     width = jnp.where(code <= 2, 32 * (code + 1), 8 * (code + 10))
     first = nth * width
@@ -191,27 +189,14 @@ def place_of(tiles, n_tiles, counts, offsets, number, *, pad) -> Place:
     )
 
 
-def _ceil_div(value, by):
-    by = jnp.int32(by)
-    return lax.div(value + by - 1, by)
-
-
 def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad, programs):
     """Warpgroups 0 and 1 multiply 64 tokens of a panel each, 2 loads, 3 packs.
 
-    Slices of D are numbered over all tiles of a program, and slice n uses stage n mod `_STAGES`, as in
-    `hopper_gemm`. The barriers:
+    Slices of D go around a `Ring`: the copy of x arrives by itself, and for what is gathered the loader says
+    so.
 
-    full[stage]: the copy of x has arrived, and so have the rows that the loader gathered. It says so of slice
-      n once it has started slice n + `_LAG`: its threads have then waited for their copies and fenced them.
-    empty[stage]: both multiplying warpgroups have read a slice. The loader waits for it before it loads over
-      the slice, and at the end for the last ones, so that every phase of a barrier is seen.
     granted[half], written[half]: as in `hopper_gemm`. The buffer may hold what the epilogue has laid there
       when a half is granted, which a multiplier reads before it writes.
-
-    Nobody waits in a circle. Before it starts slice n the loader waits until slice n - `_STAGES` has been
-    read, which a multiplier says when it has issued the product of the slice behind that one. The loader has
-    said of that slice that it has arrived, for `_LAG` is at most `_STAGES` - 2.
     """
     n_slices = x.shape[1] // TILE_K
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
@@ -231,25 +216,10 @@ def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad
         n_mine = lax.div(jnp.maximum(n_tiles[0] - program, 0) + programs - 1, jnp.int32(programs))
         n_all = n_mine * n_slices
 
-        def stage_of(number):
-            return lax.rem(number, jnp.int32(_STAGES))
+        ring = Ring(full, empty, _STAGES, _LAG)
 
         def look_up(nth):
             return place_of(tiles, n_tiles, counts, offsets, program + nth * programs, pad=pad)
-
-        def over_tiles(body, carry):
-            """Runs ``body(nth, its place, the following one, carry)`` for a program's tiles. What a tile is
-            comes from loads that wait for each other, so they are made a tile ahead."""
-
-            def one(nth, state):
-                place, carry = state
-                following = look_up(nth + 1)
-                return following, body(nth, place, following, carry)
-
-            return lax.fori_loop(0, n_mine, one, (look_up(jnp.int32(0)), carry))[1]
-
-        def release(number):
-            plgpu.barrier_arrive(empty.at[stage_of(number)])
 
         def multiply():
             plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
@@ -258,22 +228,12 @@ def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad
                 first = nth * n_slices
 
                 def with_width(width):
+                    def operands(stage):
+                        tokens = x_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)]
+                        return tokens, w_ring.at[stage, pl.ds(0, width)].T
+
                     def with_accumulator(acc):
-                        def issue(k):
-                            stage = stage_of(first + k)
-                            plgpu.barrier_wait(full.at[stage])
-                            tokens = x_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)]
-                            plgpu.wgmma(acc, tokens, w_ring.at[stage, pl.ds(0, width)].T)
-
-                        def step(k, _):
-                            issue(k)
-                            plgpu.wgmma_wait(1)
-                            release(first + k - 1)
-
-                        issue(0)
-                        lax.fori_loop(1, n_slices, step, None)
-                        product = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-                        release(first + n_slices - 1)
+                        product = ring.multiply(acc, first, n_slices, operands, ring.release)
                         plgpu.barrier_wait(granted.at[warpgroup])
                         steps.store(product, buffer, refs)
                         plgpu.barrier_arrive(written.at[warpgroup])
@@ -282,7 +242,7 @@ def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad
 
                 lax.switch(place.code, [partial(with_width, width) for width in WIDTHS])
 
-            over_tiles(multiply_tile, None)
+            over_tiles(n_mine, look_up, multiply_tile, None)
             pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(granted.at[0]))
 
         def load():
@@ -294,27 +254,17 @@ def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad
 
                 def load_slice(k, _):
                     number = nth * n_slices + k
-                    stage = stage_of(number)
-                    pl.when(number >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                    stage = ring.claim(number)
                     columns = pl.ds(k * TILE_K, TILE_K)
                     plgpu.copy_gmem_to_smem(x.at[rows, columns], x_ring.at[stage], full.at[stage])
                     steps.gather(w, w_ring, own, stage, k, place.valid)
-                    steps.landed(but=_LAG)
-                    pl.when(number >= _LAG)(lambda: plgpu.barrier_arrive(full.at[stage_of(number - _LAG)]))
+                    ring.hand_over(number, steps.landed)
 
                 lax.fori_loop(0, n_slices, load_slice, None)
 
-            over_tiles(load_tile, None)
+            over_tiles(n_mine, look_up, load_tile, None)
 
-            @pl.when(n_mine > 0)
-            def _():
-                steps.landed(but=0)
-                for act, barriers, slices in (
-                    (plgpu.barrier_arrive, full, _LAG),
-                    (plgpu.barrier_wait, empty, _STAGES),
-                ):
-                    for number in (n_all - back for back in range(slices, 0, -1)):
-                        pl.when(number >= 0)(partial(act, barriers.at[stage_of(jnp.maximum(number, 0))]))
+            pl.when(n_mine > 0)(lambda: ring.drain(n_all, steps.landed))
 
         def pack():
             plgpu.set_max_registers(_PACK_REGISTERS, action="decrease")
@@ -334,7 +284,8 @@ def _kernel(tiles, n_tiles, counts, offsets, x, w, *refs, steps, transforms, pad
 
                 return lax.fori_loop(0, COMPUTE_WARPGROUPS, pack_half, carry)
 
-            steps.finish(over_tiles(pack_tile, steps.nothing()), refs, program)
+            carry = over_tiles(n_mine, look_up, pack_tile, steps.nothing())
+            steps.finish(carry, refs, program)
 
         # A branch for each role, for ptxas to know whose registers are whose.
         lax.cond(warpgroup < COMPUTE_WARPGROUPS, multiply, lambda: lax.cond(warpgroup == _LOADER, load, pack))

@@ -44,6 +44,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, shared_transforms
+from pallas_kernels.common.hopper_ring import Ring, ceil_div, launch, over_tiles
 from pallas_kernels.panel import ptx_down
 from pallas_kernels.panel.config import GATHERED_SLICE as SLICE
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
@@ -108,46 +109,26 @@ def panel_down(
     programs = min(device.current().cores or 1, lists.counts.shape[0] * pl.cdiv(d_model, TILE))
     if steps is None:
         steps = ptx_down.Steps(TILE, SLICE, _CHUNK, h.dtype, d_model)
-    y = plgpu.kernel(
-        partial(
-            _kernel,
-            steps=steps,
-            terms=len(terms),
-            transforms=shared_transforms(h.dtype),
-            programs=programs,
-        ),
+    kernel = partial(
+        _kernel, steps=steps, terms=len(terms), transforms=shared_transforms(h.dtype), programs=programs
+    )
+    y = launch(
+        kernel,
         out_type=jax.ShapeDtypeStruct((tokens, d_model), h.dtype),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        programs=programs,
+        warpgroups=COMPUTE_WARPGROUPS + 1,
+        name=name,
         interpret=interpret,
     )(lists.counts, lists.offsets, lists.neurons, *[array for term in terms for array in term])
     # Mosaic GPU's outputs do not say so themselves.
     return varying_axes.vary_with(h, y)
 
 
-def _ceil_div(value, by):
-    by = jnp.int32(by)
-    return lax.div(value + by - 1, by)
-
-
 def _kernel(counts, offsets, neurons, *refs, steps, terms, transforms, programs):
     """Warpgroups 0 and 1 multiply 64 tokens of a panel each, 2 loads.
 
-    Slices of slots are numbered over all terms and tiles of a program, and slice n uses stage n mod
-    `_STAGES`, as in `hopper_gathered`. The barriers:
-
-    full[stage]: the copy of h has arrived, and so have the rows that the loader gathered. It says so of slice
-      n once it has started slice n + `_LAG`: its threads have then waited for their copies and fenced them.
-    empty[stage]: both multiplying warpgroups have read a slice. The loader waits for it before it loads over
-      the slice, and at the end for the last ones, so that every phase of a barrier is seen.
-
-    Nobody waits in a circle. Before it starts slice n the loader waits until slice n - `_STAGES` has been
-    read, which a multiplier says when it has issued the product of the slice behind that one, or at the end
-    of a tile. The loader has said of that slice that it has arrived, for `_LAG` is at most `_STAGES` - 2.
+    Slices of slots go around a `Ring`, those of all terms of a tile one after the other: the copy of h
+    arrives by itself, and for what is gathered the loader says so.
     """
     hs, ws, y = refs[: 2 * terms : 2], refs[1 : 2 * terms : 2], refs[-1]
     n_panels, n_tiles = counts.shape[0], pl.cdiv(y.shape[1], TILE)
@@ -164,8 +145,7 @@ def _kernel(counts, offsets, neurons, *refs, steps, terms, transforms, programs)
         collective_axes="warpgroup",
     )
     def _program(h_ring, w_ring, buffer, full, empty):
-        def stage_of(number):
-            return lax.rem(number, jnp.int32(_STAGES))
+        ring = Ring(full, empty, _STAGES, _LAG)
 
         def look_up(nth):
             number = jnp.minimum(program + nth * programs, n_panels * n_tiles - 1)
@@ -174,49 +154,35 @@ def _kernel(counts, offsets, neurons, *refs, steps, terms, transforms, programs)
             # An empty panel's offset may be the end of the lists.
             return Place(panel, tile_id * TILE, jnp.where(count > 0, offsets[panel], 0), count)
 
-        def over_tiles(body, carry):
-            """Runs ``body(its place, that of the next, carry)`` for a program's tiles. What a tile is comes
-            from loads that wait for each other, so they are made a tile ahead."""
-
-            def one(nth, state):
-                place, carry = state
-                following = look_up(nth + 1)
-                return following, body(place, following, carry)
-
-            return lax.fori_loop(0, n_mine, one, (look_up(jnp.int32(0)), carry))[1]
-
         def multiply():
             plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
 
-            def release(number):
-                plgpu.barrier_arrive(empty.at[stage_of(number)])
-
-            def multiply_tile(place, _, first):
-                n = terms * _ceil_div(place.valid, SLICE)
+            def multiply_tile(_nth, place, _following, first):
+                n = terms * ceil_div(place.valid, SLICE)
 
                 def step(k, acc):
-                    stage = stage_of(first + k)
+                    stage = ring.stage_of(first + k)
                     plgpu.barrier_wait(full.at[stage])
                     acc = steps.multiply(acc, h_ring, w_ring, stage, warpgroup)
                     plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: release(first + k - 1))
+                    pl.when(k > 0)(lambda: ring.release(first + k - 1))
                     return acc
 
                 acc = lax.fori_loop(0, n, step, steps.zeros())
                 plgpu.wgmma_wait(0)
-                pl.when(n > 0)(lambda: release(first + n - 1))
+                pl.when(n > 0)(lambda: ring.release(first + n - 1))
                 row = place.panel * TILE_M + warpgroup * ROWS
                 steps.store(acc, buffer, y, warpgroup, row, place.column)
                 return first + n
 
-            over_tiles(multiply_tile, jnp.int32(0))
+            over_tiles(n_mine, look_up, multiply_tile, jnp.int32(0))
 
         def load():
             plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
 
-            def load_tile(place, following, state):
+            def load_tile(_nth, place, following, state):
                 # An empty panel has a chunk too: the one that looks up the next tile's neurons.
-                chunks = jnp.maximum(_ceil_div(place.valid, _CHUNK), 1)
+                chunks = jnp.maximum(ceil_div(place.valid, _CHUNK), 1)
 
                 def load_chunk(which, j, state):
                     number, own = state
@@ -232,34 +198,25 @@ def _kernel(counts, offsets, neurons, *refs, steps, terms, transforms, programs)
 
                     def load_slice(part):
                         slot = number + part
-                        stage = stage_of(slot)
-                        pl.when(slot >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                        stage = ring.claim(slot)
                         rows = pl.ds(place.slot + j * _CHUNK + part * SLICE, SLICE)
                         plgpu.copy_gmem_to_smem(h.at[rows], h_ring.at[stage], full.at[stage])
                         steps.gather(w, w_ring, own, stage, part, place.column, left - part * SLICE)
-                        steps.landed(but=_LAG)
-                        pl.when(slot >= _LAG)(lambda: plgpu.barrier_arrive(full.at[stage_of(slot - _LAG)]))
+                        ring.hand_over(slot, steps.landed)
 
                     for part in range(_CHUNK // SLICE):
                         pl.when(part * SLICE < left)(partial(load_slice, part))
-                    return number + jnp.minimum(_ceil_div(left, SLICE), _CHUNK // SLICE), ahead
+                    return number + jnp.minimum(ceil_div(left, SLICE), _CHUNK // SLICE), ahead
 
                 for which in range(terms):
                     state = lax.fori_loop(0, chunks, partial(load_chunk, which), state)
                 return state
 
             first = look_up(jnp.int32(0))
-            n_all, _ = over_tiles(load_tile, (jnp.int32(0), steps.look_up(neurons, first.slot, first.valid)))
+            state = jnp.int32(0), steps.look_up(neurons, first.slot, first.valid)
+            n_all, _ = over_tiles(n_mine, look_up, load_tile, state)
 
-            @pl.when(n_all > 0)
-            def finish():
-                steps.landed(but=0)
-                for act, barriers, slices in (
-                    (plgpu.barrier_arrive, full, _LAG),
-                    (plgpu.barrier_wait, empty, _STAGES),
-                ):
-                    for number in (n_all - back for back in range(slices, 0, -1)):
-                        pl.when(number >= 0)(partial(act, barriers.at[stage_of(jnp.maximum(number, 0))]))
+            pl.when(n_all > 0)(lambda: ring.drain(n_all, steps.landed))
 
         # A branch for each role, for ptxas to know whose registers are whose.
         lax.cond(warpgroup < COMPUTE_WARPGROUPS, multiply, load)

@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_K, TILE_M, shared_transforms
+from pallas_kernels.common.hopper_ring import Ring, launch
 from pallas_kernels.panel import ptx_weights
 from pallas_kernels.panel.pallas_triton_weights import Ranking
 
@@ -97,28 +98,24 @@ def panel_dw_hot(
     if steps is None:
         steps = ptx_weights.Steps(len(zs), x.dtype, jnp.dtype(dtype), d_model, d_ff)
     programs = device.current().cores or 1
-    outputs = plgpu.kernel(
-        partial(
-            _kernel,
-            steps=steps,
-            count=len(zs),
-            transforms=shared_transforms(x.dtype),
-            programs=programs,
-        ),
+    outputs = launch(
+        partial(_kernel, steps=steps, transforms=shared_transforms(x.dtype), programs=programs),
         out_type=(jax.ShapeDtypeStruct((d_ff, d_model), dtype),) * len(zs),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name="panel_dw_hot",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        programs=programs,
+        warpgroups=COMPUTE_WARPGROUPS + 1,
+        name="panel_dw_hot",
         interpret=interpret,
     )(order, n_hot, slots, *zs, x, dy)
     return tuple(varying_axes.vary_with(zs[0], outputs))
 
 
-def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
-    stages, lag = _STAGES, _LAG
+def _kernel(order, n_hot_ref, slots, *refs, steps, transforms, programs):
+    """Warpgroups 0 and 1 multiply 64 neurons of a tile each, 2 loads.
+
+    Slices of tokens go around a `Ring`: the copy of x or dy arrives by itself, and for what is gathered the
+    loader says so.
+    """
+    count = (len(refs) - 2) // 2
     zs, (x, dy), outputs = refs[:count], refs[count : count + 2], refs[count + 2 :]
     n_panels, n_columns = slots.shape[0], pl.cdiv(x.shape[1], TILE_D)
     per_panel = TILE_M // TILE_K
@@ -127,10 +124,10 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
 
     @partial(
         pl.run_scoped,
-        z_ring=plgpu.SMEM((stages, TILE_M, TILE_K), x.dtype, transforms=transforms),
-        x_ring=plgpu.SMEM((stages, TILE_K, TILE_D), x.dtype, transforms=transforms),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        z_ring=plgpu.SMEM((_STAGES, TILE_M, TILE_K), x.dtype, transforms=transforms),
+        x_ring=plgpu.SMEM((_STAGES, TILE_K, TILE_D), x.dtype, transforms=transforms),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=_STAGES),
         collective_axes="warpgroup",
     )
     def _program(z_ring, x_ring, full, empty):
@@ -139,8 +136,7 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
         n_mine = lax.div(jnp.maximum(n_tiles - program, 0) + programs - 1, jnp.int32(programs))
         n_all = n_mine * n_slices
 
-        def stage_of(number):
-            return lax.rem(number, jnp.int32(stages))
+        ring = Ring(full, empty, _STAGES, _LAG)
 
         def place_of(nth):
             """Which gradient, the first of the hot neurons and of the columns."""
@@ -149,9 +145,6 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
             row, column = lax.div(tile_id, jnp.int32(n_columns)), lax.rem(tile_id, jnp.int32(n_columns))
             return which, row * TILE_M, column * TILE_D
 
-        def release(number):
-            plgpu.barrier_arrive(empty.at[stage_of(number)])
-
         def multiply():
             plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
 
@@ -159,21 +152,11 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
                 which, row, column = place_of(nth)
                 first = nth * n_slices
 
+                def operands(stage):
+                    return z_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)], x_ring.at[stage]
+
                 def with_accumulator(acc):
-                    def issue(k):
-                        stage = stage_of(first + k)
-                        plgpu.barrier_wait(full.at[stage])
-                        plgpu.wgmma(acc, z_ring.at[stage, pl.ds(warpgroup * ROWS, ROWS)], x_ring.at[stage])
-
-                    def step(k, _):
-                        issue(k)
-                        plgpu.wgmma_wait(1)
-                        release(first + k - 1)
-
-                    issue(0)
-                    lax.fori_loop(1, n_slices, step, None)
-                    product = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-                    release(first + n_slices - 1)
+                    product = ring.multiply(acc, first, n_slices, operands, ring.release)
                     steps.store(product, order, outputs, which, row + warpgroup * ROWS, column, n_hot)
 
                 pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, TILE_D), jnp.float32))
@@ -191,8 +174,7 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
                     ahead = steps.slots(slots, neurons, jnp.minimum(panel + 1, n_panels - 1))
                     for part in range(per_panel):
                         number = (nth * n_panels + panel) * per_panel + part
-                        stage = stage_of(number)
-                        pl.when(number >= stages)(partial(plgpu.barrier_wait, empty.at[stage]))
+                        stage = ring.claim(number)
                         place = pl.ds(panel * TILE_M + part * TILE_K, TILE_K), pl.ds(column, TILE_D)
 
                         def copy(source, place=place, stage=stage):
@@ -201,11 +183,7 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
                         pl.when(which < count - 1)(partial(copy, x))
                         pl.when(which == count - 1)(partial(copy, dy))
                         steps.gather(zs, z_ring, own, which, stage, part)
-                        steps.landed(but=lag)
-
-                        @pl.when(number >= lag)
-                        def _(number=number):
-                            plgpu.barrier_arrive(full.at[stage_of(number - lag)])
+                        ring.hand_over(number, steps.landed)
 
                     return ahead
 
@@ -213,14 +191,7 @@ def _kernel(order, n_hot_ref, slots, *refs, steps, count, transforms, programs):
 
             lax.fori_loop(0, n_mine, load_tile, None)
 
-            @pl.when(n_mine > 0)
-            def _():
-                steps.landed(but=0)
-                for act, barriers, slices in (
-                    (plgpu.barrier_arrive, full, lag),
-                    (plgpu.barrier_wait, empty, stages),
-                ):
-                    for number in (n_all - back for back in range(slices, 0, -1)):
-                        pl.when(number >= 0)(partial(act, barriers.at[stage_of(jnp.maximum(number, 0))]))
+            pl.when(n_mine > 0)(lambda: ring.drain(n_all, steps.landed))
 
+        # A branch for each role, for ptxas to know whose registers are whose.
         lax.cond(warpgroup < COMPUTE_WARPGROUPS, multiply, load)

@@ -17,7 +17,17 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.common import hopper_gemm
 from pallas_kernels.common.hopper_gemm import ROWS, TILE_M, WARPGROUP, address, assemble
-from pallas_kernels.panel.ptx_gathered import PLACE, REF, ROWS_AT_ONCE, SCALAR, strided, word_of
+from pallas_kernels.panel.ptx_gathered import (
+    PLACE,
+    REF,
+    ROWS_AT_ONCE,
+    SCALAR,
+    Copies,
+    register_of,
+    strided,
+    word_of,
+    words_of,
+)
 
 BOX = 64
 """Columns of a box, and of y that a warpgroup stores together."""
@@ -26,7 +36,7 @@ _DEPTH = 16  # slots of one wgmma
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class Steps(Copies):
     """The steps for tiles of ``tile`` columns and slices of ``depth`` slots of values of ``dtype``.
 
     Attributes:
@@ -58,7 +68,6 @@ class Steps:
             ),
         )
         def load(_, neurons, slot, valid):
-            i32 = ir.IntegerType.get_signless(32)
             found = []
             for first in range(0, self.chunk, ROWS_AT_ONCE):
                 text = (
@@ -67,9 +76,7 @@ class Steps:
                     "mul.wide.s32 a, r, 4; add.s64 a, a, $1; ld.global.nc.b32 $0, [a]; }"
                 )
                 operands = [address(neurons, 64), word_of(slot), word_of(valid)]
-                found.append(
-                    llvm.bitcast(ir.VectorType.get((1,), i32), assemble(text, operands, "=r,l,r,r", "i32"))
-                )
+                found.append(register_of(assemble(text, operands, "=r,l,r,r", "i32")))
             return strided(found, 1, is_signed=True)
 
         return load(neurons, slot, valid)
@@ -114,24 +121,12 @@ class Steps:
                     source = f"[a+{box * BOX * 2}]"
                     lines.append(f"cp.async.cg.shared.global.L2::128B [d+{to}], {source}, 16, {size};")
             lines.append("cp.async.commit_group; }")
-            i32 = ir.IntegerType.get_signless(32)
             count = self.depth // ROWS_AT_ONCE
-            own = list(rows.registers.flat)[part * count : (part + 1) * count]
-            own = [llvm.bitcast(i32, register) for register in own]
+            own = words_of(rows.registers.flat[part * count : (part + 1) * count])
             operands = [address(w, 64), address(ring, 32), *map(word_of, (stage, column, valid)), *own]
             assemble("\n".join(lines), operands, ",".join(["l", *["r"] * (len(operands) - 1)]))
 
         start(w, ring, rows, stage, column, valid)
-
-    def landed(self, but):
-        """Waits until all of a thread's groups have landed but the last few, and hands what landed to wgmma,
-        which reads shared memory past the threads' own path."""
-
-        @plgpu.inline_mgpu()
-        def wait(_):
-            assemble(f"cp.async.wait_group {but}; fence.proxy.async.shared::cta;", [], "")
-
-        wait()
 
     # -- the multiplying warpgroups
 

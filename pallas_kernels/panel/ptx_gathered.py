@@ -8,7 +8,7 @@ stands at place ``g ^ (r % 8)`` of the row: the swizzle that wgmma reads, with w
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +33,22 @@ PLACE = ".reg .b32 t, r, c; mov.u32 t, %tid.x; and.b32 t, t, 127; and.b32 c, t, 
 """The thread's first row and its 16 bytes of one."""
 
 
+class Copies:
+    """What loaders that gather with cp.async have in common."""
+
+    def landed(self, but):
+        """Waits until all of a thread's groups have landed but the last few, and hands what landed to wgmma,
+        which reads shared memory past the threads' own path."""
+
+        @plgpu.inline_mgpu()
+        def wait(_):
+            assemble(f"cp.async.wait_group {but}; fence.proxy.async.shared::cta;", [], "")
+
+        wait()
+
+
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class Steps(Copies):
     """The steps for tiles of at most ``tile`` neurons, a multiple of 16, of values of ``dtype``: those that
     all epilogues have, and what an epilogue is made of.
 
@@ -78,7 +92,6 @@ class Steps:
             ),
         )
         def load(_, neurons, slot, valid):
-            i32 = ir.IntegerType.get_signless(32)
             found = []
             for group in self.groups:
                 text = (
@@ -88,9 +101,7 @@ class Steps:
                     f"mul.lo.s32 r, r, {2 * self.d_model}; shl.b32 c, c, 4; add.s32 $0, r, c; }}"
                 )
                 operands = [address(neurons, 64), word_of(slot), word_of(valid)]
-                found.append(
-                    llvm.bitcast(ir.VectorType.get((1,), i32), assemble(text, operands, "=r,l,r,r", "i32"))
-                )
+                found.append(register_of(assemble(text, operands, "=r,l,r,r", "i32")))
             return strided(found, 1, is_signed=True)
 
         return load(neurons, slot, valid)
@@ -121,22 +132,11 @@ class Steps:
                     f"@p cp.async.cg.shared.global.L2::128B [d+{first * ROW_BYTES}], [a], 16;"
                 )
             lines.append("cp.async.commit_group; }")
-            i32 = ir.IntegerType.get_signless(32)
-            own = [llvm.bitcast(i32, register) for register in offsets.registers.flat]
+            own = words_of(offsets.registers.flat)
             operands = [address(w, 64), address(ring, 32), *map(word_of, (stage, k, valid)), *own]
             assemble("\n".join(lines), operands, ",".join(["l", *["r"] * (len(operands) - 1)]))
 
         start(w, ring, offsets, stage, k, valid)
-
-    def landed(self, but):
-        """Waits until all of a thread's groups have landed but the last few, and hands what landed to wgmma,
-        which reads shared memory past the threads' own path."""
-
-        @plgpu.inline_mgpu()
-        def wait(_):
-            assemble(f"cp.async.wait_group {but}; fence.proxy.async.shared::cta;", [], "")
-
-        wait()
 
     # -- the multiplying warpgroups
 
@@ -287,6 +287,17 @@ def constant(value: int) -> ir.Value:
 
 def word_of(scalar: mgpu.FragmentedArray) -> ir.Value:
     return scalar.registers.flat[0]
+
+
+def words_of(registers: Iterable[ir.Value]) -> list[ir.Value]:
+    """A thread's words, of its registers of an array of 32-bit integers."""
+    i32 = ir.IntegerType.get_signless(32)
+    return [llvm.bitcast(i32, register) for register in registers]
+
+
+def register_of(word: ir.Value) -> ir.Value:
+    """A word as `strided` takes it."""
+    return llvm.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), word)
 
 
 def strided(

@@ -4,27 +4,26 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.common import hopper_gemm
 from pallas_kernels.common.hopper_gemm import TILE_M, WARPGROUP, address, assemble
-from pallas_kernels.panel.ptx_gathered import PLACE, REF, ROW_BYTES, ROWS_AT_ONCE, SCALAR, strided, word_of
+from pallas_kernels.panel.ptx_gathered import (
+    PLACE,
+    REF,
+    ROW_BYTES,
+    ROWS_AT_ONCE,
+    SCALAR,
+    Copies,
+    register_of,
+    strided,
+    word_of,
+    words_of,
+)
 
 _GROUPS = range(TILE_M // ROWS_AT_ONCE)
 _EACH_ROW = plgpu.Layout.WG_STRIDED((len(_GROUPS) * WARPGROUP,), vec_size=1)
 _WORDS = plgpu.ShapeDtypeStruct((len(_GROUPS) * WARPGROUP,), jnp.int32, layout=_EACH_ROW)
 _PIECE = 32  # accumulators of a row that are stored together
-
-
-def _word(text, operands, constraints):
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.bitcast(ir.VectorType.get((1,), i32), assemble(text, operands, constraints, "i32"))
-
-
-def _words(array):
-    i32 = ir.IntegerType.get_signless(32)
-    return [llvm.bitcast(i32, register) for register in array.registers.flat]
 
 
 def _chosen(name, count, first, which):
@@ -36,7 +35,7 @@ def _chosen(name, count, first, which):
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class Steps(Copies):
     """The steps for ``count`` gradients (d_ff, d_model) of type ``out_dtype`` from values of ``dtype``."""
 
     count: int
@@ -59,7 +58,8 @@ class Steps:
                     "add.s32 r, r, $2; setp.lt.s32 p, r, $3; mul.wide.s32 a, r, 4; add.s64 a, a, $1; "
                     "mov.b32 $0, -1; @p ld.global.nc.b32 $0, [a]; }"
                 )
-                found.append(_word(text, [address(order, 64), word_of(row), word_of(n_hot)], "=&r,l,r,r"))
+                operands = [address(order, 64), word_of(row), word_of(n_hot)]
+                found.append(register_of(assemble(text, operands, "=&r,l,r,r", "i32")))
             return strided(found, 1, is_signed=True)
 
         return load(order, row, n_hot)
@@ -70,13 +70,14 @@ class Steps:
         @plgpu.inline_mgpu(arg_types=(REF, _EACH_ROW, SCALAR), return_type=_WORDS)
         def load(_, slots, neurons, panel):
             found = []
-            for neuron in _words(neurons):
+            for neuron in words_of(neurons.registers.flat):
                 text = (
                     "{ .reg .pred p; .reg .b64 a, b; setp.ge.s32 p, $2, 0; "
                     f"mul.wide.s32 a, $3, {4 * self.d_ff}; mul.wide.s32 b, $2, 4; add.s64 a, a, b; "
                     "add.s64 a, a, $1; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [a]; }"
                 )
-                found.append(_word(text, [address(slots, 64), neuron, word_of(panel)], "=&r,l,r,r"))
+                operands = [address(slots, 64), neuron, word_of(panel)]
+                found.append(register_of(assemble(text, operands, "=&r,l,r,r", "i32")))
             return strided(found, 1, is_signed=True)
 
         return load(slots, neurons, panel)
@@ -114,17 +115,10 @@ class Steps:
                 )
             lines.append("cp.async.commit_group; }")
             operands = [*[address(z, 64) for z in zs], address(ring, 32), word_of(which), word_of(stage)]
-            operands += _words(slots)
+            operands += words_of(slots.registers.flat)
             assemble("\n".join(lines), operands, ",".join(["l"] * n + ["r"] * (len(operands) - n)))
 
         start(*zs, ring, slots, which, stage)
-
-    def landed(self, but):
-        @plgpu.inline_mgpu()
-        def wait(_):
-            assemble(f"cp.async.wait_group {but}; fence.proxy.async.shared::cta;", [], "")
-
-        wait()
 
     # -- the multiplying warpgroups
 
