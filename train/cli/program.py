@@ -4,7 +4,6 @@ Whatever a user can mend is one sentence on stderr and a status of 2 (the comman
 only surprises, and ``--debug``, show a traceback. Nothing heavy is imported before a command needs it.
 """
 
-import gc
 import importlib.metadata
 import os
 import sys
@@ -56,6 +55,7 @@ commands:
 
 def run() -> None:
     """The program as a process: ends it with the status of ``main``."""
+    background_errors.keep_quiet()
     try:
         status = main()
     except Exception:
@@ -66,14 +66,7 @@ def run() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
-    with background_errors.kept_quiet():
-        status = _main(list(sys.argv[1:] if argv is None else argv))
-        if status:
-            gc.collect()  # Python complains of tasks that an error cut off once it collects them
-        return status
-
-
-def _main(argv: list[str]) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
     except SystemExit as exit:  # how tyro ends after --help

@@ -436,3 +436,30 @@ def test_a_device_without_room_is_a_sentence(capsys, monkeypatch):
 
 def _root():
     return os.path.dirname(os.path.dirname(os.path.dirname(cli.__file__)))
+
+
+def test_what_an_error_cut_off_is_not_heard_of_at_the_end():
+    """Reads that were under way when another one failed are collected as late as the interpreter's end, and
+    their threads find the event loop closed, which C++ reports as an error that nobody caught."""
+    program = """
+import sys
+from train.cli import program
+
+def read():
+    try:
+        yield
+    except GeneratorExit as cut_off:
+        raise Exception("Encountered error while reading") from cut_off
+
+under_way = read()
+next(under_way)
+def main():
+    error = RuntimeError("Event loop is closed")
+    sys.excepthook(RuntimeError, error, None)
+    return 1
+
+program.main = main
+program.run()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
