@@ -57,6 +57,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tiny_run
     states: dict[int, Any] = {}
     compilations: dict[int, int] = {}
     output = io.StringIO()
+    jax.clear_caches()  # a test before may have had a run of the same shapes: its programs are to count too
     with _count_compilations() as events, contextlib.redirect_stdout(output):
 
         def record(step: int, state: Any) -> None:
