@@ -31,9 +31,10 @@ from pallas_kernels.bench.shapes import PAPER, SHAPES
 from pallas_kernels.bench.timing import Timing
 from pallas_kernels.bench.tune_panel import tune_panel
 from pallas_kernels.ffn import sparse_ffn, sparse_mlp
-from pallas_kernels.options import FFNOptions, Panel
+from pallas_kernels.options import FFNOptions, Panel, parse_layout
 
 _PROGRAM = "python -m pallas_kernels.bench layers"
+_COMPARABLE = ("twell", "hybrid", "panel", "auto")
 _FORMATS = {"forward": ("dense", "twell", "panel", "auto"), "train": ("dense", "hybrid", "panel", "auto")}
 _TUNING_SECONDS = (
     150.0  # then the search keeps the heuristic for what is left, so that a run ends within four minutes
@@ -77,7 +78,7 @@ def gradients(options: FFNOptions, inputs: Mapping[str, jax.Array], dy: jax.Arra
 
 
 def layers(formats: Sequence[str], panels: Sequence[int] = (Panel.tokens,)) -> dict[str, FFNOptions]:
-    """The layers to compare, by name; ``"panel"`` at every P asked for,
+    """The layers to compare, by name; plain ``"panel"`` at every P asked for,
     each but the usual one with P in its name."""
     found: dict[str, FFNOptions] = {}
     for name in formats:
@@ -218,12 +219,24 @@ def to_json(results: Sequence[Result], command: Sequence[str]) -> dict[str, Any]
     }
 
 
+def _format(text: str) -> str:
+    """A format of ``--formats`` as it was typed."""
+    try:
+        name = parse_layout(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if name not in _COMPARABLE:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(_COMPARABLE)}; got {text!r}")
+    return text
+
+
 def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").replace("`", ""))
     parser.add_argument("direction", choices=list(_FORMATS))
     parser.add_argument(
-        "--formats", nargs="+", choices=["twell", "hybrid", "panel", "auto"], help="beside dense"
-    )
+        "--formats", nargs="+", type=_format, metavar="FORMAT",
+        help=f"beside dense: {', '.join(_COMPARABLE)}, or one with options, as in 'panel(capacity=1.0)'",
+    )  # fmt: skip
     parser.add_argument(
         "--panels", nargs="+", type=int, choices=[16, 32, 64, 128], default=[Panel.tokens],
         help="tokens of a panel",

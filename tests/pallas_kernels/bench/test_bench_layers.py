@@ -83,6 +83,12 @@ def test_panels_of_other_sizes_are_layers_of_their_own():
     assert [options.layout for options in compared.values()] == [Dense(), Panel(tokens=32), Panel(), Auto()]
 
 
+def test_a_format_with_options_is_compared_under_its_own_name():
+    arguments = bench_layers._parser().parse_args(["train", "--formats", "panel", "panel(capacity=1.0)"])
+    layouts = {name: options.layout for name, options in bench_layers.layers(arguments.formats).items()}
+    assert layouts == {"panel": Panel(), "panel(capacity=1.0)": Panel(capacity=1.0)}
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     monkeypatch.setattr(device_lib, "current", lambda: Device("gpu", "NVIDIA H100", 90, 132))
@@ -98,6 +104,8 @@ def pretended_gpu(monkeypatch):
         ("--inputs none.npz", "there is none at none.npz"),
         ("--nnz 9000", "a mean nnz of 9000 needs more than the"),
         ("--tokens 0", "at least 1"),
+        ("--formats panels", "FFNOptions.format must be one of"),
+        ("--formats dense", "must be one of twell, hybrid, panel, auto; got 'dense'"),
         ("--rest -1", "--rest must be at least 0 seconds; got -1.0"),
     ],
 )
