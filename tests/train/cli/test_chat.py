@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -228,15 +229,16 @@ def test_at_a_terminal(checkpoint):
     import pty
 
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", "chat", "--checkpoint", str(checkpoint), *GREEDY_OPTIONS],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=ROOT,
-        start_new_session=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TERM": "dumb"},
-    )
+    with programs.signals_of_a_terminal():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train", "chat", "--checkpoint", str(checkpoint), *GREEDY_OPTIONS],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=ROOT,
+            start_new_session=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "TERM": "dumb"},
+        )
     os.close(theirs)
     seen = ""
 

@@ -29,6 +29,18 @@ def xla_flags(devices: int) -> str:
 
 
 @contextlib.contextmanager
+def signals_of_a_terminal() -> Iterator[None]:
+    """What starts in this context takes a hang-up and Ctrl-C as from a terminal: under nohup the one is
+    ignored here, in a shell's background the other, and so they would be in what starts here."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """The program in a process of its own, with its output in pipes; at the end of the context it is gone,
     also where an assertion failed before it was stopped."""
@@ -39,9 +51,7 @@ def start(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str
 @contextlib.contextmanager
 def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """`start`, for what ``python`` with ``words`` runs."""
-    # As from a terminal: under nohup a hang-up is ignored here, and would be in what starts here.
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
+    with signals_of_a_terminal():
         process = subprocess.Popen(
             [sys.executable, "-u", *words],
             stdout=subprocess.PIPE,
@@ -55,8 +65,6 @@ def start_python(words: list[str], **environment: str) -> Iterator[subprocess.Po
                 **environment,
             },
         )
-    finally:
-        signal.signal(signal.SIGHUP, hang_up)
     try:
         yield process
     finally:
