@@ -50,13 +50,33 @@ class LayerCall:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Fact:
+    """A truth that a forward finds while it is traced and its backward asks for.
+
+    It is carried by the shape of an empty array, (0, 1) or (0, 0), and not by a static field. JAX traces a
+    forward once for each choice of arguments that are differentiated, but keeps the tree of what is saved,
+    with its static fields, of the last such trace alone: a backward may be handed the tree of another one.
+    """
+
+    empty: jax.Array
+
+    @classmethod
+    def of(cls, value: bool) -> "Fact":
+        return cls(jnp.zeros((0, int(value)), jnp.uint8))
+
+    def __bool__(self) -> bool:
+        return bool(self.empty.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Saved:
     """What a backward needs: the arguments as they came, what the format kept, and whether any weight is
     differentiated."""
 
     arguments: Weights
     kept: Any
-    weights: bool = dataclasses.field(metadata={"static": True})
+    weights: Fact
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -71,7 +91,7 @@ def _forward(x, w_gate, w_up, w_down, call):
     arguments, weights = primals((x, w_gate, w_up, w_down))
     once = arguments if call.format == "dense" else _differentiated_once(arguments)
     outputs, kept = forward(once, call)
-    return outputs, _Saved(arguments, kept, weights)
+    return outputs, _Saved(arguments, kept, Fact.of(weights))
 
 
 def _backward(call, saved: _Saved, cotangents):
@@ -80,8 +100,9 @@ def _backward(call, saved: _Saved, cotangents):
     dy = as_array(dy, saved.arguments[0])
     operands = saved.arguments, dy, None if isinstance(dl1, SymbolicZero) else dl1
     arguments, dy, dl1 = operands if call.format == "dense" else _differentiated_once(operands)
-    dx, *weights = backward(arguments, saved.kept, dy, dl1, call, weights=saved.weights)
-    return (dx, *(weights if saved.weights else (None, None, None)))
+    wanted = bool(saved.weights)
+    dx, *weights = backward(arguments, saved.kept, dy, dl1, call, weights=wanted)
+    return (dx, *(weights if wanted else (None, None, None)))
 
 
 layer.defvjp(_forward, _backward, symbolic_zeros=True)

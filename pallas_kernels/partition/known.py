@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels.differentiation import primals
+from pallas_kernels.differentiation import Fact, primals
 from pallas_kernels.options import FFNStats
 from pallas_kernels.partition import local
 from pallas_kernels.partition.layer import Arrays, Layer
@@ -39,7 +39,7 @@ def _forward(mesh, split, layer, *arguments):
 
     specs = inner.outputs, _per_device(inner)
     outputs, kept = _mapped(mesh, layer, run, (inner.arguments,), specs)(placed)
-    return outputs, Saved(arguments, kept, weights)
+    return outputs, Saved(arguments, kept, Fact.of(weights))
 
 
 def _backward(mesh, split, layer, saved: Saved, cotangents):
@@ -48,7 +48,7 @@ def _backward(mesh, split, layer, saved: Saved, cotangents):
 
     def run(arguments, kept, dy, dl1):
         kept = jax.tree.map(lambda leaf: leaf[0], kept)
-        return local.backward(inner, layer, arguments, kept, dy, dl1, weights=saved.weights)
+        return local.backward(inner, layer, arguments, kept, dy, dl1, weights=bool(saved.weights))
 
     specs = inner.arguments, _per_device(inner), inner.x, PartitionSpec()
     differentiate = _mapped(mesh, layer, run, specs, saved.wanted(inner.arguments))

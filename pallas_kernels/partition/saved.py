@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.differentiation import as_array
+from pallas_kernels.differentiation import Fact, as_array
 from pallas_kernels.options import FFNStats
 from pallas_kernels.partition.layer import Arrays
 
@@ -19,7 +19,7 @@ class Saved:
 
     arguments: Arrays
     kept: Any
-    weights: bool = dataclasses.field(metadata={"static": True})
+    weights: Fact
 
     def cotangents(self, cotangents: tuple[Any, FFNStats]) -> tuple[jax.Array, jax.Array]:
         """Those of y and l1 as arrays, from those of all outputs."""

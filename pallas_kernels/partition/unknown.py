@@ -20,7 +20,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.differentiation import primals
+from pallas_kernels.differentiation import Fact, primals
 from pallas_kernels.options import FFNStats
 from pallas_kernels.partition import local
 from pallas_kernels.partition.layer import Arrays, Layer
@@ -45,13 +45,13 @@ def _forward(layer, *arguments):
     arguments = once(arguments)
     _, like = jax.eval_shape(layer.forward, arguments)
     if not _is_hidden(like, arguments):
-        return ffn(layer, *arguments), Saved(arguments, (), weights)
+        return ffn(layer, *arguments), Saved(arguments, (), Fact.of(weights))
 
     def specs(split):
         return (split.arguments,), (split.outputs, _hidden_specs(split, like))
 
     outputs, kept = _operate(_keeping_forward, layer, specs, arguments)
-    return outputs, Saved(arguments, (kept,), weights)
+    return outputs, Saved(arguments, (kept,), Fact.of(weights))
 
 
 def _backward(layer, saved: Saved, cotangents):
@@ -61,7 +61,7 @@ def _backward(layer, saved: Saved, cotangents):
         others = split.x, PartitionSpec(), *(_hidden_specs(split, k) for k in kept)
         return (split.arguments, *others), saved.wanted(split.arguments)
 
-    program = partial(_pull_back, weights=saved.weights)
+    program = partial(_pull_back, weights=bool(saved.weights))
     return saved.gradients(list(_operate(program, layer, specs, saved.arguments, *cotangents, *kept)))
 
 

@@ -2,6 +2,7 @@
 must."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,26 @@ def test_a_gradient_in_x_alone_sends_no_weight(kind):
     differentiate = jax.jit(jax.grad(lambda x, weights: sparse_ffn(x, *weights, options=DENSE)[1].l1))
     sent = collectives(differentiate.lower(placed, weights).compile().as_text())
     assert [c for c in sent if c.elements > F] == [Collective("all-reduce", "f32", x.size // 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_gradient_of_x_alone_takes_none_from_the_gradients_after_it(kind):
+    """A call on a mesh is compiled as one, and JAX keeps its trace: the gradient of everything, that of x
+    alone, and then within another transformation that of everything again."""
+    _, arguments, placed = split_inputs(MODES["both"], kind)
+    options = FFNOptions(format="dense", activation="relu2")  # no other test has left a trace of it
+
+    def layer(x, weights):
+        return sparse_ffn(x, *weights, options=options)[0]
+
+    def loss(x, weights, dy, function=layer):
+        return jnp.sum(dy * function(x, weights))
+
+    of_all = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    of_all(*placed)
+    jax.jit(jax.grad(loss))(*placed)
+    again = jax.jit(jax.grad(partial(loss, function=jax.checkpoint(layer)), argnums=(0, 1)))(*placed)
+    check_values(again, of_all(*arguments), "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -307,6 +307,25 @@ def test_nested_maps(name):
 
 # -- what is not differentiated ----------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_gradient_of_x_alone_takes_none_from_the_gradients_after_it(name):
+    """One compiled layer, whose trace JAX keeps: the gradient of everything, that of x alone, and then within
+    another transformation that of everything again."""
+    inputs = jax.tree.map(jnp.asarray, small())
+    compiled = jax.jit(lambda inputs: call(inputs, FORMATS[name])[0])
+
+    def loss(inputs, function=compiled):
+        return jnp.sum(function(inputs) ** 2)
+
+    wanted = jax.grad(loss)(inputs)
+    of_x = jax.grad(lambda x: loss(inputs | {"x": x}))(inputs["x"])
+    again = jax.grad(lambda inputs: loss(inputs, jax.checkpoint(compiled)))(inputs)
+    np.testing.assert_allclose(of_x, wanted["x"], rtol=1e-5)
+    for key, gradient in wanted.items():
+        np.testing.assert_allclose(again[key], gradient, rtol=1e-5, atol=1e-4, err_msg=key)
+
+
 WEIGHT_KERNELS = re.compile(r"panel_dw\w*|panel_token_lists|hybrid_dw")
 
 
