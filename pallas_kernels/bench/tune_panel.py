@@ -36,6 +36,7 @@ from pallas_kernels.common import gate_stage
 from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import gate as panel_gate
+from pallas_kernels.panel import gathered
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
@@ -114,7 +115,8 @@ def tune_panel(
 
     Raises:
       ValueError: the layer cannot run PanelELL here.
-      RuntimeError: a config of the heuristic does not run.
+      RuntimeError: a config of the heuristic does not run; or the layer's products are Mosaic GPU's here,
+        whose tiles are no configs.
     """
     search = _Search(inputs, dy, options, say)
     x, weight, plain = inputs["x"], inputs["w_up"], search.plain
@@ -151,6 +153,13 @@ class _Search:
         self._ready: dict[tuple[str, int, Config], Callable[[], Any]] = {}
         self.plain = configs.heuristic(x, _layout(options).tokens, self._device)
         backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
+        up = weight if self._gated else None
+        products = gathered.implementation(self.plain, backend, x, up, in_blocks=False, by_token=False)
+        if products == "mosaic_gpu":
+            raise RuntimeError(
+                f"the products of {x.shape[0]:,} tokens run on Mosaic GPU on {self._device.kind}, and what "
+                "is searched is Triton's tiles"
+            )
         self._interpret = backend == "interpret"
         implementation = gate_stage.implementation(backend, x, weight, self._device)
         self.stages = [

@@ -246,6 +246,17 @@ def test_without_time_the_heuristic_stays(tmp_path, layer, without_dw, few_candi
     assert entry["config"] == {}
 
 
+def test_products_on_mosaic_gpu_are_not_searched(monkeypatch, tmp_path):
+    monkeypatch.setattr(device_lib, "current", lambda: H200)
+    x, weight = jnp.zeros((8192, 64), jnp.bfloat16), jnp.zeros((128, 64), jnp.bfloat16)
+    inputs = {"x": x, "w_gate": weight, "w_up": weight, "w_down": weight}
+    with pytest.raises(
+        RuntimeError, match="the products of 8,192 tokens run on Mosaic GPU on NVIDIA H200, and"
+    ):
+        tune_panel(inputs, x, FFNOptions(format="panel"), "forward", directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_benchmark_tunes_each_case_and_panel(monkeypatch, capsys):
     monkeypatch.setattr(device_lib, "current", lambda: H200)
     asked = []
