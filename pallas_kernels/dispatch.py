@@ -24,7 +24,8 @@ _BACKENDS = {
 }  # the first that can is "auto"
 _MAX_TILE = 256  # the kernels count a tile's non-zeros in bytes
 _TRITON_CAPABILITY = 80
-_MOSAIC_CAPABILITY = 90
+_MOSAIC_CAPABILITIES = (90, 100)
+_HOPPER = 90  # where Mosaic GPU's kernels were measured
 
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -73,6 +74,8 @@ def unsupported_reason(layout: Layout, backend: str, call: Call, device: Device)
         return f"format='twell' names neurons in 16 bits, so F is at most {MAX_INDEX}; got F={call.d_ff}"
     if isinstance(layout, Twell) and layout.tile > _MAX_TILE:
         return f"format='twell' packs tiles of at most {_MAX_TILE} columns; got tile={layout.tile}"
+    if format == "auto" and (reason := _unmeasured_reason(backend, device)) is not None:
+        return reason
     if format == "auto" and backend != "interpret":
         if call.dtype.itemsize != 2:
             return f"format='auto' is dense for types without tensor cores; got {call.dtype.name}"
@@ -103,10 +106,22 @@ def device_reason(backend: str, device: Device) -> str | None:
             "backend='triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
             f"got {device.kind} ({device.platform}): use format='dense', or backend='interpret' to test"
         )
-    if backend == "mosaic_gpu" and not (device.is_nvidia and device.capability == _MOSAIC_CAPABILITY):
+    if backend == "mosaic_gpu" and not (device.is_nvidia and device.capability in _MOSAIC_CAPABILITIES):
         return (
-            "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0); "
+            "backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0) or a B200 (10.0); "
             f"got {device.kind} ({device.platform}): use backend='triton' on other NVIDIA GPUs"
+        )
+    return None
+
+
+def _unmeasured_reason(backend: str, device: Device) -> str | None:
+    """Why neither a format nor a backend of ``"auto"`` takes ``backend`` on ``device``, in one sentence;
+    None if they may."""
+    if backend == "mosaic_gpu" and device.capability != _HOPPER:
+        return (
+            "format='auto' and backend='auto' take mosaic_gpu on Hopper alone, where it was measured; "
+            f"got {device.kind} ({device.platform}): ask for format='panel' or format='twell' with "
+            "backend='mosaic_gpu'"
         )
     return None
 
@@ -116,7 +131,8 @@ def choose(options: FFNOptions, call: Call) -> Choice:
 
     ``format="auto"`` on an NVIDIA GPU is a program that finds out by itself whether sparsity pays
     (`auto`), and the dense path where that cannot run or would not be worth its probe. A format asked for
-    by name runs, on the first backend that can, or raises the reason; so does a backend.
+    by name runs, on the first backend that can and was measured on the device, or raises the reason; so does
+    a backend.
 
     Raises:
       RequestError: the format or the backend asked for cannot run this call here.
@@ -181,14 +197,20 @@ def _consider(options: FFNOptions, call: Call) -> list[tuple[Choice, str | None]
         backends = (options.backend,)
     choices = [Choice(layout, backend) for backend in backends]
     if isinstance(layout, Auto):
-        dense = Choice(Dense(), "xla")
+        dense, on_device = Choice(Dense(), "xla"), (options.backend, device)
         if options.backend in ("auto", "triton") and _few(call, device):
             choices = [Choice(Decode(), "triton"), *choices]
         if options.backend == "xla":
             choices = [dense]
-        elif options.backend == "auto" or device_reason(options.backend, device) is None:
+        elif options.backend == "auto" or not (device_reason(*on_device) or _unmeasured_reason(*on_device)):
             choices.append(dense)
-    return [(choice, unsupported_reason(*choice, call, device)) for choice in choices]
+    considered = []
+    for choice in choices:
+        reason = unsupported_reason(*choice, call, device)
+        if reason is None and options.backend == "auto":
+            reason = _unmeasured_reason(choice.backend, device)
+        considered.append((choice, reason))
+    return considered
 
 
 def _few(call: Call, device: device_lib.Device) -> bool:

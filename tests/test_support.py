@@ -43,12 +43,12 @@ def on(name: str):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def runs(format: str, name: str, dtype: str = "bfloat16") -> str:
+def runs(format: str, name: str, dtype: str = "bfloat16", backend: str = "auto") -> str:
     """What a call runs on a device, as the page has it."""
     call = dispatch.Call(1 if format == "decode" else 65536, 2048, 5632, jnp.dtype(dtype))
     with on(name):
         try:
-            return SHOWN[dispatch.choose(FFNOptions(format=format), call).backend]
+            return SHOWN[dispatch.choose(FFNOptions(format=format, backend=backend), call).backend]
         except RequestError:
             return "an error"
 
@@ -64,9 +64,20 @@ def test_every_format_on_every_device():
     assert listed == {*GPUS, *OTHERS}
 
 
-def test_only_hopper_is_named_as_tested():
+def test_mosaic_gpu_by_name_on_every_device():
+    rows = table("support.md", "Mosaic GPU by device")
+    assert set(rows) == {format for format, names in dispatch._BACKENDS.items() if "mosaic_gpu" in names}
+    for format, cells in rows.items():
+        listed = {name: cell for names, cell in cells.items() for name in names.split(", ")}
+        for name in (*GPUS, *OTHERS):
+            found = runs(format, name, backend="mosaic_gpu")
+            assert found == listed.get(name, "an error").rstrip(" *"), (format, name)
+
+
+@pytest.mark.parametrize("heading", ["Format by device", "Mosaic GPU by device"])
+def test_only_hopper_is_named_as_tested(heading):
     """Marks of GPUs that no kernel has run on stand at every other GPU that runs one, and nowhere else."""
-    for cells in table("support.md", "Format by device").values():
+    for cells in table("support.md", heading).values():
         for names, cell in cells.items():
             runs_kernels = cell.startswith(("Triton", "Mosaic GPU"))
             assert (cell[-1] in "*†") == (runs_kernels and names != "H100, H200"), (names, cell)

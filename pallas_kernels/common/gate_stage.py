@@ -3,7 +3,8 @@
 Every sparse format begins with the rectified gates of x (M, D) and w_gate (F, D), packed in the format's own
 way. A format has up to three stages that give the same, and the stages behind do not know which one ran:
 
-``mosaic_gpu``: the product of `hopper_gemm` with a packing epilogue, for compute capability 9.0.
+``mosaic_gpu``: the product of `hopper_gemm` with a packing epilogue, for compute capability 9.0; that of
+    `blackwell_gemm`, for 10.0.
 ``triton``: Triton's product with a packing epilogue.
 ``xla``: XLA's product, which writes its (M, F) output, and a Triton kernel that reads and packs it.
 """

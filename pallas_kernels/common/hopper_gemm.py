@@ -37,7 +37,7 @@ NaN or an infinity: an epilogue must let neither rows past M nor columns past F 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,32 +50,23 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import device
+from pallas_kernels.common import tile_walk
 from pallas_kernels.common.hopper_ring import Ring, launch
+from pallas_kernels.common.tile_walk import HALF_ROWS, HALVES, TILE_M, HalfRows, Place, TileWalk
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
-ROWS = 64
+ROWS = HALF_ROWS
 """Rows of a tile that one computing warpgroup holds: wgmma's M."""
-COMPUTE_WARPGROUPS = 2
-TILE_M = ROWS * COMPUTE_WARPGROUPS
+COMPUTE_WARPGROUPS = HALVES
 TILE_K = 64
 _ROW_GROUP = 8
 """Rows of a tile of shared memory: what copies count the rows of x and w in."""
-_GROUP_M = 8
-_TILES_EACH = 64
-"""Tiles of a program at most. Programs that run side by side share operands while they are in L2, but drift
-apart; the next ones start in step again."""
+_HALVES = HalfRows(step=ROWS, warp_step=ROWS // 4)
+_SHARED_MEMORY = 224 * 1024
+_MOST_STAGES = 8
 # A thread of the first two holds 128 accumulators; all three warpgroups together fit a core.
 _MULTIPLY_REGISTERS, _PACK_REGISTERS = 176, 152
-
-
-class Place(NamedTuple):
-    """Where an epilogue's rows stand: their block of 128, which half of it, first row and tile of columns."""
-
-    row_block: jax.Array
-    half: jax.Array
-    row: jax.Array
-    tile_id: jax.Array
 
 
 def unsupported_reason(d_model: int, d_ff: int, dtype: jnp.dtype) -> str | None:
@@ -88,6 +79,12 @@ def unsupported_reason(d_model: int, d_ff: int, dtype: jnp.dtype) -> str | None:
             f"got F={d_ff}, D={d_model}"
         )
     return None
+
+
+def stages_for(tile: int, scratch_bytes: int = 0) -> int:
+    """Slices of D that fit shared memory beside half a tile and an epilogue's scratch."""
+    slice_bytes = 2 * TILE_K * (TILE_M + tile)
+    return min((_SHARED_MEMORY - 2 * ROWS * tile - scratch_bytes) // slice_bytes, _MOST_STAGES)
 
 
 def gemm(
@@ -117,8 +114,7 @@ def gemm(
     """
     x = jnp.pad(x, ((0, -x.shape[0] % _ROW_GROUP), (0, 0)))
     cores = device.current().cores or 1
-    rounds, rest = divmod(pl.cdiv(w.shape[0], tile) * pl.cdiv(x.shape[0], TILE_M), cores * _TILES_EACH)
-    programs = rounds * cores + min(rest, cores)
+    tiles = tile_walk.tiles_of(x.shape[0], w.shape[0], tile)
     kernel = partial(
         _kernel,
         epilogue=epilogue,
@@ -131,7 +127,7 @@ def gemm(
     return launch(
         kernel,
         out_type=tuple(out_type),
-        programs=programs,
+        programs=tile_walk.programs(tiles, cores),
         warpgroups=COMPUTE_WARPGROUPS + 1,
         name=name,
         interpret=interpret,
@@ -168,13 +164,11 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
     slice ahead (stages > 1); a store for the half before to be taken; and the packer for a store.
     """
     (tokens, d_model), d_ff = x_gmem.shape, w_gmem.shape[0]
-    n_blocks, n_tiles, n_slices = pl.cdiv(tokens, TILE_M), pl.cdiv(d_ff, tile), pl.cdiv(d_model, TILE_K)
+    n_slices = pl.cdiv(d_model, TILE_K)
     assert len(outputs_gmem) == outputs
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    # The programs of a round, one a core, take turns at its tiles.
-    first_tile = lax.div(program, cores) * (cores * _TILES_EACH) + lax.rem(program, cores)
-    n_mine = jnp.minimum(lax.div(n_blocks * n_tiles - 1 - first_tile, cores) + 1, _TILES_EACH)
-    n_all = n_mine * n_slices
+    walk = TileWalk.of(program, cores, tile_walk.tiles_of(tokens, d_ff, tile))
+    n_all = walk.count * n_slices
     transforms = shared_transforms(x_gmem.dtype)
     tile_columns = min(tile & -tile, TILE_K)  # the widest swizzle whose columns divide a tile's
 
@@ -193,15 +187,11 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
         collective_axes="warpgroup",
     )
     def _program(x_ring, w_ring, buffer, full, empty, granted, written, scratch_refs):
-        def place_of(nth):
-            """Row block and tile of columns of this program's ``nth`` tile."""
-            return plgpu.planar_snake(first_tile + nth * cores, (n_blocks, n_tiles), 0, _GROUP_M)
-
         ring = Ring(full, empty, stages)
 
         def load(number, _=None):
             stage = ring.stage_of(number)
-            row_block, tile_id = place_of(lax.div(number, jnp.int32(n_slices)))
+            row_block, tile_id = walk.place_of(lax.div(number, jnp.int32(n_slices)))
             columns = pl.ds(lax.rem(number, jnp.int32(n_slices)) * TILE_K, TILE_K)
             for gmem, first, slices in (
                 (x_gmem, row_block * TILE_M, x_ring),
@@ -239,7 +229,7 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
 
                 pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, tile), jnp.float32))
 
-            lax.fori_loop(0, n_mine, multiply_tile, None)
+            lax.fori_loop(0, walk.count, multiply_tile, None)
             pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(granted.at[0]))
 
         def pack():
@@ -247,18 +237,18 @@ def _kernel(x_gmem, w_gmem, *outputs_gmem, epilogue, outputs, tile, stages, scra
             plgpu.barrier_arrive(granted.at[0])
 
             def pack_tile(nth, _):
-                row_block, tile_id = place_of(nth)
+                row_block, tile_id = walk.place_of(nth)
 
                 def pack_half(half, _):
                     plgpu.barrier_wait(written.at[half])
                     product = plgpu.layout_cast(buffer[...].astype(jnp.float32), plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(granted.at[1 - half])
-                    place = Place(row_block, half, row_block * TILE_M + half * ROWS, tile_id)
+                    place = Place(row_block, half, row_block * TILE_M + half * ROWS, tile_id, _HALVES)
                     epilogue(product, place, *outputs_gmem, **scratch_refs)
 
                 lax.fori_loop(0, COMPUTE_WARPGROUPS, pack_half, None)
 
-            lax.fori_loop(0, n_mine, pack_tile, None)
+            lax.fori_loop(0, walk.count, pack_tile, None)
 
         # A branch for each role, for ptxas to know whose registers are whose.
         lax.cond(warpgroup < COMPUTE_WARPGROUPS, multiply, pack)

@@ -1,4 +1,4 @@
-"""The gate stage of PanelELL for Hopper: the epilogue that turns a tile of `hopper_gemm` into panels.
+"""The gate stage of PanelELL for Hopper and Blackwell: an epilogue that makes panels of their GEMM's tiles.
 
 Why it exists: `hopper_gemm`. Bytes written: 2 M union of values, in 32-byte sectors,
 and M F / 16 of hit counts.
@@ -12,9 +12,11 @@ row of words.
 
 Numerics. As `gate_panel` on Triton: f32 accumulation, rounded before the sign is read.
 
-Limits. Those of `hopper_gemm`; P of 128. The interpreter cannot run PTX: this kernel is checked by its
-lowering on a CPU and by its results on a GPU.
+Limits. Those of the GEMM; P of 128. JAX's interpreter cannot run PTX: tests emulate it, and on a GPU check
+its results.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import device
 from pallas_kernels.activations import RELU, Rule
-from pallas_kernels.common import hopper_gemm, varying_axes
-from pallas_kernels.common.hopper_gemm import TILE_M, address, assemble
+from pallas_kernels.common import hopper_gemm, mosaic_gemm, varying_axes
+from pallas_kernels.common.hopper_gemm import address, assemble
+from pallas_kernels.common.tile_walk import TILE_M
 from pallas_kernels.panel.config import SEGMENT
 from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
@@ -35,8 +38,6 @@ _TILES = range(256, 32, -16)
 _TILE_OVERHEAD = 64
 """What a tile takes beside its products, in columns: reading 128 rows of x, filling and draining the ring."""
 _WORTH_IT = 0.95
-_SHARED_MEMORY = 224 * 1024
-_MOST_STAGES = 8
 _BATCH = 8  # groups whose votes are in registers together
 
 
@@ -64,16 +65,13 @@ def columns_of_tile(tokens: int, d_ff: int, cores: int) -> int:
     return best if costs[best] < _WORTH_IT * costs[_TILES[0]] else _TILES[0]
 
 
-def _stages(tile: int) -> int:
-    """Slices of D that fit shared memory beside half a tile."""
-    slice_bytes = 2 * hopper_gemm.TILE_K * (TILE_M + tile)
-    return min((_SHARED_MEMORY - 2 * hopper_gemm.ROWS * tile) // slice_bytes, _MOST_STAGES)
-
-
-def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | None = None) -> GatePanel:
+def gate_panel(
+    x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | None = None, interpret: Any = None
+) -> GatePanel:
     """The active gates of ``x Wg^T`` by panels of 128 tokens: x (M, D), w_gate (F, D) of one 16-bit type.
 
-    ``tile`` columns make a tile, by default `columns_of_tile`.
+    ``tile`` columns make a tile, by default `columns_of_tile`. ``interpret`` is what `plgpu.kernel` takes by
+    this name.
     """
     tokens, d_ff = x.shape[0], w_gate.shape[0]
     tile = columns_of_tile(tokens, d_ff, device.current().cores) if tile is None else tile
@@ -87,20 +85,22 @@ def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | N
             values.at[
                 place.row_block,
                 pl.ds(column, tile),
-                pl.ds(place.half * hopper_gemm.ROWS, hopper_gemm.ROWS),
+                pl.ds(place.half * place.rows.step, place.rows.span),
             ],
-            hits.at[pl.ds(place.row // SEGMENT, hopper_gemm.ROWS // SEGMENT), pl.ds(column, tile)],
-            nnz.at[place.tile_id, pl.ds(place.row, hopper_gemm.ROWS)],
-            jnp.minimum(tokens - place.row, hopper_gemm.ROWS),
+            hits.at[pl.ds(place.row // SEGMENT, place.rows.span // SEGMENT), pl.ds(column, tile)],
+            nnz.at[place.tile_id, pl.ds(place.row, place.rows.span)],
+            jnp.minimum(tokens - place.row, place.rows.span),
             jnp.minimum(d_ff - column, tile),
             tile=tile,
             width=width,
+            warp_step=place.rows.warp_step,
             all_rows=tokens % TILE_M == 0,
             dtype=x.dtype,
             rule=rule,
         )
 
-    values, hits, nnz = hopper_gemm.gemm(
+    gemm = mosaic_gemm.for_device(device.current())
+    values, hits, nnz = gemm.gemm(
         epilogue,
         x,
         w_gate,
@@ -110,17 +110,18 @@ def gate_panel(x: jax.Array, w_gate: jax.Array, rule: Rule = RELU, tile: int | N
             jax.ShapeDtypeStruct((n_tiles, n_panels * TILE_M), jnp.int32),
         ),
         tile=tile,
-        stages=_stages(tile),
+        stages=gemm.stages_for(tile),
         scratch={},
         name="panel_gate",
+        interpret=interpret,
     )
     # Mosaic GPU's outputs do not say so themselves.
     values, hits, nnz = varying_axes.vary_with(x, (values, hits, nnz))
     return GatePanel(values, hits, nnz)
 
 
-def _write(acc, values, hits, nnz, rows_left, columns_left, *, tile, width, all_rows, dtype, rule):
-    """Writes a warpgroup's (64, tile) accumulator to its values, hit counts and counts of each token."""
+def _write(acc, values, hits, nnz, rows_left, columns_left, *, tile, width, warp_step, all_rows, dtype, rule):
+    """Writes a warpgroup's (64, tile) product to its values, hit counts and counts of each token."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, scalar, scalar))
@@ -128,17 +129,18 @@ def _write(acc, values, hits, nnz, rows_left, columns_left, *, tile, width, all_
         pointers = [address(values, 64), address(hits, 64), address(nnz, 64)]
         scalars = [left.registers.flat[0] for left in (rows_left, columns_left)]
         constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "l", "r", "r"])
-        text = _epilogue(tile, width, all_rows, dtype, rule)
+        text = _epilogue(tile, width, warp_step, all_rows, dtype, rule)
         assemble(text, [*hopper_gemm.values(acc), *pointers, *scalars], constraints)
 
     write(acc, values, hits, nnz, rows_left, columns_left)
 
 
-def _epilogue(tile, width, all_rows, dtype, rule):
+def _epilogue(tile, width, warp_step, all_rows, dtype, rule):
     """The epilogue of one thread, as PTX.
 
     Operands: the tile / 2 `hopper_gemm.values`; addresses of values, hits and nnz; rows and columns of the
-    tile that exist. With ``all_rows`` no tile has less than all of its rows.
+    tile that exist. First rows of neighbouring warps are ``warp_step`` apart. With ``all_rows`` no tile has
+    less than all of its rows.
     """
     values, hits, nnz, rows_left, columns_left = (f"${tile // 2 + i}" for i in range(5))
     groups = tile // 8
@@ -159,14 +161,14 @@ def _epilogue(tile, width, all_rows, dtype, rule):
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
         "shr.u32 warp, tid, 5; shr.u32 column, lane, 2; shr.u32 left, " + columns_left + ", 3;",
         # Rows past M are zeros, but zero times an infinite weight is NaN: no column of theirs is there.
-        f"mad.lo.u32 row, warp, {SEGMENT}, column; setp.lt.s32 exists0, row, {rows_left};",
+        f"mad.lo.u32 row, warp, {warp_step}, column; setp.lt.s32 exists0, row, {rows_left};",
         f"add.u32 t, row, 8; setp.lt.s32 exists1, t, {rows_left};",
         *(f"selp.b32 left{half}, left, 0, exists{half};" for half in range(2)),
         # After movmatrix a lane holds tokens 2 (lane % 4), + 1 of the group's column lane / 4: its votes are
         # those of the lanes that held that column before, lane % 4 = column / 2, in the register column % 2.
         "and.b32 t, column, 1; setp.ne.u32 odd, t, 0;",
         "shr.u32 t, column, 1; mov.b32 own, 0x11111111; shl.b32 own, own, t;",
-        f"mad.lo.u32 t, warp, {SEGMENT}, 0; mad.lo.u32 t, quarter, 2, t; mul.wide.u32 wide, t, 2;",
+        f"mad.lo.u32 t, warp, {warp_step}, 0; mad.lo.u32 t, quarter, 2, t; mul.wide.u32 wide, t, 2;",
         f"add.s64 to, {values}, wide; mul.wide.u32 wide, column, {2 * TILE_M}; add.s64 to, to, wide;",
         "mov.b32 n0, 0; mov.b32 n1, 0; mov.b32 k0, 0; mov.b32 k1, 0; mov.b32 k2, 0; mov.b32 k3, 0;",
     ]
@@ -218,8 +220,9 @@ def _epilogue(tile, width, all_rows, dtype, rule):
                     f"and.b32 t, k{nth}, {mask}; popc.b32 t, t; shl.b32 t, t, {8 * byte}; "
                     f"add.u32 {word}, {word}, t;"
                 )
+    segment_step = warp_step // SEGMENT * width
     lines += [
-        f"mul.wide.u32 wide, warp, {width}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",
+        f"mul.wide.u32 wide, warp, {segment_step}; add.s64 to, {hits}, wide; mul.wide.u32 wide, lane, 8;",
         f"add.s64 to, to, wide; setp.lt.u32 p, lane, {groups}; @p st.global.v2.b32 [to], {{low, high}};",
         # Counts of both rows in the halves of one word, summed over the four lanes that share them.
         "shl.b32 n1, n1, 16; add.u32 n0, n0, n1;",

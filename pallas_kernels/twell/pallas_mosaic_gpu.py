@@ -1,4 +1,4 @@
-"""The packing gate GEMM for Hopper: the epilogue that turns a tile of `hopper_gemm` into TwELL words.
+"""The gate stage of TwELL for Hopper and Blackwell: an epilogue that makes words of their GEMM's tiles.
 
 Why it exists: `hopper_gemm`; FLOPs and bytes are those of `gate_pack` on Triton.
 
@@ -11,9 +11,11 @@ the same bits.
 
 Numerics. As `gate_pack` on Triton: f32 accumulation, rounded before the sign is read.
 
-Limits. Those of `hopper_gemm`; T of 128 or 256. The interpreter cannot run PTX: this kernel is checked by its
-lowering on a CPU and by its results on a GPU.
+Limits. Those of the GEMM; T of 128 or 256. JAX's interpreter cannot run PTX: tests emulate it, and on a GPU
+check its results.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +23,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import device
 from pallas_kernels.activations import RELU, Rule
-from pallas_kernels.common import hopper_gemm, varying_axes
-from pallas_kernels.common.hopper_gemm import COMPUTE_WARPGROUPS, ROWS, TILE_M, WARPGROUP, address, assemble
+from pallas_kernels.common import hopper_gemm, mosaic_gemm, varying_axes
+from pallas_kernels.common.hopper_gemm import WARPGROUP, address, assemble
+from pallas_kernels.common.tile_walk import HALVES, TILE_M
 from pallas_kernels.formats import TwELL
 
-_STAGES = {128: 5, 256: 3}  # of T: what shared memory holds beside the epilogue's
+_TILES = (128, 256)
+_MOST_STAGES = 5
 
 
 def unsupported_reason(d_model: int, d_ff: int, dtype: jnp.dtype, tile: int) -> str | None:
     """What of a call's shape this kernel cannot do, in one sentence; None if it can."""
-    if tile not in _STAGES:
-        return (
-            f"backend='mosaic_gpu' packs tiles of {' or '.join(map(str, _STAGES))} columns; got tile={tile}"
-        )
+    if tile not in _TILES:
+        return f"backend='mosaic_gpu' packs tiles of {' or '.join(map(str, _TILES))} columns; got tile={tile}"
     return hopper_gemm.unsupported_reason(d_model, d_ff, dtype)
 
 
 def gate_pack(
-    x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int, rule: Rule = RELU
+    x: jax.Array, w_gate: jax.Array, *, tile: int, slots: int, rule: Rule = RELU, interpret: Any = None
 ) -> tuple[TwELL, jax.Array]:
     """The active gates of ``x Wg^T`` in TwELL: x (M, D), w_gate (F, D) of one 16-bit type.
+
+    ``interpret`` is what `plgpu.kernel` takes by this name.
 
     Returns:
       The packed gates, and neuron_hits (F,) int32.
@@ -53,34 +58,37 @@ def gate_pack(
         column = place.tile_id * tile
         _pack(
             acc,
-            words.at[pl.ds(place.row, ROWS), pl.ds(place.tile_id * slots, slots)],
-            hits.at[place.row_block * COMPUTE_WARPGROUPS + place.half, pl.ds(column, tile)],
+            words.at[pl.ds(place.row, place.rows.span), pl.ds(place.tile_id * slots, slots)],
+            hits.at[place.row_block * HALVES + place.half, pl.ds(column, tile)],
             counters,
             gates,
             column,
-            jnp.minimum(tokens - place.row, ROWS),
+            jnp.minimum(tokens - place.row, place.rows.span),
             jnp.minimum(d_ff - column, tile),
             slots=slots,
             row_bytes=n_tiles * slots * 4,
+            warp_step=place.rows.warp_step,
             dtype=x.dtype,
             rule=rule,
         )
 
-    words, hits = hopper_gemm.gemm(
+    gemm, scratch_bytes = mosaic_gemm.for_device(device.current()), 4 * (tile + tile // 8 * WARPGROUP)
+    words, hits = gemm.gemm(
         epilogue,
         x,
         w_gate,
         out_type=(
             jax.ShapeDtypeStruct((tokens, n_tiles * slots), jnp.uint32),
-            jax.ShapeDtypeStruct((n_blocks * COMPUTE_WARPGROUPS, n_tiles * tile), jnp.uint8),
+            jax.ShapeDtypeStruct((n_blocks * HALVES, n_tiles * tile), jnp.uint8),
         ),
         tile=tile,
-        stages=_STAGES[tile],
+        stages=min(gemm.stages_for(tile, scratch_bytes), _MOST_STAGES),
         scratch={
             "counters": plgpu.SMEM((tile,), jnp.int32),
             "gates": plgpu.SMEM((tile // 8 * WARPGROUP,), jnp.uint32),
         },
         name="twell_gate",
+        interpret=interpret,
     )
     words, hits = varying_axes.vary_with(x, (words, hits))  # Mosaic GPU's outputs do not say so themselves
     packed = TwELL(words, None, d_ff, tile, slots, x.dtype)
@@ -88,9 +96,22 @@ def gate_pack(
 
 
 def _pack(
-    acc, words, hits, counters, gates, column, rows_left, columns_left, *, slots, row_bytes, dtype, rule
+    acc,
+    words,
+    hits,
+    counters,
+    gates,
+    column,
+    rows_left,
+    columns_left,
+    *,
+    slots,
+    row_bytes,
+    warp_step,
+    dtype,
+    rule,
 ):
-    """Writes a warpgroup's (64, T) accumulator to its words and hit counts."""
+    """Writes a warpgroup's (64, T) product to its words and hit counts."""
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref, ref, ref, ref, scalar, scalar, scalar))
@@ -102,7 +123,7 @@ def _pack(
         mgpu_utils.warpgroup_barrier()
         constraints = ",".join(["f"] * (tile // 2) + ["l", "l", "r", "r", "r", "r", "r"])
         assemble(
-            _walk(tile, slots, row_bytes, dtype, rule),
+            _walk(tile, slots, row_bytes, warp_step, dtype, rule),
             [*hopper_gemm.values(acc), *pointers, *scalars],
             constraints,
         )
@@ -126,14 +147,16 @@ def _flush_counters(tile):
         mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 a, t, 4, $1; mad.wide.u32 g, t, 1, $0; {moves} }}"""
 
 
-def _walk(tile, slots, row_bytes, dtype, rule):
+def _walk(tile, slots, row_bytes, warp_step, dtype, rule):
     """The epilogue of one thread, as PTX.
 
     Operands: the T / 2 `hopper_gemm.values`; addresses of words, hits, counters and gates; the tile's first
-    column; rows and columns of it that exist.
+    column; rows and columns of it that exist. First rows of neighbouring warps are ``warp_step`` apart, a
+    power of two.
     """
     each = tile // 4  # columns of a thread in one row
     n_words = each // 32  # of its mask
+    shift = warp_step.bit_length() - 1
 
     def value(half, k):
         return f"${half * each + k}"
@@ -149,7 +172,7 @@ def _walk(tile, slots, row_bytes, dtype, rule):
         *(f".reg .b64 to{half}_{word};" for half, word in masks),
         *(f".reg .b32 n{half}, e{half}; .reg .b64 to{half}, step{half};" for half in range(2)),
         "mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; and.b32 quarter, lane, 3;",
-        "shr.u32 row, tid, 5; shl.b32 row, row, 4; shr.u32 t, lane, 2; add.u32 row, row, t;",
+        f"shr.u32 row, tid, 5; shl.b32 row, row, {shift}; shr.u32 t, lane, 2; add.u32 row, row, t;",
     ]
     # The mask: active unless at or under the threshold, so NaN is active. Columns past F and rows past M are
     # not: they are zeros, but zero times an infinite weight is NaN.

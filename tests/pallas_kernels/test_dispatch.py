@@ -11,8 +11,10 @@ from pallas_kernels.options import parse_layout
 
 CPU = Device("cpu", "cpu", 0, 0)
 H200 = Device("gpu", "NVIDIA H200", 90, 132)
+B200 = Device("gpu", "NVIDIA B200", 100, 148)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", 80, 108)
 V100 = Device("gpu", "NVIDIA V100-SXM2-16GB", 70, 80)
+B300 = Device("gpu", "NVIDIA B300", 103, 148)
 AMD = Device("gpu", "AMD Instinct MI300X", 0, 304)
 
 NEEDS_GPU = "backend='triton' needs an NVIDIA GPU of compute capability 8.0"
@@ -25,6 +27,7 @@ def on(found: Device):
 
 
 PLAIN = dispatch.Call(tokens=64, d_model=2048, d_ff=5632, dtype=jnp.dtype("bfloat16"))
+MANY = PLAIN._replace(tokens=65536)
 
 
 def reason(layout, backend, found, **changes):
@@ -43,14 +46,36 @@ def test_triton_says_what_it_misses(found):
     assert f"got {found.kind} ({found.platform})" in sentence
 
 
-def test_mosaic_runs_on_hopper():
-    assert reason("twell", "mosaic_gpu", H200) is None
+@pytest.mark.parametrize("found", [H200, B200], ids=lambda d: d.kind)
+@pytest.mark.parametrize("format", ["twell", "panel"])
+def test_mosaic_runs_on_hopper_and_blackwell(format, found):
+    assert reason(format, "mosaic_gpu", found, tokens=1031) is None
 
 
-@pytest.mark.parametrize("found", [CPU, A100, V100, AMD], ids=lambda d: d.kind)
+def test_mosaic_runs_on_blackwell_for_those_alone_who_ask():
+    """Nothing was measured there: neither a format nor a backend of "auto" takes it."""
+    sentence = "take mosaic_gpu on Hopper alone, where it was measured; got NVIDIA B200"
+    with on(B200):
+        for format in ("panel", "twell"):
+            layout = parse_layout(format)
+            assert dispatch.choose(FFNOptions(format=format), MANY) == (layout, "triton")
+            named = FFNOptions(format=format, backend="mosaic_gpu")
+            assert dispatch.choose(named, MANY) == (layout, "mosaic_gpu")
+            with pytest.raises(ValueError, match="F to be a multiple of 8"):
+                dispatch.choose(named, MANY._replace(d_ff=5633))
+        assert dispatch.choose(FFNOptions(), MANY) == (Auto(), "triton")
+        x, weight = (jax.ShapeDtypeStruct((n, 2048), jnp.bfloat16) for n in (65536, 5632))
+        explained = dispatch.explain(x, weight, FFNOptions(format="panel"))
+        assert f"not panel on mosaic_gpu: format='auto' and backend='auto' {sentence}" in explained
+        assert "runs panel on triton" in explained
+        with pytest.raises(ValueError, match=sentence):
+            dispatch.choose(FFNOptions(backend="mosaic_gpu"), MANY)
+
+
+@pytest.mark.parametrize("found", [CPU, A100, V100, AMD, B300], ids=lambda d: d.kind)
 def test_mosaic_says_what_it_misses(found):
     sentence = reason("twell", "mosaic_gpu", found)
-    assert sentence.startswith("backend='mosaic_gpu' needs an NVIDIA Hopper GPU")
+    assert sentence.startswith("backend='mosaic_gpu' needs an NVIDIA Hopper GPU (compute capability 9.0) or")
     assert f"got {found.kind} ({found.platform})" in sentence
 
 
@@ -97,9 +122,6 @@ def test_byte_counts_bound_the_tile():
 )
 def test_combinations_that_do_not_exist(format, backend, sentence):
     assert sentence in reason(format, backend, H200)
-
-
-MANY = PLAIN._replace(tokens=65536)
 
 
 @pytest.mark.parametrize("found", [CPU, V100, AMD], ids=lambda d: d.kind)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowering import lowered
 
 from pallas_kernels import device
-from pallas_kernels.common import hopper_gemm
+from pallas_kernels.common import hopper_gemm, tile_walk
 from pallas_kernels.common.hopper_gemm import ROWS, TILE_M
 from pallas_kernels.panel import pallas_mosaic_gpu as panel
 from pallas_kernels.twell import pallas_mosaic_gpu as twell
@@ -52,7 +52,7 @@ def test_every_row_and_column(monkeypatch, sizes, stages, tile):
     tokens, d_model, d_ff = sizes
     cores = 4
     rows, columns = (pl.cdiv(n, m) * m for n, m in ((tokens, TILE_M), (d_ff, tile)))
-    monkeypatch.setattr(hopper_gemm, "_TILES_EACH", 2)
+    monkeypatch.setattr(tile_walk, "_TILES_EACH", 2)
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", 90, cores))
     for_x, for_w = jax.random.split(jax.random.key(0))
     x = jax.random.normal(for_x, (tokens, d_model), jnp.bfloat16)

@@ -142,6 +142,21 @@ def _on_stream(x: jax.Array, scale: jax.Array, square: jax.Array, weights: tuple
     return decode.project(stream.normed(scale, 1e-5), square)
 
 
+def _gates_on_blackwell() -> Iterator[Program]:
+    """The gate on Mosaic GPU where only a call by name takes it: layers whose tiles of the gate are wide, and
+    those whose tiles are narrow or cut."""
+    for format in ("panel", "twell", "twell(tile=128)"):
+        for tokens, d_model, d_ff, dtype in ((65536, 2048, 5632, "bfloat16"), (1031, 64, 5640, "float16")):
+            weight = jax.ShapeDtypeStruct((d_ff, d_model), dtype)
+            inputs = {"x": jax.ShapeDtypeStruct((tokens, d_model), dtype)}
+            inputs |= dict.fromkeys(("w_gate", "w_up", "w_down"), weight)
+            layer = partial(call, options=FFNOptions(format=format, backend="mosaic_gpu"))
+            name = f"{format} on Mosaic GPU, {{}}, {tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}"
+            yield Program(name.format("forward"), layer, (inputs,), capability=100)
+            step = partial(_step, layer)
+            yield Program(name.format("forward and backward"), step, (inputs,), capability=100)
+
+
 def _target(kind: str) -> tuple[AbstractMesh, SingleDeviceSharding]:
     """What a function is traced under, and where its arguments are, to be compiled for a GPU."""
     gpu = AbstractDevice(device_kind=kind, num_cores=CORES[kind], platform="gpu")
@@ -210,7 +225,7 @@ def main(kinds: list[str]) -> int:
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
-    programs = [*_layers(), *_around_the_layer(), *_gathered_on_hopper()]
+    programs = [*_layers(), *_around_the_layer(), *_gathered_on_hopper(), *_gates_on_blackwell()]
     jobs = [
         (target, program)
         for target, program in product(targets, programs)

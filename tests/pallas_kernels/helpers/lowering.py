@@ -1,4 +1,4 @@
-"""Calls lowered for CUDA on a machine that needs no GPU, through an abstract H200."""
+"""Calls lowered for CUDA on a machine that needs no GPU, through an abstract H200 or B200."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+B200 = AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="gpu")
 
 
 def pairs(sizes, dtypes, kinds=("gated", "non-gated")):
@@ -30,19 +31,23 @@ def shapes(tokens, d_model, d_ff, dtype="bfloat16", kind="gated"):
 
 def on_h200(function, *arguments, mesh_shape=(), mesh_axes=()):
     """``function(*arguments)`` under an abstract mesh of H200s."""
+    return _on(H200, function, *arguments, mesh_shape=mesh_shape, mesh_axes=mesh_axes)
+
+
+def _on(gpu, function, *arguments, mesh_shape=(), mesh_axes=()):
     axis_types = (AxisType.Auto,) * len(mesh_axes)
-    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=H200)
+    mesh = AbstractMesh(mesh_shape, mesh_axes, axis_types=axis_types, abstract_device=gpu)
     with use_abstract_mesh(mesh):
         return function(*arguments)
 
 
-def lowered(function, *arguments, platform="cuda", **mesh):
-    """The StableHLO of a function that an abstract H200 traced, lowered for CUDA or another platform."""
+def lowered(function, *arguments, platform="cuda", gpu=H200, **mesh):
+    """The StableHLO of a function that an abstract GPU traced, lowered for CUDA or another platform."""
 
     def lower():
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
-    return on_h200(lower, **mesh)
+    return _on(gpu, lower, **mesh)
 
 
 def panel_launches(text):

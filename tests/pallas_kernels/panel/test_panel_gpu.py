@@ -13,7 +13,7 @@ from op_contract import Contract
 from panel_path import PanelPath, check_a_batch_of_which_one_has_no_room
 from random_layers import check_errors, errors
 
-from pallas_kernels import FFNOptions, Panel, device
+from pallas_kernels import FFNOptions, Panel, device, dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
@@ -73,16 +73,16 @@ class TestPanelOnHopper(Contract):
     )
 
     def test_the_plain_call_is_not_skipped(self):
-        if device.current().capability != 90:
-            pytest.skip("needs a Hopper GPU")
+        if dispatch.device_reason("mosaic_gpu", device.current()):
+            pytest.skip("Mosaic GPU does not run on this GPU")
         self.skip_unsupported = lambda inputs, options: None
         self.test_pattern("uneven", "bfloat16", "gated")
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic_gpu"])
 def test_a_batch_of_which_one_has_no_room(backend):
-    if backend == "mosaic_gpu" and device.current().capability != 90:
-        pytest.skip("needs a Hopper GPU")
+    if backend == "mosaic_gpu" and dispatch.device_reason("mosaic_gpu", device.current()):
+        pytest.skip("Mosaic GPU does not run on this GPU")
     options = FFNOptions(format="panel", backend=backend)
     check_a_batch_of_which_one_has_no_room(options, d_model=128, d_ff=1024, tokens=512)
 
@@ -116,7 +116,7 @@ def compiled_layers():
 
     def compile_one(case):
         backend, tokens, d_model, d_ff, capacity, dtype, gated = case
-        if backend == "mosaic_gpu" and device.current().capability != 90:
+        if backend == "mosaic_gpu" and dispatch.device_reason("mosaic_gpu", device.current()):
             return None
         options = FFNOptions(format=Panel(capacity=capacity), backend=backend)
         sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
@@ -131,7 +131,7 @@ def compiled_layers():
 def test_random_layers(compiled_layers, index, draw):
     """No further from f32 than 1.5 times the dense path in the same type; sparsity from 99.9 % to none."""
     if compiled_layers[index] is None:
-        pytest.skip("needs a Hopper GPU")
+        pytest.skip("Mosaic GPU does not run on this GPU")
     rng = np.random.default_rng([index, draw])
     rate = 10 ** rng.uniform(-3, -0.05)
     key = jax.random.key(int(rng.integers(2**31)))

@@ -13,7 +13,7 @@ from op_checks import Path, call, check_counts, check_values, run
 from op_contract import Contract
 from random_layers import DENSE, random_layer
 
-from pallas_kernels import FFNOptions, Twell, device
+from pallas_kernels import FFNOptions, Twell, device, dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
@@ -72,8 +72,8 @@ class TestTwELLOnHopper(Contract):
     )
 
     def test_the_plain_call_is_not_skipped(self):
-        if device.current().capability != 90:
-            pytest.skip("needs a Hopper GPU")
+        if dispatch.device_reason("mosaic_gpu", device.current()):
+            pytest.skip("Mosaic GPU does not run on this GPU")
         self.skip_unsupported = lambda inputs, options: None
         self.test_pattern("uneven", "bfloat16", "gated")
 
@@ -141,7 +141,7 @@ def compiled_layers():
 
     def compile_one(backend_and_case):
         backend, (tokens, d_model, d_ff, tile, compression, dtype, gated) = backend_and_case
-        if backend == "mosaic_gpu" and device.current().capability != 90:
+        if backend == "mosaic_gpu" and dispatch.device_reason("mosaic_gpu", device.current()):
             return None
         options = FFNOptions(format=Twell(tile=tile, compression=compression), backend=backend)
         sizes = {"tokens": tokens, "d_model": d_model, "d_ff": d_ff, "dtype": dtype, "gated": gated}
@@ -156,7 +156,7 @@ def compiled_layers():
 def test_random_layers(compiled_layers, index, draw):
     """No further from f32 than 1.5 times the dense path in the same type; sparsity from 99.9 % to none."""
     if compiled_layers[index] is None:
-        pytest.skip("needs a Hopper GPU")
+        pytest.skip("Mosaic GPU does not run on this GPU")
     rng = np.random.default_rng([index, draw])
     rate = 10 ** rng.uniform(-3, -0.05)
     key = jax.random.key(int(rng.integers(2**31)))
