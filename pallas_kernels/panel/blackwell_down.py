@@ -1,13 +1,13 @@
 """The down projection of PanelELL for Blackwell, and the gradient of x: `blackwell_gathered` of Wd.
 
-A tile is a panel's 128 tokens and 256 columns of y. Slots are what is summed over, and in shared memory they
-stand row after row in both operands, which the tensor cores read as they are.
+A tile is a panel's 128 tokens and at most 256 columns of y. Slots are what is summed over, and in shared
+memory they stand row after row in both operands, which the tensor cores read as they are.
 
-Work: 2 M union D FLOPs a term. Bytes, mostly from L2: M union D / 64 of weights, M union D / 128 of h. Where M
-is no multiple of 8 y is copied once, for copies describe it in groups of eight rows.
+Work: 2 M union D FLOPs a term. Bytes, mostly from L2: M union D / 64 of weights, M union D / 128 of h. Copies
+describe y in groups of eight rows, so where M is no multiple of 8, y is copied once more.
 
-Numerics. As `panel_down` on Triton: f32 accumulation, one rounding. Slots are added up in their order, but
-within a product as the tensor cores do.
+Numerics. As `panel_down` on Triton: f32 accumulation, slots in their order, one rounding. Slots behind a
+count are multiplied too: there h is zero, and the neuron is 0.
 
 Limits. Those of `blackwell_gathered`; the whole of y at once.
 """
@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.hopper_ring import ceil_div, launch
 from pallas_kernels.panel import blackwell_gathered
-from pallas_kernels.panel.blackwell_gathered import CHUNK, COLUMNS, PIECE, WARPGROUPS, shared_memory
+from pallas_kernels.panel.blackwell_gathered import CHUNK, COLUMNS, PANEL, PIECE, WARPGROUPS, shared_memory
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _DEPTH = 64
@@ -64,9 +64,10 @@ def panel_down(
     """
     h, weight = terms[0]
     d_model = weight.shape[1]
-    programs = blackwell_gathered.programs(lists.counts.shape[0] * pl.cdiv(d_model, COLUMNS))
+    width = min(COLUMNS, d_model)
+    programs = blackwell_gathered.programs(lists.counts.shape[0] * pl.cdiv(d_model, width))
     y = launch(
-        partial(_kernel, terms=len(terms), programs=programs, gather=gather),
+        partial(_kernel, terms=len(terms), width=width, programs=programs, gather=gather),
         out_type=jax.ShapeDtypeStruct((tokens + -tokens % 8, d_model), h.dtype),
         programs=programs,
         warpgroups=WARPGROUPS,
@@ -77,17 +78,17 @@ def panel_down(
     return varying_axes.vary_with(h, y)[:tokens]
 
 
-def _kernel(counts, offsets, neurons, *refs, terms, programs, gather):
+def _kernel(counts, offsets, neurons, *refs, terms, width, programs, gather):
     hs, ws, y = refs[: 2 * terms : 2], refs[1 : 2 * terms : 2], refs[-1]
-    n_panels, n_tiles = counts.shape[0], pl.cdiv(y.shape[1], COLUMNS)
+    n_panels, n_tiles = counts.shape[0], pl.cdiv(y.shape[1], width)
     program = lax.axis_index("program")
     n_mine = lax.div(jnp.maximum(n_panels * n_tiles - program, 0) + programs - 1, jnp.int32(programs))
 
     @partial(
         pl.run_scoped,
-        h_ring=shared_memory(_STAGES, _DEPTH, CHUNK, dtype=y.dtype),
-        w_ring=shared_memory(_STAGES, _DEPTH, COLUMNS, dtype=y.dtype),
-        buffers=shared_memory(_BUFFERS, CHUNK, PIECE, dtype=y.dtype),
+        h_ring=shared_memory(_STAGES, _DEPTH, PANEL, dtype=y.dtype),
+        w_ring=shared_memory(_STAGES, _DEPTH, width, dtype=y.dtype),
+        buffers=shared_memory(_BUFFERS, PANEL, PIECE, dtype=y.dtype),
         common=blackwell_gathered.scratch(_STAGES, arrivals=2),
         collective_axes="warpgroup",
     )
@@ -100,7 +101,7 @@ def _kernel(counts, offsets, neurons, *refs, terms, programs, gather):
             panel, tile_id = band * _GROUP + lax.rem(within, height), lax.div(within, height)
             count = counts[panel]
             # An empty panel's offset may be the end of the lists.
-            return Place(panel, tile_id * COLUMNS, jnp.where(count > 0, offsets[panel], 0), count)
+            return Place(panel, tile_id * width, jnp.where(count > 0, offsets[panel], 0), count)
 
         def chunk_of(slot):
             """The neurons of a chunk, by slices."""
@@ -125,7 +126,7 @@ def _kernel(counts, offsets, neurons, *refs, terms, programs, gather):
                         stage = ring.claim(number + part)
                         slots = pl.ds(place.slot + j * CHUNK + part * _DEPTH, _DEPTH)
                         plgpu.copy_gmem_to_smem(hs[which].at[slots], h_ring.at[stage], ring.full.at[stage])
-                        columns = pl.ds(place.column, COLUMNS)
+                        columns = pl.ds(place.column, width)
                         gather(ws[which], rows, columns, w_ring.at[stage], ring.full.at[stage])
 
                 return number + jnp.clip(ceil_div(left, _DEPTH), 0, len(own)), ahead
@@ -135,11 +136,12 @@ def _kernel(counts, offsets, neurons, *refs, terms, programs, gather):
             return own
 
         def multiply(accumulator, stage, _place, accumulate):
-            plgpu.tcgen05_mma(accumulator, h_ring.at[stage].T, w_ring.at[stage], accumulate=accumulate)
+            sums = accumulator.at[:, pl.ds(0, width)]
+            plgpu.tcgen05_mma(sums, h_ring.at[stage].T, w_ring.at[stage], accumulate=accumulate)
 
         def pack(ready, accumulator, place, _following, _nth, number):
             ready()
-            pieces = jnp.minimum(lax.div(y.shape[1] - place.column, PIECE), COLUMNS // PIECE)
+            pieces = jnp.minimum(lax.div(y.shape[1] - place.column, PIECE), width // PIECE)
 
             def pack_piece(piece, number):
                 buffer = buffers.at[lax.rem(number, jnp.int32(_BUFFERS))]
@@ -149,7 +151,7 @@ def _kernel(counts, offsets, neurons, *refs, terms, programs, gather):
                 plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
                 buffer[...] = value.astype(y.dtype)
                 plgpu.commit_smem()
-                rows, columns = pl.ds(place.panel * CHUNK, CHUNK), pl.ds(place.column + piece * PIECE, PIECE)
+                rows, columns = pl.ds(place.panel * PANEL, PANEL), pl.ds(place.column + piece * PIECE, PIECE)
                 plgpu.copy_smem_to_gmem(buffer, y.at[rows, columns])
                 return number + 1
 

@@ -1,13 +1,14 @@
-"""What PanelELL's products over gathered rows of weights share on Blackwell: who does what in a program, and the
-gather.
+"""What PanelELL's products over gathered rows of weights share on Blackwell: who does what in a program, and
+the gather.
 
 Why it exists. On Hopper threads gather with cp.async, for which JAX has no operation (`ptx_gathered`). On
-Blackwell the copy engine gathers by itself, four rows an instruction, and the tensor cores keep their sums in a
-memory of their own. So these kernels are plain Pallas, and no thread holds an accumulator while it multiplies.
+Blackwell the copy engine gathers by itself, four rows an instruction, and tensor cores keep their sums in a
+memory of their own. So these kernels are plain Pallas, and no thread holds an accumulator while products are
+added to it.
 
-Who does what. A program walks over its tiles; one warpgroup starts copies, one warp of the second starts
-products, and the third packs. Sums stand in tensor memory, in two accumulators of `COLUMNS` columns that tiles
-take in turn: a tile is packed while the next one is multiplied.
+Who does what. A program walks over its tiles: one warpgroup starts copies, one warp of the second starts
+products, and the third packs. Sums stand in tensor memory, in two accumulators of `COLUMNS` columns that
+tiles take in turn, so that a tile is packed while the next one is multiplied.
 
 The barriers, beside those of a `Ring`, whose ``empty`` the tensor cores arrive at themselves:
 
@@ -17,9 +18,9 @@ taken[accumulator]: the packing warpgroup has read a tile, and the tensor cores 
 Nobody waits in a circle: a copy waits for the products of the slices ``stages`` before it, a product for its
 copies and for the tile two before to be packed, and packing for the products of its tile.
 
-Limits. Compute capability 10.0, where it has been compiled but not yet run; bf16 or f16; D a multiple of 64;
-chunks of 128 slots, all of which are in use or are written as zeros, as every kernel of this format writes
-them.
+Limits. Compute capability 10.0, for which these kernels have been compiled; they were interpreted, but have
+not run on such a GPU, and nothing was measured. bf16 or f16; D a multiple of 64; chunks of 128 slots, every
+one of which has a neuron in bounds, also behind a panel's count.
 """
 
 import inspect
@@ -37,13 +38,14 @@ from pallas_kernels.common.hopper_gemm import TILE_K, shared_transforms
 from pallas_kernels.common.hopper_ring import Ring, over_tiles
 
 WARPGROUPS = 3
-CHUNK = 128
+CHUNK = PANEL = 128
 """Slots of a chunk, and tokens of a panel: lanes of tensor memory."""
 PIECE = 64
 """Columns that are packed together: one swizzle of shared memory."""
 COLUMNS = 256
 """Columns of an accumulator: half of tensor memory."""
 _ACCUMULATORS = 2
+_LOAD_REGISTERS, _MULTIPLY_REGISTERS, _PACK_REGISTERS = 136, 56, 232
 
 Gather = Callable[[Any, Any, Any, Any, Any], None]
 """``gather(array, rows, columns, to, barrier)``: called by a whole warpgroup, starts copying rows of an array
@@ -59,12 +61,15 @@ def unsupported_reason(d_model: int, chunk: int) -> str | None:
     return None
 
 
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+# JAX 0.10 must be given an index, 0.11 should not be, and 0.12 cannot.
+_load = partial(plgpu.load, idx=()) if _index and _index.default is inspect.Parameter.empty else plgpu.load
+
+
 def load_vector(ref: Any, first: Any, size: int, layout: Any) -> Any:
     """So many elements of an array in global memory, in a layout of registers."""
-    # Before JAX 0.12 the index was an argument by itself, in 0.10 without a default.
-    index: dict[str, Any] = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
     # What JAX calls optimized are loads from shared memory alone.
-    return plgpu.load(ref.at[pl.ds(first, size)], layout=layout, optimized=False, **index)
+    return _load(ref.at[pl.ds(first, size)], layout=layout, optimized=False)
 
 
 def look_up(neurons: Any, slot: Any, size: int) -> Any:
@@ -147,6 +152,8 @@ def run(
         return which, accumulators.at[:, pl.ds(which * COLUMNS, COLUMNS)]
 
     def load():
+        plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+
         def load_tile(_nth, place, following, state):
             first, own = state
             return first + work.slices(place), work.load(ring, first, place, following, own)
@@ -170,6 +177,8 @@ def run(
         return first + n
 
     def multiply():
+        plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="decrease")
+
         # One warp alone: the others of a warpgroup would wait for phases of barriers that nobody keeps from
         # ending before they have looked.
         @plgpu.warp_map
@@ -182,6 +191,8 @@ def run(
                     pl.when(count >= back)(partial(plgpu.barrier_wait, taken.at[which]))
 
     def pack():
+        plgpu.set_max_registers(_PACK_REGISTERS, action="increase")
+
         def pack_tile(nth, place, following, carry):
             which, accumulator = accumulator_of(nth)
             ready = partial(plgpu.barrier_wait, done.at[which])
@@ -194,4 +205,5 @@ def run(
         plgpu.wait_smem_to_gmem(0)
 
     role = lax.axis_index("warpgroup")
+    # A branch for each role, for ptxas to know whose registers are whose.
     lax.cond(role == 0, load, lambda: lax.cond(role == 1, multiply, pack))

@@ -377,7 +377,7 @@ def _for_tensor_cores(panel: int, d_model: int, device: Device) -> PanelConfig:
             dh=kept,
             dx=over_columns,
             dw=HotConfig(128, 256, 32, 8, 8, 1) if deep else HotConfig(128, 128, min(64, panel), 8, 3, 2),
-            gathered_backend="mosaic_gpu" if device.capability == 90 else "triton",
+            gathered_backend="mosaic_gpu" if device.capability in (90, 100) else "triton",
             dw_backend="mosaic_gpu" if device.capability == 90 else "triton",
         )
     narrow = StageConfig(128, 32, 4, 3)

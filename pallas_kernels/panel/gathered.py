@@ -2,34 +2,50 @@
 
 They are the up projection, and dh in the backward, which multiply tokens by gathered rows; and the down
 projection, and dx in the backward, which sum over gathered rows. Which backend a call takes for the former is
-decided where its lists are made: those for Mosaic GPU have tiles. The latter need none.
+decided where its lists are made: those for Hopper have tiles. All others walk over chunks.
 """
+
+from typing import Literal
 
 import jax
 
+from pallas_kernels import device
 from pallas_kernels.activations import Rule
 from pallas_kernels.common.gate_stage import Shaped
 from pallas_kernels.panel import pallas_triton, pallas_triton_backward
-from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, PanelConfig, StageBackend
+from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
 from pallas_kernels.panel.pallas_triton_lists import Counts, GatePanel, NeuronLists, Totals, build_lists
 
+Implementation = Literal["triton", "hopper", "blackwell"]
+"""Triton's kernels, or those on Mosaic GPU for a generation of GPUs."""
+_BLACKWELL = 100
+
 
 def implementation(
     config: PanelConfig, backend: str, x: Shaped, w_up: Shaped | None, *, in_blocks: bool, by_token: bool
-) -> StageBackend:
-    """The products for x (M, D) and w_up (F, D), None without a gate projection, on a call's backend.
+) -> Implementation:
+    """The products of tokens and gathered rows for x (M, D) and w_up (F, D), None without a gate projection,
+    on a call's backend.
 
     Mosaic GPU's, where the config asks for them, stand behind Mosaic GPU's gate and are for gated layers, all
-    tokens of a call at once, and one l1 for all.
+    tokens of a call at once, and one l1 for all. Blackwell has the up projection alone: dh is Triton's there.
     """
     if not config.gathered_backend == backend == "mosaic_gpu" or w_up is None or in_blocks or by_token:
         return "triton"
+    if device.current().capability == _BLACKWELL:
+        return _on_blackwell(x.shape[1], config.chunk)
     from pallas_kernels.panel import hopper_gathered
 
     reason = hopper_gathered.unsupported_reason(x.shape[1], w_up.shape[0], config.pad)
-    return "mosaic_gpu" if reason is None else "triton"
+    return "hopper" if reason is None else "triton"
+
+
+def _on_blackwell(d_model: int, chunk: int) -> Implementation:
+    from pallas_kernels.panel import blackwell_gathered
+
+    return "blackwell" if blackwell_gathered.unsupported_reason(d_model, chunk) is None else "triton"
 
 
 def make_lists(
@@ -52,7 +68,7 @@ def make_lists(
       by_token: whether l1 is wanted for each token.
     """
     found = implementation(config, backend, x, w_up, in_blocks=in_blocks, by_token=by_token)
-    tile = GATHERED_TILE if found == "mosaic_gpu" else None
+    tile = GATHERED_TILE if found == "hopper" else None
     interpret = backend == "interpret"
     return build_lists(gate, counts, chunk=config.chunk, room=room, tile=tile, interpret=interpret)
 
@@ -75,6 +91,11 @@ def panel_up(
         from pallas_kernels.panel import pallas_mosaic_gpu_up
 
         return pallas_mosaic_gpu_up.panel_up(gate, lists, x, w_up, pad=config.pad, rule=rule, keep=keep)
+    found = implementation(config, backend, x, w_up, in_blocks=start is not None, by_token=by_token)
+    if found == "blackwell" and w_up is not None:
+        from pallas_kernels.panel import blackwell_up
+
+        return blackwell_up.panel_up(gate, lists, x, w_up, rule=rule, keep=keep)
     return pallas_triton.panel_up(
         gate,
         lists,
@@ -104,14 +125,19 @@ def panel_down(
     """`pallas_triton.panel_down` of what a `panel_up` gave; with ``gradient`` of what a `panel_dh` did.
 
     Mosaic GPU's, where the config asks for it, stands behind Mosaic GPU's gate and writes all tokens of a
-    call at once. Its slice must divide the config's ``pad``, up to which h is written.
+    call at once. On Hopper its slice must divide the config's ``pad``, up to which h is written.
     """
     stage, name = (config.dx, "panel_dx") if gradient else (config.down, "panel_down")
-    fits = start is None and config.pad % GATHERED_SLICE == 0
-    if fits and config.gathered_backend == backend == "mosaic_gpu":
-        from pallas_kernels.panel import pallas_mosaic_gpu_down
+    if start is None and config.gathered_backend == backend == "mosaic_gpu":
+        if device.current().capability == _BLACKWELL:
+            if _on_blackwell(terms[0][1].shape[1], lists.chunk) == "blackwell":
+                from pallas_kernels.panel import blackwell_down
 
-        return pallas_mosaic_gpu_down.panel_down(terms, lists, tokens=tokens, name=name)
+                return blackwell_down.panel_down(terms, lists, tokens=tokens, name=name)
+        elif config.pad % GATHERED_SLICE == 0:
+            from pallas_kernels.panel import pallas_mosaic_gpu_down
+
+            return pallas_mosaic_gpu_down.panel_down(terms, lists, tokens=tokens, name=name)
     return pallas_triton.panel_down(
         terms,
         lists,

@@ -28,7 +28,10 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 from op_checks import call, differentiate
 
-from pallas_kernels import FFNOptions, decode, device
+from pallas_kernels import FFNOptions, activations, decode, device
+from pallas_kernels.panel import config as panel_configs
+from pallas_kernels.panel import gathered
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists, build_lists, count_active
 
 CORES = {
     "NVIDIA A100-SXM4-80GB": 108,
@@ -53,6 +56,11 @@ FEW_TOKENS = [
     (64, 2048, 8192, "float16", False),
     (2, 1000, 2050, "float32", True),
     (64, 1000, 2050, "float32", True),
+]
+_ON_BLACKWELL = [
+    (65536, 2048, 5632, "bfloat16"),
+    (1025, 320, 2056, "float16"),
+    (1025, 64, 2056, "float16"),
 ]
 FORMATS = {"twell": LAYERS, "panel": LAYERS, "hybrid": LAYERS, "auto": LAYERS, "decode": FEW_TOKENS}
 
@@ -128,6 +136,38 @@ def _gathered_on_hopper() -> Iterator[Program]:
     yield Program(f"panel on Mosaic GPU, forward, {sizes}", layer, (inputs,), capability=90)
     step = jax.grad(lambda inputs: jnp.sum(layer(inputs)[0].astype(jnp.float32)))
     yield Program(f"panel on Mosaic GPU, forward and backward, {sizes}", step, (inputs,), capability=90)
+
+
+def _gathered_on_blackwell() -> Iterator[Program]:
+    """PanelELL's gathered products on Mosaic GPU for Blackwell, by themselves: of a large call in bf16, and
+    of small ones in f16 whose tokens and columns fill no tile."""
+    b200 = device.Device("gpu", "NVIDIA B200", 100, CORES["NVIDIA B200"])
+    for tokens, d_model, d_ff, dtype in _ON_BLACKWELL:
+        x, w = jax.ShapeDtypeStruct((tokens, d_model), dtype), jax.ShapeDtypeStruct((d_ff, d_model), dtype)
+        config = panel_configs.heuristic(x, 128, b200)
+        how = {"config": config, "backend": "mosaic_gpu"}
+        n_panels = -(-tokens // config.panel)
+        segments = config.panel // panel_configs.SEGMENT
+        gate = GatePanel(
+            jax.ShapeDtypeStruct((n_panels, d_ff, config.panel), dtype),
+            jax.ShapeDtypeStruct((n_panels * segments, d_ff), "uint8"),
+            jax.ShapeDtypeStruct((1, n_panels * config.panel), "int32"),
+        )
+        lists = jax.eval_shape(partial(_lists_of, chunk=config.chunk, d_ff=d_ff), gate)
+        h = jax.ShapeDtypeStruct((lists.neurons.shape[0], config.panel), dtype)
+        sizes = f"{tokens:,} tokens, D {d_model}, F {d_ff}, {dtype}"
+        for activation, keep in product(("relu", "relu2", "drelu"), (False, True)):
+            up = partial(gathered.panel_up, rule=activations.rule(activation), keep=keep, **how)
+            name = f"panel's up projection, {sizes}, {activation}{', kept' if keep else ''}"
+            yield Program(name, up, (gate, lists, x, w), capability=100)
+        for terms in (1, 2):
+            down = partial(gathered.panel_down, tokens=tokens, gradient=terms > 1, **how)
+            name = f"panel's down projection of {terms}, {sizes}"
+            yield Program(name, down, ([(h, w)] * terms, lists), capability=100)
+
+
+def _lists_of(gate: GatePanel, *, chunk: int, d_ff: int) -> NeuronLists:
+    return build_lists(gate, count_active(gate, d_ff=d_ff, interpret=True), chunk=chunk, interpret=True)[0]
 
 
 def _of_one_row(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -225,7 +265,13 @@ def main(kinds: list[str]) -> int:
         names = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         print(f"JAX's plugin for CUDA must be there, found none: pip install {names}", file=sys.stderr)
         return 2
-    programs = [*_layers(), *_around_the_layer(), *_gathered_on_hopper(), *_gates_on_blackwell()]
+    programs = [
+        *_layers(),
+        *_around_the_layer(),
+        *_gathered_on_hopper(),
+        *_gates_on_blackwell(),
+        *_gathered_on_blackwell(),
+    ]
     jobs = [
         (target, program)
         for target, program in product(targets, programs)

@@ -1,0 +1,203 @@
+"""The gathered products for Blackwell, where there is no GPU: their warpgroups' protocol under an interpreter
+that sees races, with rows copied one by one where the copy engine would gather them; and when a call takes
+them. No B200 has run them: what only a GPU shows is open.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from lowering import B200, lowered, panel_launches
+from plain_gather import plain_gather
+
+from pallas_kernels import device
+from pallas_kernels.activations import Rule
+from pallas_kernels.panel import blackwell_down, blackwell_up, gathered
+from pallas_kernels.panel import config as configs
+from pallas_kernels.panel.pallas_triton import panel_down, panel_up
+from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
+
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+BLACKWELL = device.Device("gpu", "NVIDIA B200", 100, 148)
+PANEL, SEGMENTS = 128, 8
+TOKENS = PANEL // SEGMENTS
+
+interpreted = pytest.mark.skipif(
+    VERSION < (0, 11, 2), reason="JAX interprets Mosaic GPU kernels from 0.11.2 on"
+)
+
+
+def gates_and_lists(counts, d_ff, dtype):
+    """Gates of panels with so many active neurons, NaN in the segments that have none, and their lists."""
+    rng = np.random.default_rng(0)
+    hits = np.zeros((len(counts), SEGMENTS, d_ff), np.uint8)
+    for panel, count in enumerate(counts):
+        neurons = rng.permutation(d_ff)[:count]
+        hits[panel][:, neurons] = rng.integers(0, 2, (SEGMENTS, count))
+        hits[panel][rng.integers(0, SEGMENTS, count), neurons] = 1
+    values = rng.integers(-2, 3, (len(counts), d_ff, PANEL)).clip(min=0)
+    values = np.where(np.repeat(hits.transpose(0, 2, 1), TOKENS, axis=2), values, np.nan)
+    nnz = np.zeros((1, len(counts) * PANEL), np.int32)
+    gate = GatePanel(jnp.asarray(values, dtype), jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
+    lists, _ = build_lists(gate, count_active(gate, d_ff=d_ff, interpret=True), chunk=128, interpret=True)
+    return gate, lists
+
+
+def whole(rng, *shape, dtype):
+    """Numbers whose products add up exactly."""
+    return jnp.asarray(rng.integers(-1, 2, shape), dtype)
+
+
+def no_races():
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # has no public name
+
+    assert not get_races().races_found
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("cores", "d_model", "dtype", "rule", "keep"),
+    [
+        (2, 192, "bfloat16", Rule(squared=True), False),
+        (5, 64, "float16", Rule(rectified_up=True), True),
+    ],
+    ids=str,
+)
+def test_the_up_projection_under_the_interpreter(cores, d_model, dtype, rule, keep, monkeypatch):
+    """Programs with several tiles, one and none; tiles of two chunks and of one; more slices than the ring
+    holds, and fewer; a panel of no neuron; a call that ends within a panel. To the bit what Triton's gives,
+    of whole numbers, over every slot of a chunk."""
+    counts, d_ff, cut = [70, 130, 0, 1], 152, 5
+    monkeypatch.setattr(device, "current", lambda: dataclasses.replace(BLACKWELL, cores=cores))
+    rng = np.random.default_rng(1)
+    x = whole(rng, len(counts) * PANEL - cut, d_model, dtype=dtype)
+    w = whole(rng, d_ff, d_model, dtype=dtype)
+    gate, lists = gates_and_lists(counts, d_ff, dtype)
+    last = gate.values[-1, :, -cut:]
+    gate = gate._replace(values=gate.values.at[-1, :, -cut:].set(jnp.where(jnp.isnan(last), last, 0)))
+    expected = panel_up(
+        gate, lists, x, w, config=configs.StageConfig(128, 64, 4, 2), rule=rule, keep=keep, interpret=True
+    )
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    found = blackwell_up.panel_up(
+        gate, lists, x, w, rule=rule, keep=keep, gather=plain_gather, interpret=interpreter
+    )
+    no_races()
+    used = slice(0, int(lists.offsets[-1]))
+    np.testing.assert_array_equal(found.h[used], expected.h[used])
+    assert np.isfinite(expected.h[used].astype(jnp.float32)).all()
+    np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
+    assert expected.l1 > 0
+    if keep:
+        np.testing.assert_array_equal(found.gate[used], expected.gate[used])
+        # Where a gate is zero, the projection means nothing.
+        ups = [jnp.where(expected.gate > 0, hidden.up, 0)[used] for hidden in (found, expected)]
+        np.testing.assert_array_equal(*ups)
+    else:
+        assert found.gate is None
+        assert found.up is None
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("terms", "cores", "d_model", "dtype"), [(1, 2, 64, "float16"), (2, 4, 320, "bfloat16")], ids=str
+)
+def test_the_down_projection_under_the_interpreter(terms, cores, d_model, dtype, monkeypatch):
+    """Programs with several tiles, and more slices than the ring holds; panels of two chunks, of one, and of
+    none; calls that end within a panel and within a tile of columns. To the bit what Triton's gives, of whole
+    numbers."""
+    counts, d_ff, cut = [70, 0, 1, 130, 0], 136, 5
+    monkeypatch.setattr(device, "current", lambda: dataclasses.replace(BLACKWELL, cores=cores))
+    _, lists = gates_and_lists(counts, d_ff, dtype)
+    tokens, slots = len(counts) * PANEL - cut, lists.neurons.shape[0]
+    rng = np.random.default_rng(1)
+    listed = np.asarray(lists.segments)[:, None] > 0
+    operands = [
+        (jnp.where(listed, whole(rng, slots, PANEL, dtype=dtype), 0), whole(rng, d_ff, d_model, dtype=dtype))
+        for _ in range(terms)
+    ]
+    stage = configs.StageConfig(256, 32, 4, 2)
+    expected = panel_down(operands, lists, tokens=tokens, config=stage, interpret=True)
+    found = blackwell_down.panel_down(
+        operands,
+        lists,
+        tokens=tokens,
+        gather=plain_gather,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    no_races()
+    np.testing.assert_array_equal(found, expected)
+    assert (np.asarray(expected) != 0).any()
+
+
+# -- when, and what a call becomes -------------------------------------------------------------------------
+
+
+def config_on_blackwell(**changes):
+    x = jax.ShapeDtypeStruct((65536, 2048), "bfloat16")
+    return dataclasses.replace(configs.heuristic(x, PANEL, BLACKWELL), **changes)
+
+
+def launches(config, backend="mosaic_gpu", gated=True, d_model=192, by_token=False, gradient=False):
+    """The kernels of an up and a down projection of 300 tokens: Triton's, and Mosaic GPU's."""
+    d_ff = 384
+    gate, lists = jax.eval_shape(partial(gates_and_lists_as_arrays, d_ff, config.chunk))
+    x, w = (jax.ShapeDtypeStruct((n, d_model), "bfloat16") for n in (300, d_ff))
+    how = {"config": config, "backend": backend}
+
+    def both(gate, lists, x, w):
+        w_up = w if gated else None
+        up = partial(gathered.panel_up, rule=Rule(squared=True), keep=gradient, by_token=by_token, **how)
+        hidden = up(gate, lists, x, w_up)
+        return hidden.l1, gathered.panel_down([(hidden.h, w)], lists, tokens=300, gradient=gradient, **how)
+
+    return panel_launches(lowered(both, gate, lists, x, w, gpu=B200))
+
+
+def gates_and_lists_as_arrays(d_ff, chunk):
+    gate = GatePanel(
+        jnp.zeros((3, d_ff, PANEL), "bfloat16"),
+        jnp.zeros((3 * SEGMENTS, d_ff), "uint8"),
+        jnp.zeros((1, 3 * PANEL), "int32"),
+    )
+    active = count_active(gate, d_ff=d_ff, interpret=True)
+    return gate, build_lists(gate, active, chunk=chunk, interpret=True)[0]
+
+
+def test_the_implementation_of_a_call():
+    """Where the gate is Mosaic GPU's, for calls whose tokens are not cut into blocks and have one l1."""
+    config = config_on_blackwell()
+    assert config.gathered_backend == "mosaic_gpu"
+    assert config.dw_backend == "triton"
+    on_mosaic = ["panel_up", "panel_down"]
+    assert launches(config) == ([], on_mosaic)
+    assert launches(config, gradient=True, d_model=64) == ([], ["panel_up", "panel_dx"])
+    assert launches(config, backend="triton") == (on_mosaic, [])
+    assert launches(config_on_blackwell(gathered_backend="triton")) == (on_mosaic, [])
+    assert launches(config, gated=False) == (["panel_up"], ["panel_down"])
+    assert launches(config, by_token=True) == (["panel_up", "panel_token_l1"], ["panel_down"])
+    assert launches(config, d_model=200) == (on_mosaic, [])
+    stages = {name: dataclasses.replace(getattr(config, name), tile=64) for name in ("up", "up_keep", "dh")}
+    assert launches(config_on_blackwell(chunk=64, **stages)) == (on_mosaic, [])
+
+
+def test_lists_have_no_tiles(monkeypatch):
+    """Blocks of tokens and every other call walk over the same lists."""
+    monkeypatch.setattr(device, "current", lambda: BLACKWELL)
+    x, w = (jax.ShapeDtypeStruct((n, 192), "bfloat16") for n in (384, 384))
+    config = config_on_blackwell()
+    chosen = partial(gathered.implementation, config, "mosaic_gpu", x, w)
+    assert chosen(in_blocks=False, by_token=False) == "blackwell"
+    assert chosen(in_blocks=True, by_token=False) == "triton"
+    assert chosen(in_blocks=False, by_token=True) == "triton"
+
+    def make():
+        gate, _ = gates_and_lists_as_arrays(384, 128)
+        counts = count_active(gate, d_ff=384, interpret=True)
+        return gathered.make_lists(gate, counts, x, w, config=config, backend="mosaic_gpu")[0]
+
+    assert jax.eval_shape(make).tiles is None
