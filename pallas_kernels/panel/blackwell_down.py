@@ -1,4 +1,4 @@
-"""The down projection of PanelELL for Blackwell, and the gradient of x: `blackwell_gathered` of Wd.
+"""The down projection of PanelELL for Blackwell, and the gradient of x: `blackwell_roles` of Wd.
 
 A tile is a panel's 128 tokens and at most 256 columns of y. Slots are what is summed over, and in shared
 memory they stand row after row in both operands, which the tensor cores read as they are.
@@ -9,7 +9,7 @@ describe y in groups of eight rows, so where M is no multiple of 8, y is copied 
 Numerics. As `panel_down` on Triton: f32 accumulation, slots in their order, one rounding. Slots behind a
 count are multiplied too: there h is zero, and the neuron is 0.
 
-Limits. Those of `blackwell_gathered`; the whole of y at once.
+Limits. Those of `blackwell_roles`; the whole of y at once.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.hopper_ring import ceil_div, launch
-from pallas_kernels.panel import blackwell_gathered
-from pallas_kernels.panel.blackwell_gathered import CHUNK, COLUMNS, PANEL, PIECE, WARPGROUPS, shared_memory
+from pallas_kernels.panel import blackwell_roles
+from pallas_kernels.panel.blackwell_roles import CHUNK, COLUMNS, PANEL, PIECE, WARPGROUPS, shared_memory
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _DEPTH = 64
@@ -50,7 +50,7 @@ def panel_down(
     *,
     tokens: int,
     name: str = "panel_down",
-    gather: blackwell_gathered.Gather = blackwell_gathered.gather,
+    gather: blackwell_roles.Gather = blackwell_roles.gather,
     interpret: Any = None,
 ) -> jax.Array:
     """`pallas_triton.panel_down` for panels of 128 tokens and chunks of 128 slots: (M, D) in the type of h.
@@ -65,7 +65,7 @@ def panel_down(
     h, weight = terms[0]
     d_model = weight.shape[1]
     width = min(COLUMNS, d_model)
-    programs = blackwell_gathered.programs(lists.counts.shape[0] * pl.cdiv(d_model, width))
+    programs = blackwell_roles.programs(lists.counts.shape[0] * pl.cdiv(d_model, width))
     y = launch(
         partial(_kernel, terms=len(terms), width=width, programs=programs, gather=gather),
         out_type=jax.ShapeDtypeStruct((tokens + -tokens % 8, d_model), h.dtype),
@@ -89,7 +89,7 @@ def _kernel(counts, offsets, neurons, *refs, terms, width, programs, gather):
         h_ring=shared_memory(_STAGES, _DEPTH, PANEL, dtype=y.dtype),
         w_ring=shared_memory(_STAGES, _DEPTH, width, dtype=y.dtype),
         buffers=shared_memory(_BUFFERS, PANEL, PIECE, dtype=y.dtype),
-        common=blackwell_gathered.scratch(_STAGES, arrivals=2),
+        common=blackwell_roles.scratch(_STAGES, arrivals=2),
         collective_axes="warpgroup",
     )
     def _program(h_ring, w_ring, buffers, common):
@@ -105,9 +105,7 @@ def _kernel(counts, offsets, neurons, *refs, terms, width, programs, gather):
 
         def chunk_of(slot):
             """The neurons of a chunk, by slices."""
-            return [
-                blackwell_gathered.look_up(neurons, slot + part, _DEPTH) for part in range(0, CHUNK, _DEPTH)
-            ]
+            return [blackwell_roles.look_up(neurons, slot + part, _DEPTH) for part in range(0, CHUNK, _DEPTH)]
 
         def load(ring, first, place, following, own):
             # An empty panel has a chunk too: the one that looks up the next tile's neurons.
@@ -157,8 +155,8 @@ def _kernel(counts, offsets, neurons, *refs, terms, width, programs, gather):
 
             return lax.fori_loop(0, pieces, pack_piece, number)
 
-        blackwell_gathered.run(
-            blackwell_gathered.Work(
+        blackwell_roles.run(
+            blackwell_roles.Work(
                 look_up,
                 lambda place: terms * ceil_div(place.valid, _DEPTH),
                 load,

@@ -1,209 +1,266 @@
-"""What PanelELL's products over gathered rows of weights share on Blackwell: who does what in a program, and
-the gather.
+"""A product of gathered weight rows and panels of tokens for Blackwell on Mosaic GPU, with a caller's
+epilogue: what `hopper_gathered` is for Hopper, by the warpgroups of `blackwell_roles`.
 
-Why it exists. On Hopper threads gather with cp.async, for which JAX has no operation (`ptx_gathered`). On
-Blackwell the copy engine gathers by itself, four rows an instruction, and tensor cores keep their sums in a
-memory of their own. So these kernels are plain Pallas, and no thread holds an accumulator while products are
-added to it.
+A tile is one chunk of a panel's slots, or two where the panel has two left, and the panel's 128 tokens: lists
+are walked in pairs of chunks, as by Triton's kernels. Slots are lanes of tensor memory, so a tile stands
+there as gates, projections and h stand in global memory, and the copy engine moves those: what an epilogue
+reads arrives in shared memory piece by piece, and is overwritten by what it writes.
 
-Who does what. A program walks over its tiles: one warpgroup starts copies, one warp of the second starts
-products, and the third packs. Sums stand in tensor memory, in two accumulators of `COLUMNS` columns that
-tiles take in turn, so that a tile is packed while the next one is multiplied.
+Work: 2 M union D FLOPs, a panel's union filled up to whole chunks. Bytes, mostly from L2: M union D / 64 of
+weights, M union D / 128 of x, and what the epilogue reads and writes.
 
-The barriers, beside those of a `Ring`, whose ``empty`` the tensor cores arrive at themselves:
+Numerics. f32 accumulation.
 
-done[accumulator]: all products of a tile have been added up.
-taken[accumulator]: the packing warpgroup has read a tile, and the tensor cores may write over it.
-
-Nobody waits in a circle: a copy waits for the products of the slices ``stages`` before it, a product for its
-copies and for the tile two before to be packed, and packing for the products of its tile.
-
-Limits. Compute capability 10.0, for which these kernels have been compiled; they were interpreted, but have
-not run on such a GPU, and nothing was measured. bf16 or f16; D a multiple of 64; chunks of 128 slots, every
-one of which has a neuron in bounds, also behind a panel's count.
+Limits. Those of `blackwell_roles`; the whole of x at once.
 """
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import device
-from pallas_kernels.common.hopper_gemm import TILE_K, shared_transforms
-from pallas_kernels.common.hopper_ring import Ring, over_tiles
+from pallas_kernels.common import varying_axes
+from pallas_kernels.common.hopper_gemm import TILE_K
+from pallas_kernels.common.hopper_ring import launch
+from pallas_kernels.panel import blackwell_roles
+from pallas_kernels.panel.blackwell_roles import CHUNK, PANEL, PIECE, WARPGROUPS, shared_memory
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
-WARPGROUPS = 3
-CHUNK = PANEL = 128
-"""Slots of a chunk, and tokens of a panel: lanes of tensor memory."""
-PIECE = 64
-"""Columns that are packed together: one swizzle of shared memory."""
-COLUMNS = 256
-"""Columns of an accumulator: half of tensor memory."""
-_ACCUMULATORS = 2
-_LOAD_REGISTERS, _MULTIPLY_REGISTERS, _PACK_REGISTERS = 136, 56, 232
-
-Gather = Callable[[Any, Any, Any, Any, Any], None]
-"""``gather(array, rows, columns, to, barrier)``: called by a whole warpgroup, starts copying rows of an array
-(n, columns), whose numbers stand in registers, to shared memory. The barrier has one arrival of it."""
-
-
-def unsupported_reason(d_model: int, chunk: int) -> str | None:
-    """What of a call that Mosaic GPU's gate stage can do these kernels cannot, in one sentence; or None."""
-    if chunk != CHUNK:
-        return f"a gathered product on Blackwell needs chunks of {CHUNK} slots; got {chunk}"
-    if d_model % TILE_K:
-        return f"a gathered product on Blackwell needs D to be a multiple of {TILE_K}; got {d_model}"
-    return None
+LAYOUT = plgpu.Layout.TCGEN05
+"""Where the registers of a warpgroup hold a piece, of 128 slots and 64 tokens."""
+ROWS = LAYOUT.reduce(1)
+"""Where they hold one value for each slot of a piece."""
+_HALVES = 2
+"""Chunks of a tile at most."""
+_PIECES = PANEL // PIECE
+_ROOM = 224 * 1024
+"""Bytes of shared memory for slices and pieces; barriers and sums over a warpgroup take the rest."""
 
 
-_index = inspect.signature(plgpu.load).parameters.get("idx")
-# JAX 0.10 must be given an index, 0.11 should not be, and 0.12 cannot.
-_load = partial(plgpu.load, idx=()) if _index and _index.default is inspect.Parameter.empty else plgpu.load
+class Place(NamedTuple):
+    """Where a tile stands: its panel and first slot, and whether it has a second chunk."""
+
+    panel: jax.Array
+    slot: jax.Array
+    paired: jax.Array
 
 
-def load_vector(ref: Any, first: Any, size: int, layout: Any) -> Any:
-    """So many elements of an array in global memory, in a layout of registers."""
-    # What JAX calls optimized are loads from shared memory alone.
-    return _load(ref.at[pl.ds(first, size)], layout=layout, optimized=False)
+class Piece(NamedTuple):
+    """Where a piece stands: its panel, first slot, and first token within the panel."""
+
+    panel: jax.Array
+    slot: jax.Array
+    token: jax.Array
+
+    @property
+    def slots(self) -> Any:
+        return pl.ds(self.slot, CHUNK)
+
+    @property
+    def tokens(self) -> Any:
+        return pl.ds(self.token, PIECE)
 
 
-def look_up(neurons: Any, slot: Any, size: int) -> Any:
-    """The neurons of so many slots, a multiple of 16, as the copy engine takes them."""
-    return load_vector(neurons, slot, size, plgpu.Layout.TMA_INDICES).astype(jnp.uint32)
-
-
-def gather(array: Any, rows: Any, columns: Any, to: Any, barrier: Any) -> None:
-    """`Gather` by the copy engine."""
-    plgpu.copy_gmem_to_smem(array.at[rows, columns], to, barrier)
-
-
-def programs(tiles: int) -> int:
-    """Programs that share so many tiles."""
-    return min(device.current().cores or 1, tiles)
-
-
-def shared_memory(*shape: int, dtype: Any) -> Any:
-    """Scratch that the copy engine and the tensor cores address, in rows of one swizzle."""
-    return plgpu.SMEM(shape, dtype, transforms=shared_transforms(dtype))
-
-
-def scratch(stages: int, arrivals: int) -> dict[str, Any]:
-    """What `run` needs: the accumulators, and the barriers of a ring whose slices take so many copies."""
-    return {
-        "accumulators": plgpu.TMEM((CHUNK, _ACCUMULATORS * COLUMNS), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-        "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
-        "done": plgpu.Barrier(num_barriers=_ACCUMULATORS, orders_tensor_core=True),
-        "taken": plgpu.Barrier(num_barriers=_ACCUMULATORS, orders_tensor_core=True),
-    }
-
-
-class Work(NamedTuple):
-    """What the warpgroups of a kernel do at the tiles of a program.
+class Epilogue(Protocol):
+    """What is made of a product by the packing warpgroup. ``inputs`` and ``others`` are whole and in global
+    memory.
 
     Attributes:
-      look_up: the place of the nth tile, also past the last one, in bounds.
-      slices: how many slices a place has.
-      load: ``load(ring, first, place, following, state)`` claims the stages of a tile's slices, the first of
-        which has a number, and starts their copies; returns the state for the following tile.
-      multiply: ``multiply(accumulator, stage, place, accumulate)`` starts the products of a slice.
-      pack: ``pack(ready, accumulator, place, following, nth, carry)`` calls ``ready()`` and then reads the
-        accumulator; returns the carry for the following tile.
-      finish: called with the carry at the end.
+      staged: pieces that it reads, of as many arrays.
+      results: pieces that it writes, at least as many, of as many arrays.
     """
 
-    look_up: Callable[[Any], Any]
-    slices: Callable[[Any], Any]
-    load: Callable[[Ring, Any, Any, Any, Any], Any]
-    multiply: Callable[[Any, Any, Any, Any], None]
-    pack: Callable[[Callable[[], None], Any, Any, Any, Any, Any], Any]
-    finish: Callable[[Any], None]
+    @property
+    def staged(self) -> int: ...
+
+    @property
+    def results(self) -> int: ...
+
+    def ask(self, inputs: Any, neurons: Any, piece: Piece, to: Any, barrier: Any) -> None:
+        """Starts the copies of what it reads, each to one of the references ``to``; the barrier has one
+        arrival of each. Neurons are in global memory too."""
+
+    def prepare(self, inputs: Any, piece: Piece) -> Any:
+        """What else it wants to have in registers before the product is there."""
+
+    def nothing(self) -> Any:
+        """What `pack` carries from piece to piece, at first."""
+
+    def pack(
+        self, product: Any, staged: Sequence[Any], prepared: Any, inputs: Any, piece: Piece, carry: Any
+    ) -> tuple[Sequence[Any], Any]:
+        """The results, and the carry, of a product in f32 and what was asked for."""
+
+    def finish(self, carry: Any, others: Any, program: Any) -> None:
+        """Writes what `pack` has carried over all tiles of a program."""
 
 
-def run(
-    work: Work,
-    count: Any,
+def programs(lists: NeuronLists) -> int:
+    """Programs that share the pairs of lists."""
+    return blackwell_roles.programs(lists.pairs.shape[0])
+
+
+def gathered_gemm(
+    epilogue: Epilogue,
+    lists: NeuronLists,
+    x: jax.Array,
+    w: jax.Array,
+    inputs: Sequence[jax.Array],
     *,
-    stages: int,
-    loading: Callable[[], Any],
-    packing: Callable[[], Any],
-    accumulators: Any,
-    full: Any,
-    empty: Any,
-    done: Any,
-    taken: Any,
-) -> None:
-    """Walks over ``count`` tiles, each warpgroup at its own pace.
+    others: Sequence[jax.ShapeDtypeStruct] = (),
+    name: str,
+    gather: blackwell_roles.Gather,
+    interpret: Any = None,
+) -> Sequence[jax.Array]:
+    """Runs ``w x^T`` over the lists, for x (M, D) and w (F, D), and gives pieces of it to an epilogue, whose
+    results (n_slots, 128) it returns, and the other outputs behind them.
 
     Args:
-      loading: what loads with the first state.
-      packing: what packs with the first carry.
-      accumulators: and the others, of `scratch`.
+      inputs: the epilogue's.
+      others: shapes of outputs that it writes by itself.
+      name: what profilers call it.
+      gather: of weights.
+      interpret: what `plgpu.kernel` takes by this name.
     """
-    ring = Ring(full, empty, stages)
+    grid = programs(lists)
+    slots = jax.ShapeDtypeStruct((lists.neurons.shape[0], PANEL), x.dtype)
+    # Copies describe x in groups of eight rows. The gate stage's x is padded alike: the two are one array.
+    x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+    outputs = launch(
+        partial(_kernel, epilogue=epilogue, n_inputs=len(inputs), programs=grid, gather=gather),
+        out_type=(*[slots] * epilogue.results, *others),
+        programs=grid,
+        warpgroups=WARPGROUPS,
+        name=name,
+        interpret=interpret,
+    )(lists.pairs, lists.n_pairs, lists.owner, lists.neurons, x, w, *inputs)
+    # Mosaic GPU's outputs do not say so themselves.
+    return varying_axes.vary_with(x, outputs)
 
-    def accumulator_of(nth):
-        which = lax.rem(nth, jnp.int32(_ACCUMULATORS))
-        return which, accumulators.at[:, pl.ds(which * COLUMNS, COLUMNS)]
 
-    def load():
-        plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+def _kernel(pairs, n_pairs, owner, neurons, x, w, *refs, epilogue, n_inputs, programs, gather):
+    """The packing warpgroup asks for what it reads itself, a piece ahead, and overwrites it with results once
+    it has it in registers.
 
-        def load_tile(_nth, place, following, state):
-            first, own = state
-            return first + work.slices(place), work.load(ring, first, place, following, own)
+    arrived[which]: what a piece reads is there. Pieces take two sets of buffers in turn; a set is asked for
+      when the results that were in it have left.
+    """
+    inputs, results = refs[:n_inputs], refs[n_inputs : n_inputs + epilogue.results]
+    n_slices, n_slots = x.shape[1] // TILE_K, neurons.shape[0]
+    program = lax.axis_index("program")
+    n_mine = lax.div(jnp.maximum(n_pairs[0] - program, 0) + programs - 1, jnp.int32(programs))
+    unstaged = epilogue.results - epilogue.staged
+    piece_bytes, slice_bytes = 2 * CHUNK * PIECE, 2 * (PANEL + _HALVES * CHUNK) * TILE_K
+    stages = (_ROOM - (_PIECES * epilogue.staged + unstaged) * piece_bytes) // slice_bytes
 
-        n_all, _ = over_tiles(count, work.look_up, load_tile, (jnp.int32(0), loading()))
-        pl.when(n_all > 0)(lambda: ring.drain(n_all, lambda but: None))
+    @partial(
+        pl.run_scoped,
+        x_ring=shared_memory(stages, PANEL, TILE_K, dtype=x.dtype),
+        w_ring=shared_memory(stages, _HALVES * CHUNK, TILE_K, dtype=x.dtype),
+        staged=[shared_memory(_PIECES, CHUNK, PIECE, dtype=x.dtype) for _ in range(epilogue.staged)],
+        single=[shared_memory(CHUNK, PIECE, dtype=x.dtype) for _ in range(unstaged)],
+        arrived=plgpu.Barrier(num_arrivals=epilogue.staged, num_barriers=_PIECES),
+        common=blackwell_roles.scratch(stages, arrivals=1 + _HALVES),
+        collective_axes="warpgroup",
+    )
+    def _program(x_ring, w_ring, staged, single, arrived, common):
+        def look_up(nth):
+            # Past the list's end nothing was written.
+            number = program + nth * programs
+            entry = jnp.where(number < n_pairs[0], pairs[jnp.minimum(number, pairs.shape[0] - 1)], 0)
+            chunk = lax.shift_right_logical(entry, 1)
+            return Place(owner[chunk], chunk * CHUNK, entry & 1)
 
-    def multiply_tile(nth, place, _following, first):
-        which, accumulator = accumulator_of(nth)
-        pl.when(nth >= _ACCUMULATORS)(lambda: plgpu.barrier_wait(taken.at[which]))
-        n = work.slices(place)
+        def half_of(place, half):
+            """The first slot of a tile's half, in bounds also where there is none."""
+            return jnp.minimum(place.slot + half * CHUNK, n_slots - CHUNK)
 
-        def step(k, _):
-            stage = ring.stage_of(first + k)
-            plgpu.barrier_wait(full.at[stage])
-            work.multiply(accumulator, stage, place, k > 0)
-            plgpu.tcgen05_commit_arrive(empty.at[stage])
+        def load(ring, first, place, _following, _state):
+            rows = [blackwell_roles.look_up(neurons, half_of(place, half), CHUNK) for half in range(_HALVES)]
 
-        lax.fori_loop(0, n, step, None)
-        plgpu.tcgen05_commit_arrive(done.at[which])
-        return first + n
+            def load_slice(k, _):
+                stage = ring.claim(first + k)
+                columns, full = pl.ds(k * TILE_K, TILE_K), ring.full.at[stage]
+                tokens = pl.ds(place.panel * PANEL, PANEL)
+                plgpu.copy_gmem_to_smem(x.at[tokens, columns], x_ring.at[stage], full)
 
-    def multiply():
-        plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="decrease")
+                def load_half(half):
+                    gather(w, rows[half], columns, w_ring.at[stage, pl.ds(half * CHUNK, CHUNK)], full)
 
-        # One warp alone: the others of a warpgroup would wait for phases of barriers that nobody keeps from
-        # ending before they have looked.
-        @plgpu.warp_map
-        def _warp(warp):
-            @pl.when(warp == 0)
-            def _():
-                over_tiles(count, work.look_up, multiply_tile, jnp.int32(0))
-                for back in range(_ACCUMULATORS, 0, -1):
-                    which, _ = accumulator_of(jnp.maximum(count - back, 0))
-                    pl.when(count >= back)(partial(plgpu.barrier_wait, taken.at[which]))
+                load_half(0)
+                lax.cond(place.paired > 0, lambda: load_half(1), lambda: plgpu.barrier_arrive(full))
 
-    def pack():
-        plgpu.set_max_registers(_PACK_REGISTERS, action="increase")
+            lax.fori_loop(0, n_slices, load_slice, None)
 
-        def pack_tile(nth, place, following, carry):
-            which, accumulator = accumulator_of(nth)
-            ready = partial(plgpu.barrier_wait, done.at[which])
-            carry = work.pack(ready, accumulator, place, following, nth, carry)
-            plgpu.wait_load_tmem()
-            plgpu.barrier_arrive(taken.at[which])
-            return carry
+        def multiply(accumulator, stage, place, accumulate):
+            def multiply_half(half):
+                plgpu.tcgen05_mma(
+                    accumulator.at[:, pl.ds(half * PANEL, PANEL)],
+                    w_ring.at[stage, pl.ds(half * CHUNK, CHUNK)],
+                    x_ring.at[stage].T,
+                    accumulate=accumulate,
+                )
 
-        work.finish(over_tiles(count, work.look_up, pack_tile, packing()))
-        plgpu.wait_smem_to_gmem(0)
+            multiply_half(0)
+            pl.when(place.paired > 0)(lambda: multiply_half(1))
 
-    role = lax.axis_index("warpgroup")
-    # A branch for each role, for ptxas to know whose registers are whose.
-    lax.cond(role == 0, load, lambda: lax.cond(role == 1, multiply, pack))
+        def piece_of(place, number):
+            """A tile's piece of a number, which of a half's it is, and which half that is."""
+            half, which = lax.div(number, jnp.int32(_PIECES)), lax.rem(number, jnp.int32(_PIECES))
+            return Piece(place.panel, half_of(place, half), which * PIECE), which, half
+
+        def ask(place, number):
+            piece, which, _ = piece_of(place, number)
+            to = [buffers.at[which] for buffers in staged]
+            epilogue.ask(inputs, neurons, piece, to, arrived.at[which])
+
+        def first_of_all():
+            pl.when(n_mine > 0)(lambda: ask(look_up(jnp.int32(0)), jnp.int32(0)))
+            return epilogue.nothing()
+
+        def pack(ready, accumulator, place, following, nth, carry):
+            n_pieces = (1 + place.paired) * _PIECES
+
+            def pack_piece(number, carry):
+                piece, which, half = piece_of(place, number)
+                prepared = epilogue.prepare(inputs, piece)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                last = number + 1 == n_pieces
+
+                @pl.when(~last | (nth + 1 < n_mine))
+                def _():
+                    upcoming = jax.tree.map(partial(jnp.where, last), following, place)
+                    ask(upcoming, jnp.where(last, 0, number + 1))
+
+                pl.when(number == 0)(ready)
+                tokens = pl.ds(half * PANEL + piece.token, PIECE)
+                product = plgpu.async_load_tmem(accumulator.at[:, tokens], layout=LAYOUT)
+                plgpu.barrier_wait(arrived.at[which])
+                buffers = [buffer.at[which] for buffer in staged]
+                read = [plgpu.layout_cast(buffer[...], LAYOUT) for buffer in buffers]
+                values, carry = epilogue.pack(product, read, prepared, inputs, piece, carry)
+                for buffer, value in zip((*buffers, *single), values, strict=True):
+                    buffer[...] = value
+                plgpu.commit_smem()
+                for buffer, ref in zip((*buffers, *single), results, strict=True):
+                    plgpu.copy_smem_to_gmem(buffer, ref.at[piece.slots, piece.tokens])
+                return carry
+
+            return lax.fori_loop(0, n_pieces, pack_piece, carry)
+
+        def finish(carry):
+            epilogue.finish(carry, refs[n_inputs + epilogue.results :], program)
+
+        blackwell_roles.run(
+            blackwell_roles.Work(look_up, lambda place: jnp.int32(n_slices), load, multiply, pack, finish),
+            n_mine,
+            stages=stages,
+            loading=lambda: None,
+            packing=first_of_all,
+            **common,
+        )

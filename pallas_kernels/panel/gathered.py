@@ -30,7 +30,7 @@ def implementation(
     on a call's backend.
 
     Mosaic GPU's, where the config asks for them, stand behind Mosaic GPU's gate and are for gated layers, all
-    tokens of a call at once, and one l1 for all. Blackwell has the up projection alone: dh is Triton's there.
+    tokens of a call at once, and one l1 for all.
     """
     if not config.gathered_backend == backend == "mosaic_gpu" or w_up is None or in_blocks or by_token:
         return "triton"
@@ -43,9 +43,9 @@ def implementation(
 
 
 def _on_blackwell(d_model: int, chunk: int) -> Implementation:
-    from pallas_kernels.panel import blackwell_gathered
+    from pallas_kernels.panel import blackwell_roles
 
-    return "blackwell" if blackwell_gathered.unsupported_reason(d_model, chunk) is None else "triton"
+    return "blackwell" if blackwell_roles.unsupported_reason(d_model, chunk) is None else "triton"
 
 
 def make_lists(
@@ -167,6 +167,13 @@ def panel_dh(
         from pallas_kernels.panel import pallas_mosaic_gpu_dh
 
         return pallas_mosaic_gpu_dh.panel_dh(gate, up, lists, dy, w_down, scale, pad=config.pad, rule=rule)
+    by_token = scale is not None and scale.shape != (1,)
+    weight = None if up is None else w_down
+    found = implementation(config, backend, dy, weight, in_blocks=False, by_token=by_token)
+    if found == "blackwell" and up is not None:
+        from pallas_kernels.panel import blackwell_dh
+
+        return blackwell_dh.panel_dh(gate, up, lists, dy, w_down, scale, rule=rule)
     return pallas_triton_backward.panel_dh(
         gate, up, lists, dy, w_down, scale, config=config.dh, rule=rule, interpret=backend == "interpret"
     )

@@ -160,6 +160,11 @@ def _gathered_on_blackwell() -> Iterator[Program]:
             up = partial(gathered.panel_up, rule=activations.rule(activation), keep=keep, **how)
             name = f"panel's up projection, {sizes}, {activation}{', kept' if keep else ''}"
             yield Program(name, up, (gate, lists, x, w), capability=100)
+            # The gradient's epilogue is another with a cotangent of l1.
+            scales = (jax.ShapeDtypeStruct((1,), "float32") if keep else None,)
+            dh = partial(gathered.panel_dh, rule=activations.rule(activation), **how)
+            name = f"panel's gradient of h, {sizes}, {activation}{', with that of l1' if keep else ''}"
+            yield Program(name, dh, (h, h, lists, x, w, *scales), capability=100)
         for terms in (1, 2):
             down = partial(gathered.panel_down, tokens=tokens, gradient=terms > 1, **how)
             name = f"panel's down projection of {terms}, {sizes}"

@@ -16,9 +16,10 @@ from plain_gather import plain_gather
 
 from pallas_kernels import device
 from pallas_kernels.activations import Rule
-from pallas_kernels.panel import blackwell_down, blackwell_up, gathered
+from pallas_kernels.panel import blackwell_dh, blackwell_down, blackwell_up, gathered
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
+from pallas_kernels.panel.pallas_triton_backward import panel_dh
 from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
@@ -60,17 +61,18 @@ def no_races():
 
 @interpreted
 @pytest.mark.parametrize(
-    ("cores", "d_model", "dtype", "rule", "keep"),
+    ("cores", "d_model", "dtype", "rule", "keep", "scale"),
     [
-        (2, 192, "bfloat16", Rule(squared=True), False),
-        (5, 64, "float16", Rule(rectified_up=True), True),
+        (2, 192, "bfloat16", Rule(squared=True), False, 0.25),
+        (5, 64, "float16", Rule(rectified_up=True), True, None),
     ],
     ids=str,
 )
-def test_the_up_projection_under_the_interpreter(cores, d_model, dtype, rule, keep, monkeypatch):
-    """Programs with several tiles, one and none; tiles of two chunks and of one; more slices than the ring
-    holds, and fewer; a panel of no neuron; a call that ends within a panel. To the bit what Triton's gives,
-    of whole numbers, over every slot of a chunk."""
+def test_the_products_of_tokens_under_the_interpreter(cores, d_model, dtype, rule, keep, scale, monkeypatch):
+    """The up projection, and the gradient of h of what Triton's has kept. Programs with several tiles, one
+    and none; tiles of two chunks and of one; more slices than the ring holds, and fewer; a panel of no
+    neuron; a call that ends within a panel. To the bit what Triton's give, of whole numbers, over all slots.
+    """
     counts, d_ff, cut = [70, 130, 0, 1], 152, 5
     monkeypatch.setattr(device, "current", lambda: dataclasses.replace(BLACKWELL, cores=cores))
     rng = np.random.default_rng(1)
@@ -79,15 +81,14 @@ def test_the_up_projection_under_the_interpreter(cores, d_model, dtype, rule, ke
     gate, lists = gates_and_lists(counts, d_ff, dtype)
     last = gate.values[-1, :, -cut:]
     gate = gate._replace(values=gate.values.at[-1, :, -cut:].set(jnp.where(jnp.isnan(last), last, 0)))
-    expected = panel_up(
-        gate, lists, x, w, config=configs.StageConfig(128, 64, 4, 2), rule=rule, keep=keep, interpret=True
-    )
-    interpreter = plgpu.InterpretGPUParams(detect_races=True)
-    found = blackwell_up.panel_up(
-        gate, lists, x, w, rule=rule, keep=keep, gather=plain_gather, interpret=interpreter
-    )
-    no_races()
     used = slice(0, int(lists.offsets[-1]))
+    on_triton = {"config": configs.StageConfig(128, 64, 4, 2), "rule": rule, "interpret": True}
+    interpreter = plgpu.InterpretGPUParams(detect_races=True)
+    on_mosaic = {"rule": rule, "gather": plain_gather, "interpret": interpreter}
+
+    expected = panel_up(gate, lists, x, w, keep=True, **on_triton)
+    found = blackwell_up.panel_up(gate, lists, x, w, keep=keep, **on_mosaic)
+    no_races()
     np.testing.assert_array_equal(found.h[used], expected.h[used])
     assert np.isfinite(expected.h[used].astype(jnp.float32)).all()
     np.testing.assert_allclose(found.l1, expected.l1, rtol=1e-6)
@@ -100,6 +101,15 @@ def test_the_up_projection_under_the_interpreter(cores, d_model, dtype, rule, ke
     else:
         assert found.gate is None
         assert found.up is None
+
+    scale = None if scale is None else jnp.full((1,), scale, jnp.float32)
+    kept = expected.gate, expected.up
+    wanted = panel_dh(*kept, lists, x, w, scale, **on_triton)
+    gradients = blackwell_dh.panel_dh(*kept, lists, x, w, scale, **on_mosaic)
+    no_races()
+    for mine, triton in zip(gradients, wanted, strict=True):
+        np.testing.assert_array_equal(mine[used], triton[used])
+        assert (np.asarray(triton[used]) != 0).any()
 
 
 @interpreted
@@ -143,7 +153,8 @@ def config_on_blackwell(**changes):
 
 
 def launches(config, backend="mosaic_gpu", gated=True, d_model=192, by_token=False, gradient=False):
-    """The kernels of an up and a down projection of 300 tokens: Triton's, and Mosaic GPU's."""
+    """The kernels of an up and a down projection of 300 tokens, or of the gradients of both: Triton's, and
+    Mosaic GPU's."""
     d_ff = 384
     gate, lists = jax.eval_shape(partial(gates_and_lists_as_arrays, d_ff, config.chunk))
     x, w = (jax.ShapeDtypeStruct((n, d_model), "bfloat16") for n in (300, d_ff))
@@ -151,9 +162,13 @@ def launches(config, backend="mosaic_gpu", gated=True, d_model=192, by_token=Fal
 
     def both(gate, lists, x, w):
         w_up = w if gated else None
-        up = partial(gathered.panel_up, rule=Rule(squared=True), keep=gradient, by_token=by_token, **how)
-        hidden = up(gate, lists, x, w_up)
-        return hidden.l1, gathered.panel_down([(hidden.h, w)], lists, tokens=300, gradient=gradient, **how)
+        rule = Rule(squared=True)
+        hidden = gathered.panel_up(gate, lists, x, w_up, rule=rule, keep=gradient, by_token=by_token, **how)
+        h = hidden.h
+        if gradient:
+            scale = jnp.ones((300 if by_token else 1,), jnp.float32)
+            h = gathered.panel_dh(hidden.gate, hidden.up, lists, x, w, scale, rule=rule, **how).gate
+        return hidden.l1, gathered.panel_down([(h, w)], lists, tokens=300, gradient=gradient, **how)
 
     return panel_launches(lowered(both, gate, lists, x, w, gpu=B200))
 
@@ -175,11 +190,16 @@ def test_the_implementation_of_a_call():
     assert config.dw_backend == "triton"
     on_mosaic = ["panel_up", "panel_down"]
     assert launches(config) == ([], on_mosaic)
-    assert launches(config, gradient=True, d_model=64) == ([], ["panel_up", "panel_dx"])
+    backward = ["panel_up", "panel_dh", "panel_dx"]
+    assert launches(config, gradient=True, d_model=64) == ([], backward)
+    assert launches(config, gradient=True, backend="triton") == (backward, [])
     assert launches(config, backend="triton") == (on_mosaic, [])
     assert launches(config_on_blackwell(gathered_backend="triton")) == (on_mosaic, [])
     assert launches(config, gated=False) == (["panel_up"], ["panel_down"])
-    assert launches(config, by_token=True) == (["panel_up", "panel_token_l1"], ["panel_down"])
+    by_token = ["panel_up", "panel_token_l1", "panel_dh"], ["panel_dx"]
+    assert launches(config, by_token=True, gradient=True) == by_token
+    gradients_alone = launches(config, gated=False, gradient=True)
+    assert gradients_alone == (["panel_up", "panel_dh"], ["panel_dx"])
     assert launches(config, d_model=200) == (on_mosaic, [])
     stages = {name: dataclasses.replace(getattr(config, name), tile=64) for name in ("up", "up_keep", "dh")}
     assert launches(config_on_blackwell(chunk=64, **stages)) == (on_mosaic, [])
