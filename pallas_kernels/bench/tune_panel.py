@@ -155,7 +155,7 @@ class _Search:
         backend = dispatch.choose(options, dispatch.Call.of(x, weight)).backend
         up = weight if self._gated else None
         products = gathered.implementation(self.plain, backend, x, up, in_blocks=False, by_token=False)
-        if products == "mosaic_gpu":
+        if products != "triton":
             raise RuntimeError(
                 f"the products of {x.shape[0]:,} tokens run on Mosaic GPU on {self._device.kind}, and what "
                 "is searched is Triton's tiles"
