@@ -1,11 +1,11 @@
-"""What the persistent kernels for Hopper share: their launch, and a ring of shared-memory stages between the
-warpgroups that load slices of operands and those that multiply them.
+"""What the persistent kernels on Mosaic GPU share: their launch, and a ring of shared-memory stages between
+the warpgroups that load slices of operands and those that multiply them.
 
 Slices are numbered over all tiles of a program, and slice n uses stage n mod ``stages``. The barriers:
 
 full[stage]: what a slice is made of has arrived.
 empty[stage]: all multiplying warpgroups have read a slice. A multiplier says so when it has issued the
-  product of the slice behind it, or at the end of a tile.
+  product of the slice behind it, or at the end of a tile. On Blackwell the tensor cores say so by themselves.
 
 A loading warpgroup that gathers with cp.async says of slice n that it has arrived once it has started slice
 n + ``lag``: its threads have then waited for their copies and fenced them. Before it loads over a slice it

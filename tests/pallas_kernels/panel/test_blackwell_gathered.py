@@ -170,7 +170,10 @@ def launches(config, backend="mosaic_gpu", gated=True, d_model=192, by_token=Fal
             h = gathered.panel_dh(hidden.gate, hidden.up, lists, x, w, scale, rule=rule, **how).gate
         return hidden.l1, gathered.panel_down([(h, w)], lists, tokens=300, gradient=gradient, **how)
 
-    return panel_launches(lowered(both, gate, lists, x, w, gpu=B200))
+    text = lowered(both, gate, lists, x, w, gpu=B200)
+    triton, mosaic = panel_launches(text)
+    assert ("tile::gather4" in text) == bool(mosaic)  # rows are the copy engine's, and not `plain_gather`'s
+    return triton, mosaic
 
 
 def gates_and_lists_as_arrays(d_ff, chunk):
