@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lowering import B200, lowered, panel_launches
+from lowering import B200, lowered, panel_launches, shapes
+from op_checks import call, differentiate
 from plain_gather import plain_gather
 
-from pallas_kernels import device
+from pallas_kernels import FFNOptions, device
 from pallas_kernels.activations import Rule
 from pallas_kernels.panel import blackwell_dh, blackwell_down, blackwell_up, gathered
 from pallas_kernels.panel import config as configs
@@ -224,3 +225,21 @@ def test_lists_have_no_tiles(monkeypatch):
         return gathered.make_lists(gate, counts, x, w, config=config, backend="mosaic_gpu")[0]
 
     assert jax.eval_shape(make).tiles is None
+
+
+def test_a_training_call():
+    """One that asks for Mosaic GPU by name has it in all products but those of weight gradients."""
+    inputs, dy = shapes(8320, 192, 528), jax.ShapeDtypeStruct((8320, 192), jnp.float32)
+
+    def kernels(backend):
+        options = FFNOptions(format="panel", backend=backend)
+        step = partial(differentiate, dl1=1.0, apply=partial(call, options=options))
+        return panel_launches(lowered(step, inputs, dy, gpu=B200))
+
+    on_mosaic = ["panel_up", "panel_down", "panel_dh", "panel_dx"]
+    triton, mosaic = kernels("mosaic_gpu")
+    assert mosaic == ["panel_gate", *on_mosaic]
+    assert "panel_dw_hot" in triton
+    triton, mosaic = kernels("auto")
+    assert mosaic == []
+    assert {*on_mosaic} < {*triton}
