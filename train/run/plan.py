@@ -6,10 +6,11 @@ a panel activates, its *union*, is known for every layer, and with it what each 
 the dense layer's forward and backward:
 
     dense              1
-    panel, union u     0.2 + 0.8 u / (break-even)       0.2 is the gate's
+    panel, union u     0.18 + 0.82 u / (break-even)     0.18 is the gate's
     panel, no room     1.3                              its gate, then the dense layer, block by block
 
-(On one NVIDIA H100, D 2048 and F 5632, panels of a union of 0.26 and 0.43 took 0.53 and 0.74.) The break-even
+(On one NVIDIA H200, D 2048 and F 5632, panels of a union of 0.11, 0.29, 0.44 and 0.79 took 0.28, 0.45, 0.60 and
+0.97.) The break-even
 is the one that ``format="auto"`` has (`pallas_kernels.panel.config.break_even`), but no layer probes or
 decides while it runs. What remains is the panel's own question, whether its lists had room: one conditional
 in the forward and one in the backward, whose dense side keeps every result exact.
@@ -31,7 +32,7 @@ from sparse_lm.config import SILU
 from sparse_lm.layer_loop import is_unrolled
 from train.config import TrainConfig
 
-_FIXED = 0.2
+_FIXED = 0.18
 _NO_ROOM = 1.3
 _PER_CAPACITY = 0.1
 """What memory is worth: that of what a dense layer keeps for its backward, in units of its time."""
@@ -39,7 +40,7 @@ _PER_SEGMENT = 0.03
 """What compiling one more loop over layers is worth, where layers are loops."""
 _HEADROOM = 1.2
 """Room beside what a window needed on average: steps, micro-batches and devices differ."""
-_CAPACITIES = (0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
+_CAPACITIES = (0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 _MARGIN = 0.02
 _PATIENCE = 2
 
