@@ -9,8 +9,8 @@ and it is part of the compiled program. With a driver of CUDA 12.3 or newer the 
 the conditional in a CUDA graph. In a trace of eight layers on one NVIDIA H100 (JAX 0.11.2, 16,384 tokens) the
 call returned after 0.9 of 7.4 ms and the device stood still for 5 to 12 µs at each conditional, 32 at the
 first; the same layers without one had no gap above 0.3 µs. Where layers are short the host is what a call
-waits for, and a conditional costs it some 50 µs. So a forward of few panels on Hopper is not asked about, but
-is PanelELL (`panel.config.LEAST_UNASKED_TOKENS`).
+waits for, and a conditional costs it some 50 µs. On Hopper most forwards are not asked about, but are
+PanelELL (`panel.unasked`).
 
 A call that is differentiated and too small for a probe is dense.
 
@@ -42,6 +42,7 @@ from pallas_kernels.dense.layer import Projections
 from pallas_kernels.options import Auto, FFNOptions, FFNStats, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.layer import Residuals, empty
+from pallas_kernels.panel.unasked import is_unasked
 from pallas_kernels.reference import Weights
 
 _PROBES, _PANELS_EACH = 4, 16
@@ -107,7 +108,8 @@ def infer(
         decision = pays(x, w_up if w_gate is None else w_gate, options, share)
         return lax.cond(decision, sparse, instead, x, w_gate, w_up, w_down)
 
-    if groups is None and configs.is_unasked(x.shape[0], _layout(options).tokens, backend):
+    gated = w_gate is not None
+    if groups is None and is_unasked(x, w_up, _layout(options), backend, gated=gated):
         return where_kernels_run(sparse, instead, backend, x, w_gate, w_up, w_down)
     if _too_small_for_a_probe(x, backend):
         return instead(x, w_gate, w_up, w_down)

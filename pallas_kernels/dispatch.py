@@ -170,9 +170,18 @@ def explain(
 
 def _meaning(choice: Choice, call: Call) -> str:
     layout, meaning = choice.layout, _MEANING[choice.layout.name]
-    if isinstance(layout, Auto) and panel_configs.is_unasked(call.tokens, layout.tokens, choice.backend):
+    if not isinstance(layout, Auto):
+        return meaning
+    from pallas_kernels.panel.unasked import is_unasked
+
+    x = jax.ShapeDtypeStruct((call.tokens, call.d_model), call.dtype)
+    w_up = jax.ShapeDtypeStruct((call.d_ff, call.d_model), call.dtype)
+    gated, other = (is_unasked(x, w_up, layout, choice.backend, gated=gated) for gated in (True, False))
+    if other:
         small = call.tokens < panel_configs.LEAST_PROBED_TOKENS
         return "PanelELL in a forward; where a gradient is taken " + ("the dense layer" if small else meaning)
+    if gated:
+        return f"PanelELL in a forward of a gated layer; of another, and where a gradient is taken, {meaning}"
     return meaning
 
 

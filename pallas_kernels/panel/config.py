@@ -212,25 +212,12 @@ LEAST_PROBED_TOKENS = 2048
 """Tokens of a call from which on a probe of one panel in sixteen costs little beside it."""
 
 LEAST_UNASKED_TOKENS = 1024
-"""Tokens of a forward call on Hopper from which on, and up to `FEW_PANELS`, ``"auto"`` is PanelELL unasked.
-
-A conditional would cost such calls more than the wrong layer is likely to. On one NVIDIA H200, at 45 active
-neurons of 5,632 a token and D 2048, 1,024 tokens take 78 µs where dense takes 163, and 46 more with a
-conditional. Where a panel activates 0.28 and 0.66 of the neurons, 2,048 tokens take 0.53 and 0.79 of dense's
-time, and 512 tokens 0.9 and 1.07. At a share of 0.98, on one NVIDIA H100, 1,024 tokens take dense's time and
-4,096 tokens 1.08 of it.
-"""
+"""Tokens of a forward call on Hopper from which on ``"auto"`` may be PanelELL unasked."""
 
 
 def are_few(tokens: int, panel: int) -> bool:
     """Whether tokens make few panels of ``panel`` each."""
     return 0 < tokens <= FEW_PANELS * panel
-
-
-def is_unasked(tokens: int, panel: int, backend: str) -> bool:
-    """Whether ``"auto"`` is PanelELL in a forward of so many tokens, in panels of ``panel``, the gate on a
-    backend."""
-    return backend == "mosaic_gpu" and tokens >= LEAST_UNASKED_TOKENS and are_few(tokens, panel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +264,8 @@ _BREAK_EVEN: dict[tuple[int, str, bool], BreakEven] = {
     (90, "triton", True): BreakEven(0.8, 0.5),
     (90, "triton", False): BreakEven(0.5, 0.35),
 }
-"""From measurements of panels of 128 tokens, D 2048 and F 5632, gated. With every product on Mosaic GPU, on one
-NVIDIA H200: forward at shares of 0.29, 0.44 and 0.98 takes 0.52, 0.64 and 0.99 of the dense layer's time;
+"""From measurements of panels of 128 tokens, D 2048 and F 5632, gated. With every product on Mosaic GPU, on
+one NVIDIA H200: forward at shares of 0.29, 0.44 and 0.98 takes 0.52, 0.64 and 0.99 of the dense layer's time;
 forward and backward at 0.29, 0.44 and 0.79 takes 0.45, 0.60 and 0.97, and breaks even at about 0.82.
 The other rows are of the products on Triton. On one NVIDIA H100, with the gate on Mosaic GPU, forward at
 shares of 0.45 and 0.83 took 0.65 and 0.93 of the dense layer's time, forward and backward at 0.26 and 0.43

@@ -180,7 +180,10 @@ def test_explain_tells_what_would_run_and_why():
         )
         named = dispatch.explain(x, weight, FFNOptions(format="twell", backend="triton"))
     assert "65536 tokens, D=2048, F=5632, bfloat16, on NVIDIA H200" in auto
-    assert "runs auto on mosaic_gpu: the program itself takes PanelELL" in auto
+    assert (
+        "runs auto on mosaic_gpu: PanelELL in a forward of a gated layer; of another, and where a gradient "
+        "is taken, the program itself takes PanelELL"
+    ) in auto
     assert (
         "runs auto on mosaic_gpu: PanelELL in a forward; where a gradient is taken the dense layer" in first
     )

@@ -10,6 +10,7 @@ from pallas_kernels import Auto, FFNOptions, auto, dispatch
 from pallas_kernels import device as device_lib
 from pallas_kernels.device import Device
 from pallas_kernels.panel import config as panel_config
+from pallas_kernels.panel.unasked import is_unasked
 from train.bench import order_times
 from train.bench.order_counts import MakeOrder
 from train.bench.order_times import LayerTimes
@@ -124,7 +125,7 @@ def auto_choices(
     return AutoReport(
         device=device.kind,
         panel_tokens=layout.tokens,
-        forward_is_asked=not panel_config.is_unasked(call, layout.tokens, backend),
+        forward_is_asked=not is_unasked(x, w, layout, backend, gated=gated),
         break_even_forward=limits.forward,
         break_even_train=limits.train,
         layers=tuple(found),

@@ -198,9 +198,7 @@ def _auto(analysis: Analysis, drawn: dict[str, Picture]) -> str:
         "tokens.",
     ]
     if not auto.forward_is_asked:
-        sentences.append(
-            "A forward of so few tokens takes PanelELL there without a probe: what it would find is shown."
-        )
+        sentences.append("A forward takes PanelELL there without a probe: what one would find is shown.")
     rows = [
         [str(layer), decision(choice.panel_forward), decision(choice.panel_train)]
         for layer, choice in enumerate(auto.layers)

@@ -9,11 +9,10 @@ the dense layer's forward and backward:
     panel, union u     0.18 + 0.82 u / (break-even)     0.18 is the gate's
     panel, no room     1.3                              its gate, then the dense layer, block by block
 
-(On one NVIDIA H200, D 2048 and F 5632, panels of a union of 0.11, 0.29, 0.44 and 0.79 took 0.28, 0.45, 0.60 and
-0.97.) The break-even
-is the one that ``format="auto"`` has (`pallas_kernels.panel.config.break_even`), but no layer probes or
-decides while it runs. What remains is the panel's own question, whether its lists had room: one conditional
-in the forward and one in the backward, whose dense side keeps every result exact.
+(On one NVIDIA H200, D 2048 and F 5632, panels of a union of 0.11, 0.29, 0.44 and 0.79 took 0.28, 0.45, 0.60
+and 0.97.) The break-even is the one that ``format="auto"`` has (`pallas_kernels.panel.config.break_even`),
+but no layer probes or decides while it runs. What remains is the panel's own question, whether its lists had
+room: one conditional in the forward and one in the backward, whose dense side keeps every result exact.
 """
 
 import dataclasses
@@ -40,7 +39,9 @@ _PER_SEGMENT = 0.03
 """What compiling one more loop over layers is worth, where layers are loops."""
 _HEADROOM = 1.2
 """Room beside what a window needed on average: steps, micro-batches and devices differ."""
-_CAPACITIES = (0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+_CAPACITIES = (0.125, 0.25, 0.5, 1.0)
+"""Few, since the kernels of each are compiled by themselves, which takes some ten seconds; and far apart, so
+that activity may move on without another plan."""
 _MARGIN = 0.02
 _PATIENCE = 2
 
@@ -156,6 +157,13 @@ def cost(plan: LayerPlan, activity: Activity, terrain: Terrain) -> float:
     return sum(each) + terrain.per_segment * len(plan.segments(first_alone=False))
 
 
+def forecast(plan: LayerPlan, activity: Activity, terrain: Terrain) -> float:
+    """What a plan would take that has not run, in the units of `cost`."""
+    layers = zip(plan.layouts, activity.union / terrain.d_ff, strict=True)
+    each = [_expected(layout, union, terrain) for layout, union in layers]
+    return sum(each) + terrain.per_segment * len(plan.segments(first_alone=False))
+
+
 def best(activity: Activity, terrain: Terrain) -> tuple[LayerPlan, float]:
     """The plan that would take the least with such activity, and what it would take."""
     layouts: list[Layout] = [Dense(terrain.panel), *(Panel(terrain.panel, each) for each in _CAPACITIES)]
@@ -197,7 +205,8 @@ def _capacity(layout: Layout) -> float:
 
 
 class Planner:
-    """Proposes another plan once it would have been faster by a margin for some windows in a row.
+    """Proposes another plan once it would have been faster by a margin for some windows in a row, in each of
+    them about as fast as the best.
 
     Args:
       terrain: what plans are for.
@@ -212,6 +221,7 @@ class Planner:
     def restart(self) -> None:
         """Forgets what another plan's steps counted."""
         self._steps: list[Activity] = []
+        self._favoured: LayerPlan | None = None
         self._windows_in_favour = 0
 
     def refuse(self, plan: LayerPlan) -> None:
@@ -226,8 +236,16 @@ class Planner:
             return None
         activity, self._steps = Activity.mean(self._steps), []
         proposed, expected = best(activity, self.terrain)
-        pays = expected < (1 - _MARGIN) * cost(plan, activity, self.terrain)
-        self._windows_in_favour = self._windows_in_favour + 1 if pays else 0
+        if expected >= (1 - _MARGIN) * cost(plan, activity, self.terrain):
+            self._favoured, self._windows_in_favour = None, 0
+            return None
+        # Early in a training the best plan of a window is not that of the next: none is worth compiling yet.
+        settled = self._favoured is not None and (
+            self._favoured == proposed
+            or forecast(self._favoured, activity, self.terrain) < (1 + _MARGIN) * expected
+        )
+        self._favoured = proposed
+        self._windows_in_favour = self._windows_in_favour + 1 if settled else 1
         if self._windows_in_favour < _PATIENCE or proposed == plan or proposed in self._refused:
             return None
         return proposed, activity

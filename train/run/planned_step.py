@@ -1,6 +1,8 @@
 """The step of a run that chooses its layers' formats: another is compiled beside it and taken when ready."""
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +22,9 @@ from train.state import Program, TrainState
 from train.step import Metrics, TrainStep
 
 _PENDING, _READY, _FAILED = range(3)
+_SWITCH_INTERVAL = 2e-4
+"""Seconds after which a thread that traces a plan yields to the running loop. The loop asks for the
+interpreter some dozens of times a step, and by Python's default waits 5 ms each time."""
 
 
 class PlannedStep:
@@ -107,7 +112,8 @@ class PlannedStep:
         Raises:
           UserError: the device has no room for it. Once it had begun it would have taken the state's buffers.
         """
-        compiled = self._layout.compiled_step(self._program.with_plan(plan), self._tokens)
+        with _yielding():
+            compiled = self._layout.compiled_step(self._program.with_plan(plan), self._tokens)
         if (limit := device_limit()) is not None:
             memory = StepMemory.of(compiled, limit)
             if memory is not None and not memory.fits:
@@ -143,6 +149,17 @@ class PlannedStep:
             return _PENDING
         everyone = multihost_utils.process_allgather(np.asarray(status))
         return _FAILED if (everyone == _FAILED).any() else int(everyone.min())
+
+
+@contextlib.contextmanager
+def _yielding() -> Iterator[None]:
+    """Threads take short turns."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def table(plan: LayerPlan, activity: Activity) -> Table:

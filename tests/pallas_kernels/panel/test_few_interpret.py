@@ -172,9 +172,3 @@ def test_few_panels():
     assert configs.are_few(64 * 128, 128)
     assert not configs.are_few(64 * 128 + 1, 128)
     assert not configs.are_few(0, 128)
-
-
-def test_forwards_that_auto_is_not_asked_about():
-    unasked = [configs.is_unasked(tokens, 128, "mosaic_gpu") for tokens in (1023, 1024, 8192, 8193)]
-    assert unasked == [False, True, True, False]
-    assert not configs.is_unasked(2048, 128, "triton")
