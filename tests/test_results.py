@@ -126,7 +126,7 @@ def models() -> dict[str, dict[str, dict]]:
 def test_the_table_of_models_holds_the_files_medians():
     files, ((header, *rows), _) = section("A whole model's forward")
     measured = models()
-    assert len(rows) == len(measured) == len(files) == 3
+    assert len(rows) == len(measured) == len(files) == 4
     for (name, *times), file in zip(rows, files, strict=True):
         model, layers, nnz = re.fullmatch(r"\[(\w+)\]\(.*\), (\d+), (\d+)", name).groups()
         options = json.loads(file.read_text())["options"]
@@ -159,7 +159,7 @@ def test_the_gains_beside_the_papers_are_the_files():
             assert agrees(percent, 100 * abs(pair[1] / pair[0] - 1)), (model, key)
             assert (sign == "+") == (pair[1] > pair[0]), (model, key)
             found.add((model, key))
-    assert len(found) == 5
+    assert len(found) == 8
 
 
 def test_the_table_of_a_busy_host_holds_the_files_samples():
