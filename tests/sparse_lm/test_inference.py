@@ -136,10 +136,16 @@ def test_kernels_of_a_step(config, rows, changes, kernels):
     assert _kernels(text) == kernels * config.num_layers
 
 
-def _kernels(text, function="main"):
+def _kernels(text):
     """Decode's kernels in the order in which a program runs them; layers that are alike are one function."""
-    found = []
-    body = re.search(rf"func\.func \w+ @{re.escape(function)}\(.*?(?=\n  func\.func|\Z)", text, re.S)[0]
-    for kernel, called in re.findall(r'name = "decode_(\w+)"|call @([\w.]+)', body):
-        found += [kernel] if kernel else _kernels(text, called)
-    return found
+    name = r'@("[^"]+"|[\w.$]+)'
+    functions = {
+        re.match(rf"\w+ {name}", part)[1]: re.findall(rf'name = "decode_(\w+)"|\bcall {name}', part)
+        for part in text.split("\n  func.func ")[1:]
+    }
+
+    def of(function):
+        for kernel, called in functions[function]:
+            yield from [kernel] if kernel else of(called)
+
+    return list(of("main"))
