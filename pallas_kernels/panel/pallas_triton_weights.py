@@ -72,11 +72,10 @@ class Ranking(NamedTuple):
 
 
 def rank(
-    hits: jax.Array, *, limit: int, round_up: Callable[[jax.Array], jax.Array], interpret: bool = False
+    totals: jax.Array, *, limit: int, round_up: Callable[[jax.Array], jax.Array], interpret: bool = False
 ) -> Ranking:
-    """Orders the neurons by their hits (n_panels, F). Those of more than ``limit`` tokens are hot, and so are
-    the next in the order, up to ``round_up`` of how many exceed the limit."""
-    totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
+    """Orders the neurons by their hits (F,) of all panels. Those of more than ``limit`` tokens are hot, and
+    so are the next in the order, up to ``round_up`` of how many exceed the limit."""
     each = varying_axes.output(totals, totals.shape, jnp.int32)
     order, ranks, n_hot = pl.pallas_call(
         partial(_rank_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1), round_up=round_up),

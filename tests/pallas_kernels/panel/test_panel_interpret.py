@@ -16,9 +16,11 @@ from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import layer
 from pallas_kernels.panel import pallas_triton as kernels
+from pallas_kernels.panel import pallas_triton_counts as counts_kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
 from pallas_kernels.panel.pallas_triton_gate import gate_panel
 
 
@@ -44,8 +46,8 @@ PANEL = TestPanelInterpreted.path.options.layout.tokens
 
 def listed(gate, d_ff, **sizes):
     """Lists of a gate stage's panels, and how many chunks they need."""
-    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
-    lists, _ = lists_kernels.build_lists(gate, counts, interpret=True, **sizes)
+    counts = count_active(gate, d_ff=d_ff, interpret=True)
+    lists, _ = lists_kernels.build_lists(counts, tokens=1, interpret=True, **sizes)
     return lists, lists.needed
 
 
@@ -155,8 +157,7 @@ def test_lists_that_do_not_fit_have_no_neuron():
     lists, needed = listed(gate, len(weight), chunk=32, room=2)
     assert int(needed) > 2
     assert int(lists.slots.max()) < len(lists.neurons)
-    empty = lists.only_if(needed <= 2)
-    assert not any(np.any(getattr(empty, name)) for name in ("n_pairs", "offsets", "counts", "hits"))
+    assert not any(np.any(getattr(lists, name)) for name in ("n_pairs", "offsets", "counts", "totals"))
 
 
 @pytest.mark.parametrize("tokens", [16, 37, 333])
@@ -168,7 +169,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, PANEL)
     lists, _, kept = written(x, weight)
-    ranking = weights.rank(lists.hits, limit=limit, round_up=lambda n: n + 3, interpret=True)
+    ranking = weights.rank(lists.totals, limit=limit, round_up=lambda n: n + 3, interpret=True)
     np.testing.assert_array_equal(ranking.totals, active.sum(axis=0))
     found = weights.token_lists(kept, lists, ranking, limit=limit, interpret=True)
     for neuron in np.asarray(ranking.order)[int(ranking.n_hot[0]) :]:
@@ -188,7 +189,7 @@ def test_where_the_tokens_of_panels_begin(n_panels, monkeypatch):
     hits = np.random.default_rng(0).integers(0, 129, (n_panels, 50)).astype(np.uint8)
     totals = hits.sum(axis=0, dtype=np.int32)
     limit = int(np.median(totals))
-    ranking = weights.rank(jnp.asarray(hits), limit=limit, round_up=lambda n: n, interpret=True)
+    ranking = weights.rank(jnp.asarray(totals), limit=limit, round_up=lambda n: n, interpret=True)
     starts = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
     earlier = np.cumsum(hits, axis=0, dtype=np.int32) - hits
     np.testing.assert_array_equal(starts, np.where(totals > limit, -1, earlier))
@@ -196,8 +197,7 @@ def test_where_the_tokens_of_panels_begin(n_panels, monkeypatch):
 
 def test_neurons_in_order_of_activity():
     totals = np.random.default_rng(0).integers(0, 40, 200)
-    hits = jnp.asarray(totals[None], jnp.uint8)
-    ranking = weights.rank(hits, limit=16, round_up=lambda n: n + 5, interpret=True)
+    ranking = weights.rank(jnp.asarray(totals, jnp.int32), limit=16, round_up=lambda n: n + 5, interpret=True)
     order = np.asarray(ranking.order)
     np.testing.assert_array_equal(np.asarray(ranking.ranks)[order], np.arange(200))
     classes = np.digitize(totals[order], [1, 3, 9, 17])
@@ -206,8 +206,8 @@ def test_neurons_in_order_of_activity():
 
 
 def test_there_are_no_more_hot_neurons_than_neurons():
-    hits = jnp.asarray([[17, 0, 20]], jnp.uint8)
-    assert weights.rank(hits, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [3]
+    totals = jnp.asarray([17, 0, 20])
+    assert weights.rank(totals, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -229,25 +229,27 @@ def test_hot_neurons_fill_the_rounds_of_the_cores(neurons, tiles, filled):
     )
 
 
-@pytest.mark.parametrize("block", [8192, 8])
+@pytest.mark.parametrize("block", [2048, 8])
 @pytest.mark.parametrize("n_panels", [1, 7, 30])
 def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
     """Also with more panels and neurons than a program looks at at one time."""
-    monkeypatch.setattr(lists_kernels, "_LIST_BLOCK", block)
+    monkeypatch.setattr(counts_kernels, "BLOCK", block)
+    monkeypatch.setattr(lists_kernels, "BLOCK", block)
+    monkeypatch.setattr(lists_kernels, "_PANELS", block)
     rng, segments, d_ff, chunk = np.random.default_rng(0), 2, 50, 16
     shape = (n_panels, segments, d_ff)
     hits = (rng.integers(1, 9, shape) * (rng.random(shape) < rng.random((n_panels, 1, 1)))).astype(np.uint8)
     nnz = rng.integers(0, 9, (3, n_panels * 16)).astype(np.int32)
     values = jnp.zeros((n_panels, 64, 16))
-    gate = lists_kernels.GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
-    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
+    gate = GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
+    counts = count_active(gate, d_ff=d_ff, interpret=True)
     by_panel = nnz.sum(axis=0).reshape(n_panels, 16)
     np.testing.assert_array_equal(counts.hits, hits.sum(axis=1))
     np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
     np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
     np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
     monkeypatch.setattr(lists_kernels, "_HIT_ROWS", 4)
-    lists, totals = lists_kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
+    lists, totals = lists_kernels.build_lists(counts, tokens=1, chunk=chunk, interpret=True)
     np.testing.assert_array_equal(totals.hits, hits.sum(axis=(0, 1)))
     assert (int(totals.neurons), int(totals.gates)) == (counts.neurons.sum(), nnz.sum())
     assert int(totals.most) == by_panel.max()
