@@ -1,7 +1,7 @@
 """PanelELL's lists: which neurons each panel of tokens activates, made from what `pallas_triton_counts` has
 counted.
 
-**`build_lists`**: reads 2 M F / P bytes, writes 5 an active (panel, neuron) pair, and for a backward 4 M F / P
+**`build_lists`**: reads 2 M F / P bytes, writes 5 an active (panel, neuron) pair and for a backward 4 M F / P
 of slots; adds up what has been counted, for which XLA would take a launch each. A program lists one block of
 a panel's neurons: where the block begins follows from the counts, so no program waits for another, and there
 are enough of them to fill the cores.

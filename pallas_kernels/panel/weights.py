@@ -66,7 +66,7 @@ def panel_dw(
     tiles = len(zs) * pl.cdiv(x.shape[1], hot_config.tile_d)
     round_up = partial(fill_rounds, tiles=tiles, config=hot_config)
     assert lists.slots is not None
-    ranking = rank(lists.totals, limit=limit, round_up=round_up, interpret=interpret)
+    ranking = rank(lists.hits, lists.totals, limit=limit, round_up=round_up, interpret=interpret)
     if on_mosaic:
         rows = mosaic.panel_dw_hot(zs, xs, ranking, lists.slots, dtype=dtype)
     else:

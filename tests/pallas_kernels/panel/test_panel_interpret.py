@@ -169,7 +169,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, PANEL)
     lists, _, kept = written(x, weight)
-    ranking = weights.rank(lists.totals, limit=limit, round_up=lambda n: n + 3, interpret=True)
+    ranking = weights.rank(lists.hits, lists.totals, limit=limit, round_up=lambda n: n + 3, interpret=True)
     np.testing.assert_array_equal(ranking.totals, active.sum(axis=0))
     found = weights.token_lists(kept, lists, ranking, limit=limit, interpret=True)
     for neuron in np.asarray(ranking.order)[int(ranking.n_hot[0]) :]:
@@ -182,32 +182,38 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
         )
 
 
-@pytest.mark.parametrize("n_panels", [1, 4, 11])
-def test_where_the_tokens_of_panels_begin(n_panels, monkeypatch):
-    """Also with more panels and neurons than a program looks at at one time, and sums that are no bytes."""
-    monkeypatch.setattr(weights, "_START_ROWS", 4)
-    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 50)).astype(np.uint8)
-    totals = hits.sum(axis=0, dtype=np.int32)
-    limit = int(np.median(totals))
-    ranking = weights.rank(jnp.asarray(totals), limit=limit, round_up=lambda n: n, interpret=True)
-    starts = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
-    earlier = np.cumsum(hits, axis=0, dtype=np.int32) - hits
-    np.testing.assert_array_equal(starts, np.where(totals > limit, -1, earlier))
-
-
-def test_neurons_in_order_of_activity():
-    totals = np.random.default_rng(0).integers(0, 40, 200)
-    ranking = weights.rank(jnp.asarray(totals, jnp.int32), limit=16, round_up=lambda n: n + 5, interpret=True)
-    order = np.asarray(ranking.order)
-    np.testing.assert_array_equal(np.asarray(ranking.ranks)[order], np.arange(200))
-    classes = np.digitize(totals[order], [1, 3, 9, 17])
-    assert (np.diff(classes) <= 0).all()
-    assert ranking.n_hot.tolist() == [(totals > 16).sum() + 5]
+@pytest.mark.parametrize("block", [8192, 16])
+@pytest.mark.parametrize(("n_panels", "limit"), [(1, 16), (1, 1), (5, 300), (128, 8000), (300, 17000)])
+def test_neurons_in_order_of_activity(n_panels, limit, block, monkeypatch):
+    """By classes of their totals, and where their tokens begin in each panel: also with more panels and
+    neurons than a program looks at at one time, and sums that are no bytes."""
+    monkeypatch.setattr(weights, "_ORDER_BLOCK", block)
+    rng = np.random.default_rng(n_panels)
+    hits = rng.integers(0, 129, (n_panels, 70)) * (rng.random(70) < 0.8) // rng.choice([1, 2, 8], 70)
+    totals = hits.sum(axis=0)
+    ranking = weights.rank(
+        jnp.asarray(hits, jnp.uint8),
+        jnp.asarray(totals, jnp.int32),
+        limit=limit,
+        round_up=lambda n: n + 5,
+        interpret=True,
+    )
+    classes = sum((totals <= bound).astype(int) for bound in (limit, limit // 2, limit // 8, 0))
+    order = np.argsort(classes, kind="stable")
+    np.testing.assert_array_equal(ranking.order, order)
+    n_hot = (totals > limit).sum() + 5
+    assert ranking.n_hot.tolist() == [n_hot]
+    starts = np.cumsum(hits, axis=0) - hits
+    starts[:, order[:n_hot]] = -1
+    np.testing.assert_array_equal(ranking.starts, starts)
 
 
 def test_there_are_no_more_hot_neurons_than_neurons():
-    totals = jnp.asarray([17, 0, 20])
-    assert weights.rank(totals, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [3]
+    hits = jnp.asarray([[17, 0, 20]], jnp.uint8)
+    totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
+    assert weights.rank(hits, totals, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [
+        3
+    ]
 
 
 @pytest.mark.parametrize(
@@ -315,16 +321,6 @@ def test_slots_on_the_wide_side(d_model):
     used = int(needed) * 64
     np.testing.assert_allclose(square.h[:used], wide.h[:used], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(square.l1, wide.l1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
-def test_hits_of_earlier_panels(n_panels):
-    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 70), dtype=np.uint8)
-    ranks = np.random.default_rng(1).permutation(70).astype(np.int32)
-    ranking = weights.Ranking(None, None, jnp.asarray(ranks), jnp.asarray([20], jnp.int32))
-    found = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
-    before = np.cumsum(hits, axis=0, dtype=np.int32) - hits
-    np.testing.assert_array_equal(found, np.where(ranks < 20, -1, before))
 
 
 @pytest.mark.parametrize("share", [1, 1 << 20])
