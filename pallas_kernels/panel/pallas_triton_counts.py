@@ -20,9 +20,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import varying_axes
 
-BLOCK = 2048
-"""Neurons that a program lists, 8 for each thread of eight warps."""
+_BLOCK = 2048
 _BLOCKS = 4
+_WARPS = 4
 _TILES = 32
 
 
@@ -55,7 +55,7 @@ class Counts(NamedTuple):
       most: (n_panels,) int32, active gates of the token that has most.
       hits: (n_panels, F) uint8, for how many of the tokens a neuron is active.
       segments: (n_panels, F) uint8, a bit for each segment of the panel in which the neuron is active.
-      before: (n_panels, F / `BLOCK`) int32, active neurons before each block of them.
+      before: (n_panels, F / block) int32, active neurons before each `block` of them.
     """
 
     neurons: jax.Array
@@ -66,9 +66,14 @@ class Counts(NamedTuple):
     before: jax.Array
 
 
+def block_of(d_ff: int) -> int:
+    """Neurons that one program lists: at most 8 for each thread of eight warps."""
+    return min(_BLOCK, pl.next_power_of_2(d_ff))
+
+
 def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Counts:
     """Sums what the gate stage has counted by segments of a panel and tiles of columns."""
-    n_panels, n_blocks = gate.values.shape[0], pl.cdiv(d_ff, BLOCK)
+    n_panels, n_blocks = gate.values.shape[0], pl.cdiv(d_ff, block_of(d_ff))
     output = partial(varying_axes.output, gate.hits)
     each, by_neuron = output((n_panels,), jnp.int32), output((n_panels, d_ff), jnp.uint8)
     blocks = min(_BLOCKS, pl.next_power_of_2(n_blocks))
@@ -84,7 +89,7 @@ def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Coun
             out_shape=(each, each, each, by_neuron, by_neuron, output((n_panels, n_blocks), jnp.int32)),
             grid=(2 * n_panels,),
             interpret=interpret,
-            compiler_params=plt.CompilerParams(num_warps=4 * blocks, num_stages=1),
+            compiler_params=plt.CompilerParams(num_warps=_WARPS * blocks, num_stages=1),
             name="panel_count",
         )(gate.hits, gate.nnz)
     )
@@ -107,9 +112,11 @@ def _count_kernel(by_segment_ref, nnz_ref, neurons_ref, gates_ref, most_ref, *by
 def _count_neurons(
     which, by_segment_ref, neurons_ref, hits_ref, segments_ref, before_ref, *, segments, d_ff, blocks
 ):
+    width = block_of(d_ff)
+
     def count_blocks(nth, found):
         block = nth * blocks + lax.iota(jnp.int32, blocks)
-        neuron = block[:, None] * BLOCK + lax.broadcasted_iota(jnp.int32, (blocks, BLOCK), 1)
+        neuron = block[:, None] * width + lax.broadcasted_iota(jnp.int32, (blocks, width), 1)
         inside = neuron < d_ff
         hits, bits = jnp.zeros(neuron.shape, jnp.int32), jnp.zeros(neuron.shape, jnp.int32)
         loaded = [

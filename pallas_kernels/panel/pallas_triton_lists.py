@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.triton_tiles import scatter_index
-from pallas_kernels.panel.pallas_triton_counts import BLOCK, Counts
+from pallas_kernels.panel.pallas_triton_counts import Counts, block_of
 
 _WARPS = 8
 _PANELS = 8192
@@ -175,20 +175,19 @@ def _lists_kernel(counts, lists, totals, *, grid, tokens, chunk, tile, may_overf
     """Programs that each add up the hits of some neurons, one that adds up the rest, one for each panel's
     place in the lists, and one for each block of a panel's neurons."""
     n_panels, n_blocks = counts.before.shape
-    room = lists.owner.shape[0]
 
-    def fitting(value):
-        """A value of lists that have room, 0 of others."""
+    def masked():
+        """What leaves a value of lists that have room, and makes one of others 0."""
         if not may_overflow:
-            return value
+            return lambda value: value
         (needed,) = _earlier(counts.neurons, n_panels, chunk)
-        return jnp.where(needed <= room, value, 0)
+        return lambda value: jnp.where(needed <= lists.owner.shape[0], value, 0)
 
     def add_columns(nth):
         columns, hits = hits_of(counts.hits, nth, _HIT_ROWS)
         inside = columns < totals.hits.shape[0]
         plt.store(totals.hits.at[columns], hits, mask=inside)
-        plt.store(lists.totals.at[columns], fitting(hits), mask=inside)
+        plt.store(lists.totals.at[columns], masked()(hits), mask=inside)
 
     def add_panels(_):
         totals.neurons[0] = _over_panels(counts.neurons, jnp.add, jnp.sum, jnp.int32)
@@ -196,10 +195,11 @@ def _lists_kernel(counts, lists, totals, *, grid, tokens, chunk, tile, may_overf
         # f32, for there may be more gates than an int32 counts.
         gates = _over_panels(counts.gates, jnp.add, jnp.sum, jnp.float32)
         totals.gates[0], totals.mean[0] = gates, gates * (np.float32(1) / np.float32(tokens))
-        dense = tokens - fitting(jnp.int32(tokens))
+        dense = tokens - masked()(jnp.int32(tokens))
         totals.overflow_rows[0] = totals.dense_tokens[0] = dense
 
     def place(which):
+        fitting = masked()
         _place_panel(which, counts, lists, chunk, fitting)
         if tile is not None:
             _cut_panel(which, counts, lists, tile, fitting)
@@ -287,7 +287,8 @@ def _cut_panel(which, counts, lists, tile, fitting):
 def _list_block(which, block, counts, lists, chunk):
     """Writes one block of a panel's neurons."""
     d_ff, n_slots = counts.hits.shape[1], lists.neurons.shape[0]
-    neuron = block * BLOCK + lax.iota(jnp.int32, BLOCK)
+    width = block_of(d_ff)
+    neuron = block * width + lax.iota(jnp.int32, width)
     inside = neuron < d_ff
     bits = plt.load(counts.segments.at[which, neuron], mask=inside, other=0)
     # Every program sums up the panels before its own: n² additions, and no launch of their own.

@@ -16,11 +16,10 @@ from pallas_kernels import FFNOptions, Panel, PanelELL, reference, sparse_ffn
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import layer
 from pallas_kernels.panel import pallas_triton as kernels
-from pallas_kernels.panel import pallas_triton_counts as counts_kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
-from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_counts import count_active
 from pallas_kernels.panel.pallas_triton_gate import gate_panel
 
 
@@ -233,45 +232,6 @@ def test_hot_neurons_fill_the_rounds_of_the_cores(neurons, tiles, filled):
     assert (
         int(weights.fill_rounds(jnp.int32(neurons), tiles=tiles, config=unknown)) == -(-neurons // 128) * 128
     )
-
-
-@pytest.mark.parametrize("block", [2048, 8])
-@pytest.mark.parametrize("n_panels", [1, 7, 30])
-def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
-    """Also with more panels and neurons than a program looks at at one time."""
-    monkeypatch.setattr(counts_kernels, "BLOCK", block)
-    monkeypatch.setattr(lists_kernels, "BLOCK", block)
-    monkeypatch.setattr(lists_kernels, "_PANELS", block)
-    rng, segments, d_ff, chunk = np.random.default_rng(0), 2, 50, 16
-    shape = (n_panels, segments, d_ff)
-    hits = (rng.integers(1, 9, shape) * (rng.random(shape) < rng.random((n_panels, 1, 1)))).astype(np.uint8)
-    nnz = rng.integers(0, 9, (3, n_panels * 16)).astype(np.int32)
-    values = jnp.zeros((n_panels, 64, 16))
-    gate = GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
-    counts = count_active(gate, d_ff=d_ff, interpret=True)
-    by_panel = nnz.sum(axis=0).reshape(n_panels, 16)
-    np.testing.assert_array_equal(counts.hits, hits.sum(axis=1))
-    np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
-    np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
-    np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
-    monkeypatch.setattr(lists_kernels, "_HIT_ROWS", 4)
-    lists, totals = lists_kernels.build_lists(counts, tokens=1, chunk=chunk, interpret=True)
-    np.testing.assert_array_equal(totals.hits, hits.sum(axis=(0, 1)))
-    assert (int(totals.neurons), int(totals.gates)) == (counts.neurons.sum(), nnz.sum())
-    assert int(totals.most) == by_panel.max()
-    chunks = -(-np.asarray(counts.neurons) // chunk)
-    assert int(lists.needed) == chunks.sum()
-    np.testing.assert_array_equal(lists.offsets, np.concatenate([[0], np.cumsum(chunks)]) * chunk)
-    first = np.asarray(lists.offsets)[:-1] // chunk
-    owners = np.repeat(np.arange(n_panels), chunks)
-    np.testing.assert_array_equal(lists.owner[: len(owners)], owners)
-    pairs = [
-        2 * (start + nth) + (nth + 1 < own)
-        for start, own in zip(first, chunks, strict=True)
-        for nth in range(0, own, 2)
-    ]
-    assert lists.n_pairs.tolist() == [len(pairs)]
-    np.testing.assert_array_equal(lists.pairs[: len(pairs)], pairs)
 
 
 @pytest.mark.parametrize(
