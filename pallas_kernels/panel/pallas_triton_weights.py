@@ -9,14 +9,18 @@ neurons hold 60 % of all activity, and 3500 share the rest. The border is where 
 same time, `RareConfig.share`. The dense product runs in rounds of as many programs as the cores hold, and a
 round that is not full takes as long as a full one; so the busiest rare neurons fill the last round.
 
+**`panel_rank`**: the neurons from busy to quiet, and how many tokens of earlier panels activate each. A
+program has some of the neurons and counts those before them among all, so no program waits for another.
+Reads M F / P bytes, writes 4 M F / P.
+
 **`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons
 and of D in one of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P
 contiguous values a neuron. All gradients are one launch: a program's walk is long, and those of one gradient
 alone are too few to hide it.
 
-**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit
-counts of the gate stage say where each panel's part of a neuron's list begins, so no program waits for
-another. Reads the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
+**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: where
+each panel's part of a neuron's list begins is known, so no program waits for another. Reads the gates, 2 M
+union bytes; writes 8 bytes an active (token, rare neuron) pair.
 
 **`panel_dw_rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n
 tokens, all three gradients in registers. Programs run slice by slice, so that a slice of x and dy stays in
