@@ -95,9 +95,9 @@ def count_active(gate: GatePanel, *, d_ff: int, interpret: bool = False) -> Coun
     )
 
 
-def _count_kernel(by_segment_ref, nnz_ref, neurons_ref, gates_ref, most_ref, *by_neuron, **sizes):
+def _count_kernel(by_segment_ref, nnz_ref, neurons_ref, gates_ref, most_ref, *by_neuron, panel, **sizes):
     """Two programs for each panel: one counts its neurons, the other its gates."""
-    which, panel = pl.program_id(0) // 2, sizes.pop("panel")
+    which = pl.program_id(0) // 2
 
     @pl.when(pl.program_id(0) % 2 == 0)
     def _():
