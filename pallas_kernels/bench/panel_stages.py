@@ -16,8 +16,8 @@ from pallas_kernels.device import Device
 from pallas_kernels.panel.config import PanelConfig, StageConfig
 from pallas_kernels.panel.pallas_triton import Hidden, panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import Gradients, panel_dh
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
 from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
-from pallas_kernels.panel.pallas_triton_lists import GatePanel
 from pallas_kernels.panel.weights import panel_dw
 
 Given = dict[str, Any]

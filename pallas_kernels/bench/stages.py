@@ -29,7 +29,7 @@ from pallas_kernels.options import FFNOptions, Panel
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import gate as panel_gate
 from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
-from pallas_kernels.panel.pallas_triton_lists import count_active
+from pallas_kernels.panel.pallas_triton_counts import count_active
 from pallas_kernels.panel.weights import panel_dw
 
 OPTIONS = FFNOptions(format=Panel(capacity=1.0))
@@ -92,7 +92,7 @@ def stages(
     gate = stage("gate", panel_gate.stage(config, backend, rule), x, gate_weight)
     counts = stage("counts", partial(count_active, d_ff=w_up.shape[0], interpret=interpret), gate)
     make = partial(make_lists, config=config, backend=backend)
-    lists, _ = stage("lists", make, gate, counts, x, up_weight)
+    lists, _ = stage("lists", make, counts, x, up_weight)
     up = partial(panel_up, config=config, backend=backend, rule=rule)
     stage("up", up, gate, lists, x, up_weight)
     kept = stage("up_keep", partial(up, keep=True), gate, lists, x, up_weight)

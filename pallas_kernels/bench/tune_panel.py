@@ -40,13 +40,8 @@ from pallas_kernels.panel import gathered
 from pallas_kernels.panel.config import PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import (
-    GatePanel,
-    NeuronLists,
-    build_lists,
-    count_active,
-    n_chunks,
-)
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists, build_lists, n_chunks
 
 _SAMPLED_PANELS = 4
 _search = partial(timing.measure, rounds=3, chain_ms=6.0)
@@ -185,11 +180,12 @@ class _Search:
         (all, if that is too small)."""
         d_ff = weight.shape[0]
         counts = jax.jit(partial(count_active, d_ff=d_ff, interpret=self._interpret))(gate)
-        build = jax.jit(partial(build_lists, chunk=chunk, interpret=self._interpret), static_argnames="room")
-        lists, _ = build(gate, counts)
+        build_all = partial(build_lists, tokens=gate.nnz.shape[1], chunk=chunk, interpret=self._interpret)
+        build = jax.jit(build_all, static_argnames="room")
+        lists, _ = build(counts)
         chunks = n_chunks(gate.values.shape[0], d_ff, chunk)
         room = max(1, round(chunks * _layout(options).capacity))
-        kept = build(gate, counts, room=room)[0] if int(lists.needed) <= room else lists
+        kept = build(counts, room=room)[0] if int(lists.needed) <= room else lists
         return {"lists": lists, "kept_lists": kept}
 
     def fastest(self, deadline: float) -> dict[str, dict[int, _Contender]]:
@@ -301,6 +297,7 @@ def _digest(output: Any, lists: NeuronLists, d_ff: int) -> Any:
         )
     if not isinstance(output, Hidden | Gradients):
         return output
+    assert lists.slots is not None
     slots = lists.slots[:_SAMPLED_PANELS]
 
     def by_neuron(leaf):

@@ -23,7 +23,8 @@ from pallas_kernels.panel.blackwell_gathered import LAYOUT, ROWS
 from pallas_kernels.panel.blackwell_roles import CHUNK, PANEL
 from pallas_kernels.panel.config import SEGMENT
 from pallas_kernels.panel.pallas_triton import Hidden, hidden
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 
 def panel_up(

@@ -7,8 +7,8 @@ from pallas_kernels.activations import Rule
 from pallas_kernels.common import gate_stage
 from pallas_kernels.common.gate_stage import GateStage
 from pallas_kernels.panel.config import PanelConfig
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
 from pallas_kernels.panel.pallas_triton_gate import gate_panel, pack_panel
-from pallas_kernels.panel.pallas_triton_lists import GatePanel
 
 
 def roles(w_gate: jax.Array | None, w_up: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -16,7 +16,8 @@ from pallas_kernels.panel import pallas_triton, pallas_triton_backward
 from pallas_kernels.panel.config import GATHERED_SLICE, GATHERED_TILE, PanelConfig
 from pallas_kernels.panel.pallas_triton import Hidden
 from pallas_kernels.panel.pallas_triton_backward import Gradients
-from pallas_kernels.panel.pallas_triton_lists import Counts, GatePanel, NeuronLists, Totals, build_lists
+from pallas_kernels.panel.pallas_triton_counts import Counts, GatePanel
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists, Totals, build_lists
 
 Implementation = Literal["triton", "hopper", "blackwell"]
 """Triton's kernels, or those on Mosaic GPU for a generation of GPUs."""
@@ -49,28 +50,39 @@ def _on_blackwell(d_model: int, chunk: int) -> Implementation:
 
 
 def make_lists(
-    gate: GatePanel,
     counts: Counts,
     x: Shaped,
     w_up: Shaped | None,
     *,
     config: PanelConfig,
     backend: str,
+    tokens: int | None = None,
     room: int | None = None,
+    with_slots: bool = True,
     in_blocks: bool = False,
     by_token: bool = False,
 ) -> tuple[NeuronLists, Totals]:
     """`build_lists` for the products of a call: x (M, D) and w_up (F, D) as `implementation` takes them.
 
     Args:
+      tokens: that the panels are of, None for all of x.
       room: chunks, None for as many as there could be.
+      with_slots: whether `panel_dw` will be given the lists.
       in_blocks: whether `panel_up` will be given a ``start``.
       by_token: whether l1 is wanted for each token.
     """
     found = implementation(config, backend, x, w_up, in_blocks=in_blocks, by_token=by_token)
     tile = GATHERED_TILE if found == "hopper" else None
     interpret = backend == "interpret"
-    return build_lists(gate, counts, chunk=config.chunk, room=room, tile=tile, interpret=interpret)
+    return build_lists(
+        counts,
+        tokens=x.shape[0] if tokens is None else tokens,
+        chunk=config.chunk,
+        room=room,
+        tile=tile,
+        with_slots=with_slots,
+        interpret=interpret,
+    )
 
 
 def panel_up(

@@ -41,14 +41,8 @@ from pallas_kernels.panel import few
 from pallas_kernels.panel import gate as gate_stages
 from pallas_kernels.panel.gate import roles
 from pallas_kernels.panel.gathered import make_lists, panel_dh, panel_down, panel_up
-from pallas_kernels.panel.pallas_triton_lists import (
-    Counts,
-    GatePanel,
-    NeuronLists,
-    Totals,
-    count_active,
-    n_chunks,
-)
+from pallas_kernels.panel.pallas_triton_counts import Counts, GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists, Totals, n_chunks
 from pallas_kernels.panel.weights import panel_dw
 from pallas_kernels.reference import Weights
 
@@ -110,8 +104,7 @@ def infer(
     else:
         y, counted = _over_blocks(one, x, weights, others, last)
     gate_weight, _ = roles(w_gate, w_up)
-    overflowed = jnp.zeros((), bool)
-    return y, _stats(counted, overflowed, x, gate_weight, config.panel, options.rule, groups)
+    return y, _stats(counted, x, gate_weight, config.panel, options.rule, groups)
 
 
 def _over_blocks(one, x, weights, others, last):
@@ -129,7 +122,7 @@ def _over_blocks(one, x, weights, others, last):
         x, y = lax.optimization_barrier((x, y))
         y, counted = one(x, *weights, y, start_of(block), rows=block.tokens)
         parts.append(counted)
-    return y, _Counted.joined([*parts, of_last])
+    return y, _Counted.joined([*parts, of_last], x.shape[0])
 
 
 def _infer_block(
@@ -143,7 +136,15 @@ def _infer_block(
     gate = gate_stages.stage(config, backend, rule)(block, gate_weight)
     counts = count_active(gate, d_ff=w_up.shape[0], interpret=interpret)
     lists, totals = make_lists(
-        gate, counts, x, up_weight, config=config, backend=backend, in_blocks=blocked, by_token=by_token
+        counts,
+        x,
+        up_weight,
+        config=config,
+        backend=backend,
+        tokens=rows,
+        with_slots=False,
+        in_blocks=blocked,
+        by_token=by_token,
     )
     hidden = panel_up(
         gate, lists, x, up_weight, config=config, backend=backend, rule=rule, start=start, by_token=by_token
@@ -191,38 +192,43 @@ class _Counted(NamedTuple):
         return cls(counts.neurons, totals, l1[:tokens], jnp.sum(gate.nnz, axis=0)[:tokens])
 
     @classmethod
-    def joined(cls, parts: "list[_Counted]") -> "_Counted":
-        """Of tokens that come one after the other."""
+    def joined(cls, parts: "list[_Counted]", tokens: int) -> "_Counted":
+        """Of ``tokens`` tokens that come one after the other, none of them computed densely."""
 
         def join(*leaves):
             return jnp.concatenate(leaves) if leaves[0].ndim else sum(leaves)
 
         neurons, totals, l1, nnz = zip(*parts, strict=True)
-        hits, pairs, gates, most = zip(*totals, strict=True)
+        all_gates = sum(each.gates for each in totals)
         return cls(
             neurons=jnp.concatenate(neurons),
-            totals=Totals(sum(hits), sum(pairs), sum(gates), jnp.max(jnp.stack(most))),
+            totals=totals[0]._replace(
+                hits=sum(each.hits for each in totals),
+                neurons=sum(each.neurons for each in totals),
+                gates=all_gates,
+                most=jnp.max(jnp.stack([each.most for each in totals])),
+                mean=all_gates / tokens,
+            ),
             l1=join(*l1),
             nnz=None if nnz[0] is None else jnp.concatenate(nnz),
         )
 
 
-def _stats(counted: _Counted, overflowed, x, weight, panel: int, rule: Rule, groups: Groups) -> FFNStats:
-    """The statistics of a call in panels of ``panel`` tokens, or of each of its groups; ``overflowed`` ()
-    bool tells whether all tokens were computed densely."""
+def _stats(counted: _Counted, x, weight, panel: int, rule: Rule, groups: Groups) -> FFNStats:
+    """The statistics of a call in panels of ``panel`` tokens, or of each of its groups."""
     tokens, (neurons, totals, l1, nnz) = x.shape[0], counted
-    size = group_size(tokens, groups)
-    dense_tokens = jnp.where(overflowed, size, 0).astype(jnp.int32)
     if groups is None or nnz is None:
         return FFNStats(
             l1=l1 / tokens,
-            l0=totals.gates / tokens,
+            l0=totals.mean,
             neuron_hits=totals.hits,
             max_nnz=totals.most,
-            overflow_rows=dense_tokens,
+            overflow_rows=totals.overflow_rows,
             pairs=totals.neurons,
-            dense_tokens=dense_tokens,
+            dense_tokens=totals.dense_tokens,
         )
+    size = group_size(tokens, groups)
+    dense_tokens = jnp.where(totals.dense_tokens > 0, size, 0)
     nnz = by_group(nnz, groups)
     # A panel's pairs are counted for the group that its first token is in.
     first = jnp.arange(neurons.shape[0]) * panel // size
@@ -261,7 +267,7 @@ def forward(
     room = max(1, round(chunks * layout.capacity))
     counts = count_active(gate, d_ff=d_ff, interpret=interpret)
     lists, totals = make_lists(
-        gate, counts, x, up_weight, config=config, backend=backend, room=room, by_token=by_token
+        counts, x, up_weight, config=config, backend=backend, room=room, by_token=by_token
     )
 
     def sparse(gate, lists):
@@ -284,15 +290,14 @@ def forward(
         y, l1 = blocks.forward(*arguments, rule)
         return y, l1 if by_token else jnp.sum(l1), varying_axes.vary_with(x, empty(like))
 
-    fits, listed = lists.needed <= room, lists
+    fits = lists.needed <= room
     if room == chunks:
-        y, l1, kept = sparse(gate, listed)
+        y, l1, kept = sparse(gate, lists)
     else:
-        listed = lists.only_if(fits)
-        y, l1, kept = lax.cond(fits, sparse, instead, gate, listed)
+        y, l1, kept = lax.cond(fits, sparse, instead, gate, lists)
     counted = _Counted.of(counts, totals, gate, l1, tokens, by_token)
-    stats = _stats(counted, ~fits, x, gate_weight, config.panel, rule, groups)
-    return (y, stats), Residuals(fits, listed, *kept)
+    stats = _stats(counted, x, gate_weight, config.panel, rule, groups)
+    return (y, stats), Residuals(fits, lists, *kept)
 
 
 def empty(like):

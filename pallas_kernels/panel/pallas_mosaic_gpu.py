@@ -29,7 +29,7 @@ from pallas_kernels.common import hopper_gemm, mosaic_gemm, varying_axes
 from pallas_kernels.common.hopper_gemm import address, assemble
 from pallas_kernels.common.tile_walk import TILE_M
 from pallas_kernels.panel.config import SEGMENT
-from pallas_kernels.panel.pallas_triton_lists import GatePanel
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
 
 assert SEGMENT == 16, "wgmma leaves a warp 16 rows"
 

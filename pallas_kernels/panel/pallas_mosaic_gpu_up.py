@@ -17,7 +17,8 @@ from pallas_kernels.common.hopper_gemm import TILE_M
 from pallas_kernels.panel import hopper_gathered, ptx_up
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton import Hidden
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 
 def panel_up(

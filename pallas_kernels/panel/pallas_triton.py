@@ -36,7 +36,8 @@ from pallas_kernels.common import varying_axes
 from pallas_kernels.common.products import CONTRACT_FIRST, dot
 from pallas_kernels.common.triton_tiles import grouped_order, product, scatter_index
 from pallas_kernels.panel.config import StageConfig
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _WGMMA_ROWS = 64
 _VALUES = 6  # which operand of `panel_up` the gates are

@@ -32,9 +32,11 @@ from pallas_kernels.common.triton_tiles import grouped_order
 from pallas_kernels.options import FFNStats
 from pallas_kernels.panel.config import FewConfig
 from pallas_kernels.panel.pallas_triton import down_tile, up_kernel
-from pallas_kernels.panel.pallas_triton_lists import HIT_COLUMNS, GatePanel, add_hits, over_neurons, put
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, gates_of_tokens
+from pallas_kernels.panel.pallas_triton_lists import HIT_COLUMNS, hits_of, put
 
-_NNZ_TILES = 32
+_LIST_BLOCK = 8192
+_HIT_ROWS = 256
 _PARTS = 4096
 
 
@@ -112,7 +114,8 @@ def _lists_kernel(by_segment_ref, nnz_ref, *outputs, d_ff, segments, panel, tile
 
     @pl.when(program >= n_panels)
     def _():
-        add_hits(by_segment_ref, hits_ref, program - n_panels)
+        columns, hits = hits_of(by_segment_ref, program - n_panels, _HIT_ROWS)
+        plt.store(hits_ref.at[columns], hits, mask=columns < d_ff)
 
 
 def _list_panel(by_segment_ref, nnz_ref, list_refs, which, d_ff, segments, panel, tile):
@@ -130,25 +133,25 @@ def _list_panel(by_segment_ref, nnz_ref, list_refs, which, d_ff, segments, panel
         put(segments_ref, slot, bits.astype(jnp.uint8), listed > 0)
         return found + jnp.sum(listed)
 
-    count = over_neurons(d_ff, list_block)
+    count = _over_neurons(d_ff, list_block)
     counts_ref[which] = count
     tail = count + lax.iota(jnp.int32, tile)
     for ref in (neurons_ref, segments_ref):
         put(ref, start + tail, jnp.zeros((tile,), ref.dtype), tail < pl.cdiv(count, tile) * tile)
 
-    # Blocks of tiles at a time: loads of a loop over single ones would wait for each other.
-    token, n_tiles = which * panel + lax.iota(jnp.int32, panel), nnz_ref.shape[0]
-    width = min(_NNZ_TILES, pl.next_power_of_2(n_tiles))
-
-    def add_tiles(nth, total):
-        tiles = nth * width + lax.iota(jnp.int32, width)
-        here = jnp.broadcast_to((tiles < n_tiles)[:, None], (width, panel))
-        nnz = plt.load(nnz_ref.at[tiles[:, None], token[None, :]], mask=here, other=0)
-        return total + jnp.sum(nnz, axis=0)
-
-    blocks = jnp.int32(pl.cdiv(n_tiles, width))
-    nnz = lax.fori_loop(jnp.int32(0), blocks, add_tiles, jnp.zeros((panel,), jnp.int32))
+    nnz = gates_of_tokens(nnz_ref, which, panel)
     gates_ref[which], most_ref[which] = jnp.sum(nnz), jnp.max(nnz)
+
+
+def _over_neurons(d_ff, body):
+    """Sums ``body(neurons, which of them are below F, sum so far)`` up over blocks of all neurons."""
+    width = min(_LIST_BLOCK, pl.next_power_of_2(d_ff))
+
+    def block(nth, total):
+        neuron = nth * width + lax.iota(jnp.int32, width)
+        return body(neuron, neuron < d_ff, total)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, jnp.int32(0))
 
 
 def _each_panel(ref):

@@ -34,7 +34,7 @@ from pallas_kernels.activations import RELU, Rule
 from pallas_kernels.common import varying_axes
 from pallas_kernels.common.triton_tiles import grouped_order, product
 from pallas_kernels.panel.config import SEGMENT, PackConfig, StageConfig
-from pallas_kernels.panel.pallas_triton_lists import GatePanel
+from pallas_kernels.panel.pallas_triton_counts import GatePanel
 
 
 def gate_panel(

@@ -9,14 +9,18 @@ neurons hold 60 % of all activity, and 3500 share the rest. The border is where 
 same time, `RareConfig.share`. The dense product runs in rounds of as many programs as the cores hold, and a
 round that is not full takes as long as a full one; so the busiest rare neurons fill the last round.
 
+**`panel_rank`**: the neurons from busy to quiet, and how many tokens of earlier panels activate each. A
+program has some of the neurons and counts those before them among all, so no program waits for another.
+Reads M F / P bytes, writes 4 M F / P.
+
 **`panel_dw_hot`**, frequent neurons: 6 M hot D FLOPs on tensor cores. A program owns a tile of hot neurons
 and of D in one of the gradients, and walks all panels: what a panel has of its neurons is gathered by slot, P
 contiguous values a neuron. All gradients are one launch: a program's walk is long, and those of one gradient
 alone are too few to hide it.
 
-**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: the hit
-counts of the gate stage say where each panel's part of a neuron's list begins, so no program waits for
-another. Reads the gates, 2 M union bytes; writes 8 bytes an active (token, rare neuron) pair.
+**`panel_token_lists`**: for every rare neuron its tokens, ascending, written from the panels' lists: where
+each panel's part of a neuron's list begins is known, so no program waits for another. Reads the gates, 2 M
+union bytes; writes 8 bytes an active (token, rare neuron) pair.
 
 **`panel_dw_rare`**, one program a neuron and slice of D: 4 n D bytes of x and dy gathered from L2 for n
 tokens, all three gradients in registers. Programs run slice by slice, so that a slice of x and dy stays in
@@ -48,7 +52,7 @@ from pallas_kernels.panel.config import HotConfig
 from pallas_kernels.panel.pallas_triton_lists import NeuronLists
 
 _LIST_TILE = 32
-_START_ROWS, _START_COLUMNS = 128, 32
+_RANK_ROWS, _RANK_COLUMNS = 128, 32
 _ORDER_BLOCK = 8192
 
 
@@ -61,32 +65,41 @@ class Ranking(NamedTuple):
     Attributes:
       totals: (F,) int32, for how many tokens each neuron is active.
       order: (F,) int32, all neurons, by classes of their totals.
-      ranks: (F,) int32, the place of each neuron in the order.
       n_hot: (1,) int32, how many of the first are hot; the others are rare.
+      starts: (n_panels, F) int32, how many tokens of earlier panels activate a rare neuron; -1 for a hot one.
     """
 
     totals: jax.Array
     order: jax.Array
-    ranks: jax.Array
     n_hot: jax.Array
+    starts: jax.Array
 
 
 def rank(
-    hits: jax.Array, *, limit: int, round_up: Callable[[jax.Array], jax.Array], interpret: bool = False
+    hits: jax.Array,
+    totals: jax.Array,
+    *,
+    limit: int,
+    round_up: Callable[[jax.Array], jax.Array],
+    interpret: bool = False,
 ) -> Ranking:
-    """Orders the neurons by their hits (n_panels, F). Those of more than ``limit`` tokens are hot, and so are
-    the next in the order, up to ``round_up`` of how many exceed the limit."""
-    totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
-    each = varying_axes.output(totals, totals.shape, jnp.int32)
-    order, ranks, n_hot = pl.pallas_call(
+    """Orders the neurons by their hits (n_panels, F), which sum up to totals (F,). Those of more than
+    ``limit`` tokens are hot, and so are the next in the order, up to ``round_up`` of how many exceed the
+    limit."""
+    output = partial(varying_axes.output, totals)
+    order, n_hot, starts = pl.pallas_call(
         partial(_rank_kernel, bounds=(limit, limit // 2, limit // 8, 0, -1), round_up=round_up),
-        out_shape=(each, each, varying_axes.output(totals, (1,), jnp.int32)),
-        grid=(1,),
+        out_shape=(
+            output(totals.shape, jnp.int32),
+            output((1,), jnp.int32),
+            output(hits.shape, jnp.int32),
+        ),
+        grid=(pl.cdiv(totals.shape[0], _RANK_COLUMNS),),
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=16, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="panel_rank",
-    )(totals)
-    return Ranking(totals, order, ranks, n_hot)
+    )(hits, totals)
+    return Ranking(totals, order, n_hot, starts)
 
 
 def fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Array:
@@ -102,27 +115,69 @@ def fill_rounds(neurons: jax.Array, *, tiles: int, config: HotConfig) -> jax.Arr
     return rows * config.tile
 
 
-def _rank_kernel(totals_ref, order_ref, ranks_ref, n_hot_ref, *, bounds, round_up):
+def _rank_kernel(hits_ref, totals_ref, order_ref, n_hot_ref, starts_ref, *, bounds, round_up):
+    """A program finds the places of some neurons in the order, and where their tokens begin in each panel.
+
+    Every program looks at the totals of all neurons, and waits for no other.
+    """
+    (d_ff,) = totals_ref.shape
+    first = pl.program_id(0) * _RANK_COLUMNS
+    neurons = first + lax.iota(jnp.int32, _RANK_COLUMNS)
+    totals = plt.load(totals_ref.at[neurons], mask=neurons < d_ff, other=-1)
+    above, earlier = _counts_above(totals_ref, first, bounds)
+    n_hot = jnp.minimum(round_up(above[0]), d_ff)
+    # A class begins where all neurons above its upper bound end, and in it come those before this program's.
+    upper, place = jnp.zeros(neurons.shape, bool), jnp.full(neurons.shape, d_ff)
+    begins = [jnp.int32(0), *above[:-1]], [jnp.int32(0), *earlier[:-1]]
+    for bound, before, begin, before_begin in zip(bounds, earlier, *begins, strict=True):
+        own = (totals > bound) & ~upper
+        counted = own.astype(jnp.int32)
+        nth = begin + before - before_begin + jnp.cumsum(counted) - counted
+        upper, place = upper | own, jnp.where(own, nth, place)
+    plt.store(order_ref.at[scatter_index(place, neurons < d_ff)], neurons, mask=neurons < d_ff)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        n_hot_ref[0] = n_hot
+
+    _find_starts(hits_ref, starts_ref, neurons, place < n_hot)
+
+
+def _counts_above(totals_ref, first, bounds):
+    """How many neurons have more hits than each bound, and how many of those come before ``first``."""
     (d_ff,) = totals_ref.shape
     width = min(_ORDER_BLOCK, pl.next_power_of_2(d_ff))
-    found = jnp.int32(0)
-    for above, bound in zip((None, *bounds), bounds, strict=False):
 
-        def block(nth, found, above=above, bound=bound):
-            neuron = nth * width + lax.iota(jnp.int32, width)
-            totals = plt.load(totals_ref.at[neuron], mask=neuron < d_ff, other=-1)
-            here = totals > bound
-            if above is not None:
-                here &= totals <= above
-            counted = here.astype(jnp.int32)
-            place = found + jnp.cumsum(counted) - counted
-            plt.store(order_ref.at[scatter_index(place, here)], neuron, mask=here)
-            plt.store(ranks_ref.at[scatter_index(neuron, here)], place, mask=here)
-            return found + jnp.sum(counted)
+    def add_block(nth, found):
+        neuron = nth * width + lax.iota(jnp.int32, width)
+        totals = plt.load(totals_ref.at[neuron], mask=neuron < d_ff, other=-1)
+        # One sum of a block for both numbers, each of which has less than 16 bits.
+        weight = jnp.where(neuron < first, 0x10001, 1)
+        sums = [jnp.sum(jnp.where(totals > bound, weight, 0)) for bound in bounds]
+        each = [(total & 0xFFFF, total >> 16) for total in sums]
+        return jax.tree.map(jnp.add, found, each)
 
-        found = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(d_ff, width)), block, found)
-        if above is None:
-            n_hot_ref[0] = jnp.minimum(round_up(found), d_ff)
+    blocks = jnp.int32(pl.cdiv(d_ff, width))
+    found = lax.fori_loop(jnp.int32(0), blocks, add_block, [(jnp.int32(0), jnp.int32(0))] * len(bounds))
+    above, earlier = zip(*found, strict=True)
+    return above, earlier
+
+
+def _find_starts(hits_ref, starts_ref, neurons, is_hot):
+    n_panels, d_ff = hits_ref.shape
+    height = min(_RANK_ROWS, pl.next_power_of_2(n_panels))
+
+    def add_block(nth, before):
+        panels = nth * height + lax.iota(jnp.int32, height)
+        here = (panels < n_panels)[:, None] & (neurons < d_ff)[None, :]
+        place = (panels[:, None], neurons[None, :])
+        hits = plt.load(hits_ref.at[place], mask=here, other=0).astype(jnp.int32)
+        starts = before[None, :] + jnp.cumsum(hits, axis=0) - hits
+        plt.store(starts_ref.at[place], jnp.where(is_hot[None, :], -1, starts), mask=here)
+        return before + jnp.sum(hits, axis=0)
+
+    blocks = jnp.int32(pl.cdiv(n_panels, height))
+    lax.fori_loop(jnp.int32(0), blocks, add_block, jnp.zeros(neurons.shape, jnp.int32))
 
 
 # -- hot neurons ---------------------------------------------------------------------------------------------
@@ -202,8 +257,7 @@ def token_lists(
     """The panels' lists transposed for rare neurons, of at most ``limit`` tokens: gate (n_slots, P)."""
     chunk = gate.shape[0] // lists.owner.shape[0]
     tile = min(_LIST_TILE, chunk)
-    begin = _token_starts(lists.hits, ranking, interpret=interpret)
-    shape = varying_axes.output(gate, (ranking.ranks.shape[0], limit), jnp.int32)
+    shape = varying_axes.output(gate, (ranking.order.shape[0], limit), jnp.int32)
     rows, slots = pl.pallas_call(
         partial(_token_lists_kernel, chunk=chunk, tile=tile),
         out_shape=(shape, shape),
@@ -211,39 +265,8 @@ def token_lists(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="panel_token_lists",
-    )(lists.neurons, lists.owner, lists.offsets, lists.counts, begin, gate)
+    )(lists.neurons, lists.owner, lists.offsets, lists.counts, ranking.starts, gate)
     return TokenLists(rows, slots)
-
-
-def _token_starts(hits: jax.Array, ranking: Ranking, *, interpret: bool) -> jax.Array:
-    """(n_panels, F) int32: how many tokens of earlier panels activate a rare neuron; -1 for a hot one."""
-    n_panels, d_ff = hits.shape
-    return pl.pallas_call(
-        partial(_token_starts_kernel, height=min(_START_ROWS, pl.next_power_of_2(n_panels))),
-        out_shape=varying_axes.output(hits, hits.shape, jnp.int32),
-        grid=(pl.cdiv(d_ff, _START_COLUMNS),),
-        interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        name="panel_token_starts",
-    )(hits, ranking.ranks, ranking.n_hot)
-
-
-def _token_starts_kernel(hits_ref, ranks_ref, n_hot_ref, starts_ref, *, height):
-    n_panels, d_ff = hits_ref.shape
-    neurons = pl.program_id(0) * _START_COLUMNS + lax.iota(jnp.int32, _START_COLUMNS)
-    is_hot = plt.load(ranks_ref.at[neurons], mask=neurons < d_ff, other=0) < n_hot_ref[0]
-
-    def add_block(nth, before):
-        panels = nth * height + lax.iota(jnp.int32, height)
-        here = (panels < n_panels)[:, None] & (neurons < d_ff)[None, :]
-        place = (panels[:, None], neurons[None, :])
-        hits = plt.load(hits_ref.at[place], mask=here, other=0).astype(jnp.int32)
-        starts = before[None, :] + jnp.cumsum(hits, axis=0) - hits
-        plt.store(starts_ref.at[place], jnp.where(is_hot[None, :], -1, starts), mask=here)
-        return before + jnp.sum(hits, axis=0)
-
-    blocks = jnp.int32(pl.cdiv(n_panels, height))
-    lax.fori_loop(jnp.int32(0), blocks, add_block, jnp.zeros((_START_COLUMNS,), jnp.int32))
 
 
 def _token_lists_kernel(

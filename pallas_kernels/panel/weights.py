@@ -65,7 +65,8 @@ def panel_dw(
     limit = max(x.shape[0] // share, _SHORTEST_LIMIT)
     tiles = len(zs) * pl.cdiv(x.shape[1], hot_config.tile_d)
     round_up = partial(fill_rounds, tiles=tiles, config=hot_config)
-    ranking = rank(lists.hits, limit=limit, round_up=round_up, interpret=interpret)
+    assert lists.slots is not None
+    ranking = rank(lists.hits, lists.totals, limit=limit, round_up=round_up, interpret=interpret)
     if on_mosaic:
         rows = mosaic.panel_dw_hot(zs, xs, ranking, lists.slots, dtype=dtype)
     else:

@@ -31,7 +31,8 @@ from op_checks import call, differentiate
 from pallas_kernels import FFNOptions, activations, decode, device
 from pallas_kernels.panel import config as panel_configs
 from pallas_kernels.panel import gathered
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, NeuronLists, build_lists, count_active
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_lists import NeuronLists, build_lists
 
 CORES = {
     "NVIDIA A100-SXM4-80GB": 108,
@@ -172,7 +173,8 @@ def _gathered_on_blackwell() -> Iterator[Program]:
 
 
 def _lists_of(gate: GatePanel, *, chunk: int, d_ff: int) -> NeuronLists:
-    return build_lists(gate, count_active(gate, d_ff=d_ff, interpret=True), chunk=chunk, interpret=True)[0]
+    counts = count_active(gate, d_ff=d_ff, interpret=True)
+    return build_lists(counts, tokens=gate.nnz.shape[1], chunk=chunk, interpret=True)[0]
 
 
 def _of_one_row(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

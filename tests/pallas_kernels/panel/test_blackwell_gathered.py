@@ -21,7 +21,8 @@ from pallas_kernels.panel import blackwell_dh, blackwell_down, blackwell_up, gat
 from pallas_kernels.panel import config as configs
 from pallas_kernels.panel.pallas_triton import panel_down, panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_lists import build_lists
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 BLACKWELL = device.Device("gpu", "NVIDIA B200", 100, 148)
@@ -45,7 +46,8 @@ def gates_and_lists(counts, d_ff, dtype):
     values = np.where(np.repeat(hits.transpose(0, 2, 1), TOKENS, axis=2), values, np.nan)
     nnz = np.zeros((1, len(counts) * PANEL), np.int32)
     gate = GatePanel(jnp.asarray(values, dtype), jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
-    lists, _ = build_lists(gate, count_active(gate, d_ff=d_ff, interpret=True), chunk=128, interpret=True)
+    active = count_active(gate, d_ff=d_ff, interpret=True)
+    lists, _ = build_lists(active, tokens=1, chunk=128, interpret=True)
     return gate, lists
 
 
@@ -184,7 +186,7 @@ def gates_and_lists_as_arrays(d_ff, chunk):
         jnp.zeros((1, 3 * PANEL), "int32"),
     )
     active = count_active(gate, d_ff=d_ff, interpret=True)
-    return gate, build_lists(gate, active, chunk=chunk, interpret=True)[0]
+    return gate, build_lists(active, tokens=1, chunk=chunk, interpret=True)[0]
 
 
 def test_the_implementation_of_a_call():
@@ -222,7 +224,7 @@ def test_lists_have_no_tiles(monkeypatch):
     def make():
         gate, _ = gates_and_lists_as_arrays(384, 128)
         counts = count_active(gate, d_ff=384, interpret=True)
-        return gathered.make_lists(gate, counts, x, w, config=config, backend="mosaic_gpu")[0]
+        return gathered.make_lists(counts, x, w, config=config, backend="mosaic_gpu")[0]
 
     assert jax.eval_shape(make).tiles is None
 

@@ -15,8 +15,8 @@ from pallas_kernels import Auto, FFNOptions, Panel, PanelELL, device, reference
 from pallas_kernels.activations import RELU
 from pallas_kernels.common.gate_stage import xla_product
 from pallas_kernels.panel import config as configs
+from pallas_kernels.panel import pallas_triton_counts
 from pallas_kernels.panel import pallas_triton_few as kernels
-from pallas_kernels.panel import pallas_triton_lists
 from pallas_kernels.panel.pallas_triton_gate import pack_panel
 
 PATH = PanelPath(
@@ -58,8 +58,8 @@ def test_lists_and_counts(pattern, tokens):
 
 @pytest.mark.parametrize("tokens", [2000, 700])
 def test_more_rows_of_hits_and_tiles_of_columns_than_a_program_takes_at_one_time(tokens, monkeypatch):
-    monkeypatch.setattr(pallas_triton_lists, "_HIT_ROWS", 16)
-    monkeypatch.setattr(kernels, "_NNZ_TILES", 2)
+    monkeypatch.setattr(kernels, "_HIT_ROWS", 16)
+    monkeypatch.setattr(pallas_triton_counts, "_TILES", 2)
     rng, n_panels = np.random.default_rng(0), tokens // 16
     hits = rng.integers(0, 17, (n_panels, 100), np.uint8)
     nnz = rng.integers(0, 50, (7, n_panels * 16)).astype(np.int32)

@@ -20,7 +20,8 @@ from pallas_kernels.panel import gathered, hopper_gathered, pallas_mosaic_gpu_dh
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.pallas_triton import panel_up
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
-from pallas_kernels.panel.pallas_triton_lists import GatePanel, build_lists, count_active
+from pallas_kernels.panel.pallas_triton_counts import GatePanel, count_active
+from pallas_kernels.panel.pallas_triton_lists import build_lists
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 HOPPER = device.Device("gpu", "NVIDIA H200", 90, 132)
@@ -42,7 +43,7 @@ def gates_and_lists(counts, d_ff, dtype, tile=GATHERED_TILE):
     gate = GatePanel(jnp.asarray(values, dtype), jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
     active = count_active(gate, d_ff=d_ff, interpret=True)
     np.testing.assert_array_equal(active.neurons, counts)
-    return gate, build_lists(gate, active, chunk=128, tile=tile, interpret=True)[0]
+    return gate, build_lists(active, tokens=1, chunk=128, tile=tile, interpret=True)[0]
 
 
 def test_lists_in_tiles():
@@ -53,9 +54,11 @@ def test_lists_in_tiles():
     assert lists.n_tiles.tolist() == [len(expected)]
     assert lists.tiles.shape == (7 * 4,)
     assert lists.tiles[: len(expected)].tolist() == expected
-    assert lists.only_if(True).n_tiles.tolist() == [len(expected)]
-    assert lists.only_if(False).n_tiles.tolist() == [0]
-    without, _ = build_lists(gate, count_active(gate, d_ff=600, interpret=True), chunk=128, interpret=True)
+    active = count_active(gate, d_ff=600, interpret=True)
+    for room, n_tiles in ((13, len(expected)), (12, 0)):
+        cut, _ = build_lists(active, tokens=1, chunk=128, room=room, tile=GATHERED_TILE, interpret=True)
+        assert cut.n_tiles.tolist() == [n_tiles]
+    without, _ = build_lists(active, tokens=1, chunk=128, interpret=True)
     assert without.tiles is None
     assert without.n_tiles is None
 

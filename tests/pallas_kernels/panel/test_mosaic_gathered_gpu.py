@@ -19,7 +19,8 @@ from pallas_kernels.panel import config as configs
 from pallas_kernels.panel import pallas_mosaic_gpu
 from pallas_kernels.panel.config import GATHERED_TILE
 from pallas_kernels.panel.gathered import panel_dh, panel_up
-from pallas_kernels.panel.pallas_triton_lists import build_lists, count_active
+from pallas_kernels.panel.pallas_triton_counts import count_active
+from pallas_kernels.panel.pallas_triton_lists import build_lists
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -52,7 +53,7 @@ def both(x, w_gate, w_up, w_down, dy, rule, scaled):
     config = configs.choose(x, w_up, 128)
     gate = pallas_mosaic_gpu.gate_panel(x, w_gate, rule)
     counts = count_active(gate, d_ff=w_up.shape[0])
-    lists, _ = build_lists(gate, counts, chunk=config.chunk, tile=GATHERED_TILE)
+    lists, _ = build_lists(counts, tokens=x.shape[0], chunk=config.chunk, tile=GATHERED_TILE)
     scale = jnp.full((1,), 0.25, jnp.float32) if scaled else None
 
     def products(backend):

@@ -50,10 +50,10 @@ def test_the_protocol_under_the_interpreter(count, d_model, cores, dtype, n_hot,
     order = rng.permutation(d_ff)
     order[[0, np.flatnonzero(order == busy)[0]]] = busy, order[0]
     ranking = triton.Ranking(
-        jnp.zeros(d_ff, jnp.int32),
-        jnp.asarray(order, jnp.int32),
-        jnp.zeros(d_ff, jnp.int32),
-        jnp.full((1,), n_hot, jnp.int32),
+        totals=None,
+        order=jnp.asarray(order, jnp.int32),
+        n_hot=jnp.full((1,), n_hot, jnp.int32),
+        starts=None,
     )
     config = configs.HotConfig(64, 64, 32, 4, 2)
     expected = triton.panel_dw_hot(

@@ -45,10 +45,10 @@ def test_every_row_as_on_triton(count, tokens, d_model, n_hot, dtype, out):
     x, dy = (jnp.asarray(rng.standard_normal((tokens, d_model)), dtype) for _ in range(2))
     xs, order = [x] * (count - 1) + [dy], rng.permutation(d_ff)
     ranking = triton.Ranking(
-        jnp.zeros(d_ff, jnp.int32),
-        jnp.asarray(order, jnp.int32),
-        jnp.zeros(d_ff, jnp.int32),
-        jnp.full((1,), n_hot, jnp.int32),
+        totals=None,
+        order=jnp.asarray(order, jnp.int32),
+        n_hot=jnp.full((1,), n_hot, jnp.int32),
+        starts=None,
     )
     table, config = jnp.asarray(slots), configs.HotConfig(128, 256, 32, 8, 8, 1)
     expected = triton.panel_dw_hot(zs, xs, ranking, table, config=config, dtype=out)

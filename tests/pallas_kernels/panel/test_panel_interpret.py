@@ -19,6 +19,7 @@ from pallas_kernels.panel import pallas_triton as kernels
 from pallas_kernels.panel import pallas_triton_lists as lists_kernels
 from pallas_kernels.panel import pallas_triton_weights as weights
 from pallas_kernels.panel.pallas_triton_backward import panel_dh
+from pallas_kernels.panel.pallas_triton_counts import count_active
 from pallas_kernels.panel.pallas_triton_gate import gate_panel
 
 
@@ -44,8 +45,8 @@ PANEL = TestPanelInterpreted.path.options.layout.tokens
 
 def listed(gate, d_ff, **sizes):
     """Lists of a gate stage's panels, and how many chunks they need."""
-    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
-    lists, _ = lists_kernels.build_lists(gate, counts, interpret=True, **sizes)
+    counts = count_active(gate, d_ff=d_ff, interpret=True)
+    lists, _ = lists_kernels.build_lists(counts, tokens=1, interpret=True, **sizes)
     return lists, lists.needed
 
 
@@ -155,8 +156,7 @@ def test_lists_that_do_not_fit_have_no_neuron():
     lists, needed = listed(gate, len(weight), chunk=32, room=2)
     assert int(needed) > 2
     assert int(lists.slots.max()) < len(lists.neurons)
-    empty = lists.only_if(needed <= 2)
-    assert not any(np.any(getattr(empty, name)) for name in ("n_pairs", "offsets", "counts", "hits"))
+    assert not any(np.any(getattr(lists, name)) for name in ("n_pairs", "offsets", "counts", "totals"))
 
 
 @pytest.mark.parametrize("tokens", [16, 37, 333])
@@ -168,7 +168,7 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
     x, weight = jnp.asarray(inputs["x"]), jnp.asarray(inputs["w_gate"])
     config = configs.choose(x, weight, PANEL)
     lists, _, kept = written(x, weight)
-    ranking = weights.rank(lists.hits, limit=limit, round_up=lambda n: n + 3, interpret=True)
+    ranking = weights.rank(lists.hits, lists.totals, limit=limit, round_up=lambda n: n + 3, interpret=True)
     np.testing.assert_array_equal(ranking.totals, active.sum(axis=0))
     found = weights.token_lists(kept, lists, ranking, limit=limit, interpret=True)
     for neuron in np.asarray(ranking.order)[int(ranking.n_hot[0]) :]:
@@ -181,33 +181,38 @@ def test_the_tokens_of_rare_neurons(tokens, limit):
         )
 
 
-@pytest.mark.parametrize("n_panels", [1, 4, 11])
-def test_where_the_tokens_of_panels_begin(n_panels, monkeypatch):
-    """Also with more panels and neurons than a program looks at at one time, and sums that are no bytes."""
-    monkeypatch.setattr(weights, "_START_ROWS", 4)
-    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 50)).astype(np.uint8)
-    totals = hits.sum(axis=0, dtype=np.int32)
-    limit = int(np.median(totals))
-    ranking = weights.rank(jnp.asarray(hits), limit=limit, round_up=lambda n: n, interpret=True)
-    starts = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
-    earlier = np.cumsum(hits, axis=0, dtype=np.int32) - hits
-    np.testing.assert_array_equal(starts, np.where(totals > limit, -1, earlier))
-
-
-def test_neurons_in_order_of_activity():
-    totals = np.random.default_rng(0).integers(0, 40, 200)
-    hits = jnp.asarray(totals[None], jnp.uint8)
-    ranking = weights.rank(hits, limit=16, round_up=lambda n: n + 5, interpret=True)
-    order = np.asarray(ranking.order)
-    np.testing.assert_array_equal(np.asarray(ranking.ranks)[order], np.arange(200))
-    classes = np.digitize(totals[order], [1, 3, 9, 17])
-    assert (np.diff(classes) <= 0).all()
-    assert ranking.n_hot.tolist() == [(totals > 16).sum() + 5]
+@pytest.mark.parametrize("block", [8192, 16])
+@pytest.mark.parametrize(("n_panels", "limit"), [(1, 16), (1, 1), (5, 300), (128, 8000), (300, 17000)])
+def test_neurons_in_order_of_activity(n_panels, limit, block, monkeypatch):
+    """By classes of their totals, and where their tokens begin in each panel: also with more panels and
+    neurons than a program looks at at one time, and sums that are no bytes."""
+    monkeypatch.setattr(weights, "_ORDER_BLOCK", block)
+    rng = np.random.default_rng(n_panels)
+    hits = rng.integers(0, 129, (n_panels, 70)) * (rng.random(70) < 0.8) // rng.choice([1, 2, 8], 70)
+    totals = hits.sum(axis=0)
+    ranking = weights.rank(
+        jnp.asarray(hits, jnp.uint8),
+        jnp.asarray(totals, jnp.int32),
+        limit=limit,
+        round_up=lambda n: n + 5,
+        interpret=True,
+    )
+    classes = sum((totals <= bound).astype(int) for bound in (limit, limit // 2, limit // 8, 0))
+    order = np.argsort(classes, kind="stable")
+    np.testing.assert_array_equal(ranking.order, order)
+    n_hot = (totals > limit).sum() + 5
+    assert ranking.n_hot.tolist() == [n_hot]
+    starts = np.cumsum(hits, axis=0) - hits
+    starts[:, order[:n_hot]] = -1
+    np.testing.assert_array_equal(ranking.starts, starts)
 
 
 def test_there_are_no_more_hot_neurons_than_neurons():
     hits = jnp.asarray([[17, 0, 20]], jnp.uint8)
-    assert weights.rank(hits, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [3]
+    totals = jnp.sum(hits, axis=0, dtype=jnp.int32)
+    assert weights.rank(hits, totals, limit=16, round_up=lambda n: n + 30, interpret=True).n_hot.tolist() == [
+        3
+    ]
 
 
 @pytest.mark.parametrize(
@@ -227,43 +232,6 @@ def test_hot_neurons_fill_the_rounds_of_the_cores(neurons, tiles, filled):
     assert (
         int(weights.fill_rounds(jnp.int32(neurons), tiles=tiles, config=unknown)) == -(-neurons // 128) * 128
     )
-
-
-@pytest.mark.parametrize("block", [8192, 8])
-@pytest.mark.parametrize("n_panels", [1, 7, 30])
-def test_counts_and_places_of_panels(n_panels, block, monkeypatch):
-    """Also with more panels and neurons than a program looks at at one time."""
-    monkeypatch.setattr(lists_kernels, "_LIST_BLOCK", block)
-    rng, segments, d_ff, chunk = np.random.default_rng(0), 2, 50, 16
-    shape = (n_panels, segments, d_ff)
-    hits = (rng.integers(1, 9, shape) * (rng.random(shape) < rng.random((n_panels, 1, 1)))).astype(np.uint8)
-    nnz = rng.integers(0, 9, (3, n_panels * 16)).astype(np.int32)
-    values = jnp.zeros((n_panels, 64, 16))
-    gate = lists_kernels.GatePanel(values, jnp.asarray(hits.reshape(-1, d_ff)), jnp.asarray(nnz))
-    counts = lists_kernels.count_active(gate, d_ff=d_ff, interpret=True)
-    by_panel = nnz.sum(axis=0).reshape(n_panels, 16)
-    np.testing.assert_array_equal(counts.hits, hits.sum(axis=1))
-    np.testing.assert_array_equal(counts.neurons, (hits.sum(axis=1) > 0).sum(axis=1))
-    np.testing.assert_array_equal(counts.gates, by_panel.sum(axis=1))
-    np.testing.assert_array_equal(counts.most, by_panel.max(axis=1))
-    monkeypatch.setattr(lists_kernels, "_HIT_ROWS", 4)
-    lists, totals = lists_kernels.build_lists(gate, counts, chunk=chunk, interpret=True)
-    np.testing.assert_array_equal(totals.hits, hits.sum(axis=(0, 1)))
-    assert (int(totals.neurons), int(totals.gates)) == (counts.neurons.sum(), nnz.sum())
-    assert int(totals.most) == by_panel.max()
-    chunks = -(-np.asarray(counts.neurons) // chunk)
-    assert int(lists.needed) == chunks.sum()
-    np.testing.assert_array_equal(lists.offsets, np.concatenate([[0], np.cumsum(chunks)]) * chunk)
-    first = np.asarray(lists.offsets)[:-1] // chunk
-    owners = np.repeat(np.arange(n_panels), chunks)
-    np.testing.assert_array_equal(lists.owner[: len(owners)], owners)
-    pairs = [
-        2 * (start + nth) + (nth + 1 < own)
-        for start, own in zip(first, chunks, strict=True)
-        for nth in range(0, own, 2)
-    ]
-    assert lists.n_pairs.tolist() == [len(pairs)]
-    np.testing.assert_array_equal(lists.pairs[: len(pairs)], pairs)
 
 
 @pytest.mark.parametrize(
@@ -313,16 +281,6 @@ def test_slots_on_the_wide_side(d_model):
     used = int(needed) * 64
     np.testing.assert_allclose(square.h[:used], wide.h[:used], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(square.l1, wide.l1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("n_panels", [1, 5, 128, 300])
-def test_hits_of_earlier_panels(n_panels):
-    hits = np.random.default_rng(0).integers(0, 129, (n_panels, 70), dtype=np.uint8)
-    ranks = np.random.default_rng(1).permutation(70).astype(np.int32)
-    ranking = weights.Ranking(None, None, jnp.asarray(ranks), jnp.asarray([20], jnp.int32))
-    found = weights._token_starts(jnp.asarray(hits), ranking, interpret=True)
-    before = np.cumsum(hits, axis=0, dtype=np.int32) - hits
-    np.testing.assert_array_equal(found, np.where(ranks < 20, -1, before))
 
 
 @pytest.mark.parametrize("share", [1, 1 << 20])
