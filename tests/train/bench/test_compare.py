@@ -138,7 +138,7 @@ def test_a_plan_that_moves_trains_the_dense_curve(planned):
     (first, dense), (later, panels) = plan.plans.items()
     assert (first, dense) == (1, "3 × dense(tokens=16)")
     # Two windows of a step each speak for it; the second is read while the third step runs.
-    assert (later, panels) == (4, "3 × panel(tokens=16, capacity=0.375)")
+    assert (later, panels) == (4, "3 × panel(tokens=16, capacity=0.5)")
     assert document["curves"]["plan"]["plans"] == {"1": dense, "4": panels}
     assert "step 4: layers run as 3 × panel(tokens=16" in text
     assert f"plan changed the formats of layers once: at first {dense}; from step 4, {panels}" in text
