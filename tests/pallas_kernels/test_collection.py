@@ -54,14 +54,14 @@ def test_every_suite_runs_every_case(collected, file, suite):
 def test_every_file_of_kernel_tests_collects(collected):
     """Files that run a backend by other means than the contract have their names here: none is forgotten."""
     others = {
-        "bench", "bench_layers", "bench_stages", "blackwell_gathered", "blackwell_gemm", "blocks", "checks",
-        "collection", "collectives", "config", "decode_lowering", "devices_gpu", "devices_interpret",
-        "dispatch", "few_interpret", "formats", "formats_agree", "formats_agree_gpu",
-        "gate_epilogues", "gate_stage", "hopper_gemm", "hybrid_lowering", "json_file", "meshes", "meshes_gpu",
-        "mosaic_down", "mosaic_down_gpu", "mosaic_gathered", "mosaic_gathered_gpu",
-        "mosaic_weights", "mosaic_weights_gpu", "panel_lowering", "panel_search", "prune",
-        "recorded", "reference", "reorder", "reorder_input", "tile_walk", "token_blocks",
-        "transforms", "tuning", "twell_lowering", "weight_gradients",
+        "alike_layers", "bench", "bench_layers", "bench_stages", "blackwell_gathered", "blackwell_gemm",
+        "blocks", "checks", "collection", "collectives", "config", "decode_lowering", "devices_gpu",
+        "devices_interpret", "dispatch", "few_interpret", "formats", "formats_agree", "formats_agree_gpu",
+        "gate_epilogues", "gate_stage", "hopper_gemm", "hybrid_lowering", "json_file",
+        "lists_interpret", "meshes", "meshes_gpu", "mosaic_down", "mosaic_down_gpu", "mosaic_gathered",
+        "mosaic_gathered_gpu", "mosaic_weights", "mosaic_weights_gpu", "panel_lowering", "panel_search",
+        "prune", "recorded", "reference", "reorder", "reorder_input", "tile_walk", "token_blocks",
+        "transforms", "tuning", "twell_lowering", "unasked", "weight_gradients",
     }  # fmt: skip
     assert FILES.keys() == {f"test_{name}.py" for name in others} | set(SUITES)
 
